@@ -342,7 +342,8 @@ class Reading:
         values: float32. ``(L, width)`` for pool mean and last, ``(L, T, width)`` for none, ``(L,)`` for norm; with ``onto`` the
             width is the number of directions.
         norms: Norm of the residual(s) that ``values`` describe, ``(L,)`` or ``(L, T)``: dot product / norm is the cosine.
-        positions: Indices into the layout of the tokens that were selected, ``(T,)``.
+        positions: Indices into the layout of the tokens that were selected, ``(T,)``. When none was, ``values`` is NaN
+            (or has no tokens) and ``positions`` is empty.
     """
 
     values: np.ndarray

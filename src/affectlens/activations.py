@@ -1,0 +1,231 @@
+"""Pooled residuals of many labelled texts: collected once, kept on disk, read layer by layer.
+
+A collection is a folder of shards. Each shard is written atomically and depends only on its own texts, so a killed run resumes
+at the first missing shard and ends in identical files; memory holds one shard however large the corpus is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from affectlens.engine import Engine, Readout, Request, Where
+from affectlens.errors import FormatError
+from affectlens.runs import atomic_write, content_id, read_json, write_json
+
+SHARD = 256
+"""Texts in one shard: what a killed run loses at most."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text with its labels. ``concept`` is what it conveys ("" for neutral text), ``topic`` what it is about."""
+
+    id: str
+    text: str
+    concept: str = ""
+    topic: str = ""
+
+
+@dataclass
+class Moments:
+    """Sums that add up over shards and machines: for each concept count and sum of residuals, in float64.
+
+    Args:
+        names: Concepts, in order.
+        counts: ``(N,)`` texts of each.
+        sums: ``(N, L, D)``.
+    """
+
+    names: tuple[str, ...]
+    counts: np.ndarray
+    sums: np.ndarray
+
+    def merge(self, other: Moments) -> Moments:
+        """The moments of both sets of texts together."""
+        if self.names != other.names:
+            raise FormatError("moments of different concepts do not add up: select the same concepts first")
+        return Moments(self.names, self.counts + other.counts, self.sums + other.sums)
+
+    @property
+    def means(self) -> np.ndarray:
+        """Mean residual of each concept, ``(N, L, D)``."""
+        return self.sums / self.counts[:, None, None]
+
+
+class Activations:
+    """Pooled residuals ``(n, L, D)`` with a concept and a topic for each text.
+
+    Args:
+        folder: Where the shards lie.
+
+    Raises:
+        FormatError: The folder is not a complete collection.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        index = read_json(self.folder / "index.json")
+        try:
+            self.layers: tuple[int, ...] = tuple(index["layers"])
+            self.width: int = index["width"]
+            self.sizes: list[int] = index["sizes"]
+            self.ids: list[str] = index["ids"]
+            self.concepts = np.array(index["concepts"], dtype=object)
+            self.topics = np.array(index["topics"], dtype=object)
+            self.n_tokens = np.array(index["n_tokens"], dtype=np.int64)
+        except KeyError as error:
+            raise FormatError(f"{self.folder} is not a collection of activations (no {error}): collect it again") from None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The concepts that occur, sorted."""
+        return tuple(sorted(set(self.concepts.tolist())))
+
+    def shards(self) -> Iterator[tuple[slice, Path]]:
+        """Each shard's rows in the whole and its file."""
+        start = 0
+        for i, size in enumerate(self.sizes):
+            yield slice(start, start + size), self.folder / f"{i:05d}.safetensors"
+            start += size
+
+    def layer(self, layer: int) -> np.ndarray:
+        """Residuals of every text at one layer, ``(n, D)`` float32; only this layer is read from disk."""
+        out = np.empty((len(self), self.width), dtype=np.float32)
+        for rows, path in self.shards():
+            out[rows] = _read(path, "values", self.layers.index(layer))
+        return out
+
+    def token_norms(self) -> np.ndarray:
+        """Mean residual norm over ordinary tokens at each layer, ``(L,)``: the unit of strength.
+
+        Weighted by tokens: every token of every text counts the same.
+        """
+        total = np.zeros(len(self.layers))
+        for rows, path in self.shards():
+            total += (_read(path, "norms").astype(np.float64) * self.n_tokens[rows, None]).sum(0)
+        return total / self.n_tokens.sum()
+
+    def moments(self, names: Sequence[str]) -> Moments:
+        """Counts and float64 sums of each concept, one shard in memory at a time."""
+        row_of = {name: i for i, name in enumerate(names)}
+        out = Moments(
+            tuple(names), np.zeros(len(names)), np.zeros((len(names), len(self.layers), self.width))
+        )
+        for rows, path in self.shards():
+            values = _read(path, "values")
+            for value, concept in zip(values, self.concepts[rows], strict=True):
+                if (i := row_of.get(concept)) is not None:
+                    out.counts[i] += 1
+                    out.sums[i] += value
+        return out
+
+
+def _read(path: Path, name: str, layer: int | None = None) -> np.ndarray:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as shard:
+            return shard.get_tensor(name) if layer is None else shard.get_slice(name)[:, layer, :]
+    except (SafetensorError, FileNotFoundError) as error:
+        raise FormatError(f"{path} is broken or missing ({error}): delete its folder and run again") from None
+
+
+def collect(
+    engine: Engine,
+    texts: Sequence[Text],
+    folder: Path,
+    *,
+    first_token: int = 50,
+    per_token: bool = False,
+    advance: Callable[[int], None] = lambda n: None,
+) -> Activations:
+    """Read every text at every layer (and the embedding, layer -1) in one pass and keep the means.
+
+    Args:
+        engine: The model.
+        texts: What to read; texts shorter than ``first_token`` tokens are left out and counted.
+        folder: Where the shards go; shards that are there are kept.
+        first_token: Read from the text's own n-th token on, counted from 1 (the paper's 50; method 3).
+        per_token: One row for each token instead of one mean for each text.
+        advance: Told how many texts were finished.
+
+    Returns:
+        The collection, all shards on disk.
+
+    Raises:
+        FormatError: No text is long enough.
+
+    Example:
+        >>> import tempfile, affectlens as al
+        >>> texts = [Text("a", "word " * 60, "calm"), Text("b", "other " * 60, "sad")]
+        >>> collect(al.open_engine("toy"), texts, Path(tempfile.mkdtemp())).layer(3).shape
+        (2, 64)
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    layers = tuple(range(-1, engine.info.n_layers))
+    where = Where(after=first_token - 1)
+    readouts = (Readout(layers, where, "none" if per_token else "mean"), Readout(layers, where, "norm"))
+    parts = []
+    for i in range(0, len(texts), SHARD):
+        chunk = texts[i : i + SHARD]
+        part = folder / f"part{i // SHARD:05d}.json"
+        asked = content_id([(text.id, text.text) for text in chunk])
+        if not part.exists() or read_json(part)["texts"] != asked:
+            _collect_shard(engine, chunk, readouts, part, asked)
+        parts.append(read_json(part))
+        advance(len(chunk))
+    rows = [row for part in parts for row in part["rows"]]
+    if not rows:
+        raise FormatError(f"no text has {first_token} tokens: give longer texts or a lower first token")
+    by_id = {text.id: text for text in texts}
+    write_json(
+        folder / "index.json",
+        {
+            "layers": layers,
+            "width": engine.info.width,
+            "sizes": [len(part["rows"]) for part in parts],
+            "ids": [row["id"] for row in rows],
+            "concepts": [by_id[row["id"]].concept for row in rows],
+            "topics": [by_id[row["id"]].topic for row in rows],
+            "n_tokens": [row["n_tokens"] for row in rows],
+            "too_short": sum(part["too_short"] for part in parts),
+        },
+    )
+    return Activations(folder)
+
+
+def _collect_shard(engine: Engine, chunk: Sequence[Text], readouts: tuple[Readout, ...], part: Path, asked: str) -> None:
+    from safetensors.numpy import save
+
+    values, norms, rows = [], [], []
+    too_short = 0
+    for text, result in zip(chunk, engine.run(Request(t.text, readouts=readouts) for t in chunk), strict=True):
+        mean, norm = result.readings
+        n_tokens = len(mean.positions)
+        if n_tokens == 0:
+            too_short += 1
+            continue
+        per_token = mean.values.ndim == 3
+        count = n_tokens if per_token else 1
+        values.append(mean.values.transpose(1, 0, 2) if per_token else mean.values[None])
+        norms.append(np.repeat(norm.values[None], count, axis=0))
+        rows += [{"id": text.id, "n_tokens": 1 if per_token else n_tokens}] * count
+    width, n_layers = engine.info.width, len(readouts[0].layers)
+    blob = save(
+        {
+            "values": np.concatenate(values) if values else np.zeros((0, n_layers, width), np.float32),
+            "norms": np.concatenate(norms) if norms else np.zeros((0, n_layers), np.float32),
+        }
+    )
+    with atomic_write(part.with_name(part.stem[4:] + ".safetensors")) as temporary:
+        temporary.write_bytes(blob)
+    # The part file comes last: it says that the shard beside it is whole and of these texts.
+    write_json(part, {"texts": asked, "rows": rows, "too_short": too_short})
