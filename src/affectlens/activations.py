@@ -95,12 +95,14 @@ class Activations:
             yield slice(start, start + size), self.folder / f"{i:05d}.safetensors"
             start += size
 
-    def layer(self, layer: int) -> np.ndarray:
-        """Residuals of every text at one layer, ``(n, D)`` float32; only this layer is read from disk."""
-        out = np.empty((len(self), self.width), dtype=np.float32)
+    def layer_shards(self, layer: int) -> Iterator[tuple[slice, np.ndarray]]:
+        """Rows and residuals ``(rows, D)`` of one shard after the other at one layer; only this layer is read from disk."""
         for rows, path in self.shards():
-            out[rows] = _read(path, "values", self.layers.index(layer))
-        return out
+            yield rows, _read(path, "values", self.layers.index(layer))
+
+    def layer(self, layer: int) -> np.ndarray:
+        """Residuals of every text at one layer, ``(n, D)`` float32."""
+        return np.concatenate([values for _, values in self.layer_shards(layer)])
 
     def token_norms(self) -> np.ndarray:
         """Mean residual norm over ordinary tokens at each layer, ``(L,)``: the unit of strength.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from scipy.sparse import csc_array
 
 from affectlens.activations import Activations
 from affectlens.engine import Engine, ModelInfo, Reading, Readout, Steering, Term, Where
@@ -145,15 +146,20 @@ class ConceptVectors:
         weights = _resamples(activations.concepts, names, draws, seed)
         fits, bases, baselines, stabilities = [], [], [], []
         for layer, row in zip(layers, rows, strict=True):
-            values = activations.layer(layer)
             basis = np.zeros((0, activations.width))
             if neutral is not None and share > 0:
                 basis, _ = explained_components(neutral.layer(layer), share)
             fitted = fit_means(means[:, row], basis)
-            scores = centred_cosine(values, fitted.directions, fitted.centre)
-            refits = np.stack([fit_means(w @ values, basis).directions for w in weights])
+            resampled = np.zeros((draws * len(names), activations.width))
+            sums = np.zeros((2, len(names)))
+            for part, values in activations.layer_shards(layer):
+                resampled += weights[:, part] @ values
+                scores = centred_cosine(values, fitted.directions, fitted.centre)
+                sums += [scores.sum(0), (scores**2).sum(0)]
+            refits = np.stack([fit_means(m, basis).directions for m in np.split(resampled, draws)])
             stabilities.append(np.einsum("bnd,nd->bn", refits, fitted.directions).mean(0))
-            baselines.append(np.stack([scores.mean(0), scores.std(0)], axis=1))
+            mean, square = sums / len(activations)
+            baselines.append(np.stack([mean, np.sqrt(np.maximum(square - mean**2, 0))], axis=1))
             fits.append(fitted)
             bases.append(basis.astype(np.float32))
         return cls(
@@ -441,14 +447,15 @@ def _model_dict(info: ModelInfo) -> dict[str, Any]:
     return {key: value for key, value in asdict(info).items() if key not in ("checks", "device")}
 
 
-def _resamples(labels: np.ndarray, names: Sequence[str], draws: int, seed: int) -> list[np.ndarray]:
-    """For each draw a matrix ``(N, n)`` that averages a resample, with replacement, of each concept's texts."""
+def _resamples(labels: np.ndarray, names: Sequence[str], draws: int, seed: int) -> csc_array:
+    """Weights ``(draws * N, n)``: each row averages a resample, with replacement, of one concept's texts."""
     generator = np.random.default_rng(seed)
-    rows = [np.flatnonzero(labels == name) for name in names]
-    out = []
-    for _ in range(draws):
-        weights = np.zeros((len(names), len(labels)), dtype=np.float32)
-        for i, own in enumerate(rows):
-            np.add.at(weights[i], generator.choice(own, size=len(own)), 1.0 / len(own))
-        out.append(weights)
-    return out
+    own = [np.flatnonzero(labels == name) for name in names]
+    rows, columns, weights = [], [], []
+    for draw in range(draws):
+        for i, texts in enumerate(own):
+            columns.append(generator.choice(texts, size=len(texts)))
+            rows.append(np.full(len(texts), draw * len(names) + i))
+            weights.append(np.full(len(texts), 1.0 / len(texts)))
+    entries = (np.concatenate(weights), (np.concatenate(rows), np.concatenate(columns)))
+    return csc_array(entries, shape=(draws * len(names), len(labels)))
