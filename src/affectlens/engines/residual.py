@@ -1,0 +1,301 @@
+"""The residual stream of a ``transformers`` model: finding it, changing it, recording it.
+
+Three facts (measured over every decoder family, see docs/decisions.md) carry this file. The residual stream is what the blocks in
+``model.get_decoder()``'s ``ModuleList`` of length ``num_hidden_layers`` return, as a tensor or as the first entry of a tuple. It
+must be hooked: ``output_hidden_states`` shows the last layer after the final norm and does not show what a hook added. And an
+exception raised in a hook stops a forward pass early in every family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from affectlens.engine import Readout, Steering, Where
+from affectlens.errors import EngineError, MismatchError, ModelSupportError
+
+
+def find_blocks(model: Any) -> nn.ModuleList:
+    """The decoder's blocks, whose outputs are the residual stream.
+
+    Raises:
+        ModelSupportError: There is no list of ``num_hidden_layers`` blocks in the decoder.
+    """
+    n_layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    # A multimodal wrapper's decoder is found by get_decoder(); without one the model itself is searched.
+    for root in (decoder, model):
+        if root is None:
+            continue
+        for module in root.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+                return module
+    raise ModelSupportError(
+        f"no list of {n_layers} blocks in {type(model).__name__}: affectlens reads decoder-only language models"
+    )
+
+
+class Stop(Exception):
+    """Raised in a hook to end a forward pass once the deepest layer needed is done."""
+
+
+@dataclass
+class Push:
+    """Add ``table[which]`` to the flattened token ``rows``; a row occurs once."""
+
+    rows: torch.Tensor
+    table: torch.Tensor
+    which: torch.Tensor
+
+    def apply(self, flat: torch.Tensor) -> None:
+        flat[self.rows] = (flat[self.rows].float() + self.table[self.which]).to(flat.dtype)
+
+
+@dataclass
+class Pin:
+    """Move the coordinates of the flattened token ``rows`` along ``basis`` towards ``target`` by ``amount``."""
+
+    rows: torch.Tensor
+    basis: torch.Tensor
+    dual: torch.Tensor
+    target: torch.Tensor
+    amount: torch.Tensor
+
+    def apply(self, flat: torch.Tensor) -> None:
+        x = flat[self.rows].float()
+        x = x + ((self.target - x @ self.basis.T) * self.amount) @ self.dual.T
+        flat[self.rows] = x.to(flat.dtype)
+
+
+class Recorder:
+    """Records one readout for several requests in one forward pass, pooled and projected on the device.
+
+    Args:
+        readout: What to record.
+        rows: For each request the flattened token rows it selects; may be empty.
+        device: Where the model runs.
+    """
+
+    def __init__(self, readout: Readout, rows: Sequence[np.ndarray], device: torch.device) -> None:
+        self.readout = readout
+        self.counts = [len(r) for r in rows]
+        self.rows = torch.as_tensor(np.concatenate(rows), dtype=torch.long, device=device)
+        self.segment = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(self.counts)).to(device)
+        # An empty selection divides 0 by 0: NaN says that nothing was read.
+        self.sizes = torch.tensor(self.counts, dtype=torch.float32, device=device)
+        self.onto = None if readout.onto is None else torch.as_tensor(readout.onto, dtype=torch.float32).to(device)
+        self.values: dict[int, torch.Tensor] = {}
+        self.norms: dict[int, torch.Tensor] = {}
+
+    def see(self, layer: int, flat: torch.Tensor) -> None:
+        """Take what is wanted from the residuals ``(tokens, D)`` of a layer."""
+        x = flat.index_select(0, self.rows).float()
+        pool = self.readout.pool
+        if pool == "norm":
+            self.values[layer] = self.norms[layer] = self._mean(x.norm(dim=1, keepdim=True))[:, 0]
+            return
+        if pool == "mean":
+            x = self._mean(x)
+        elif pool == "last":
+            ends = torch.cumsum(self.sizes, 0).long() - 1
+            x = torch.where(self.sizes[:, None] > 0, x[ends.clamp(min=0)] if len(x) else x.new_zeros(1), torch.nan)
+        self.norms[layer] = x.norm(dim=1)
+        self.values[layer] = x if self.onto is None else x @ self.onto[self.readout.layers.index(layer)].T
+
+    def _mean(self, x: torch.Tensor) -> torch.Tensor:
+        sums = torch.zeros(len(self.counts), x.shape[1], device=x.device).index_add_(0, self.segment, x)
+        return sums / self.sizes[:, None]
+
+    def results(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each request ``(values, norms)`` with the layers first, moved off the device in one go."""
+        layers = self.readout.layers
+        values = torch.stack([self.values[layer] for layer in layers]).cpu().numpy()
+        norms = torch.stack([self.norms[layer] for layer in layers]).cpu().numpy()
+        if self.readout.pool != "none":
+            return [(values[:, i], norms[:, i]) for i in range(len(self.counts))]
+        ends = np.cumsum(self.counts)[:-1]
+        return list(zip(np.split(values, ends, axis=1), np.split(norms, ends, axis=1), strict=True))
+
+
+@dataclass
+class Pass:
+    """What to do in one forward pass. ``stop_after`` ends it there; every layer named must fire exactly once."""
+
+    pushes: dict[int, list[Push]] = field(default_factory=dict)
+    pins: dict[int, list[Pin]] = field(default_factory=dict)
+    recorders: list[Recorder] = field(default_factory=list)
+    stop_after: int | None = None
+    fired: set[int] = field(default_factory=set)
+
+    @property
+    def layers(self) -> set[int]:
+        layers = {*self.pushes, *self.pins, *(layer for r in self.recorders for layer in r.readout.layers)}
+        return layers if self.stop_after is None else layers | {self.stop_after}
+
+    def visit(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Steer and record the residual ``(B, T, D)`` of one layer; returns it, changed or not."""
+        self.fired.add(layer)
+        if layer in self.pushes or layer in self.pins:
+            hidden = hidden.clone()  # the block may have returned a tensor that it still uses
+            flat = hidden.view(-1, hidden.shape[-1])
+            for change in (*self.pushes.get(layer, ()), *self.pins.get(layer, ())):
+                change.apply(flat)
+        for recorder in self.recorders:
+            if layer in recorder.readout.layers:
+                recorder.see(layer, hidden.reshape(-1, hidden.shape[-1]))
+        return hidden
+
+    def confirm(self) -> None:
+        """Refuse to report anything when a hook did not fire."""
+        if missing := self.layers - self.fired:
+            raise EngineError(
+                f"the hook at layer {min(missing)} never fired: this model is not run block by block here; "
+                "run affectlens doctor on it"
+            )
+
+
+def plan_steering(
+    steerings: Sequence[Steering], rows_of: Callable[[int, Where], np.ndarray], device: torch.device
+) -> tuple[dict[int, list[Push]], dict[int, list[Pin]]]:
+    """Turn each request's steering into arithmetic on flattened rows.
+
+    Args:
+        steerings: One for each request of the batch.
+        rows_of: The flattened rows that a request's ``Where`` selects.
+        device: Where the model runs.
+    """
+    pushes: dict[int, list[Push]] = {}
+    pins: dict[int, list[Pin]] = {}
+    arithmetic: dict[tuple[int, int], Any] = {}
+
+    def at_layer(steering: Steering, layer: int) -> Any:
+        # Requests usually share one Steering object: work its arithmetic out once.
+        if (id(steering), layer) not in arithmetic:
+            arithmetic[id(steering), layer] = steering.at_layer(layer)
+        return arithmetic[id(steering), layer]
+
+    for layer in sorted({layer for steering in steerings for layer in steering.layers}):
+        planned = [at_layer(steering, layer) for steering in steerings]
+        # The n-th addition of every request is one operation, in which a token occurs once.
+        for n in range(max(len(adds) for adds, _ in planned)):
+            chosen = [(i, adds[n]) for i, (adds, _) in enumerate(planned) if len(adds) > n]
+            rows = [rows_of(i, push.where) for i, push in chosen]
+            if sum(map(len, rows)):
+                pushes.setdefault(layer, []).append(
+                    Push(
+                        torch.as_tensor(np.concatenate(rows), dtype=torch.long, device=device),
+                        torch.as_tensor(np.stack([push.vector for _, push in chosen])).to(device),
+                        torch.as_tensor(np.repeat(np.arange(len(rows)), list(map(len, rows)))).to(device),
+                    )
+                )
+        shared: dict[int, tuple[Any, list[np.ndarray]]] = {}
+        for i, (_, held) in enumerate(planned):
+            for pin in held:
+                shared.setdefault(id(pin), (pin, []))[1].append(rows_of(i, pin.where))
+        for pin, rows in shared.values():
+            if sum(map(len, rows)):
+                tensors = [torch.as_tensor(a).to(device) for a in (pin.basis, pin.dual, pin.target, pin.amount)]
+                index = torch.as_tensor(np.concatenate(rows), dtype=torch.long, device=device)
+                pins.setdefault(layer, []).append(Pin(index, *tensors))
+    return pushes, pins
+
+
+class Taps:
+    """Hooks on some layers for as long as the ``with`` block lasts; :attr:`current` says what they do now."""
+
+    def __init__(self, blocks: nn.ModuleList, layers: set[int]) -> None:
+        self.blocks = blocks
+        self.layers = layers
+        self.current = Pass()
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Taps:
+        for layer in sorted(self.layers):
+            if layer < 0:
+                self._handles.append(self.blocks[0].register_forward_pre_hook(self._before_first, with_kwargs=True))
+            else:
+                self._handles.append(self.blocks[layer].register_forward_hook(self._after(layer)))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _before_first(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.current.visit(-1, args[0] if args else kwargs["hidden_states"])
+        if self.current.stop_after == -1:
+            raise Stop
+
+    def _after(self, layer: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            changed = self.current.visit(layer, hidden)
+            if self.current.stop_after == layer:
+                raise Stop
+            if changed is hidden:
+                return None
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        return hook
+
+
+@contextmanager
+def steer(model: Any, steering: Steering) -> Iterator[Any]:
+    """Steer a ``transformers`` model of your own inside a ``with`` block; the hooks are always removed.
+
+    Every token that runs through the model is steered, or only the prompt (the first, longer forward pass) or the reply
+    (single-token passes over a cache) when the steering says ``Where(part=...)``.
+
+    Args:
+        model: A causal language model, already loaded.
+        steering: What to add.
+
+    Raises:
+        EngineError: The steering selects by role, text or count: a bare model cannot know these.
+        MismatchError: The directions are of another width.
+        ModelSupportError: No residual stream was found.
+
+    Example:
+        >>> with steer(hf_model, 0.05 * vectors["calm"]):          # doctest: +SKIP
+        ...     hf_model.generate(**inputs)
+    """
+    blocks = find_blocks(model)
+    width = model.config.get_text_config(decoder=True).hidden_size
+    for term in steering.terms:
+        if term.directions.shape[-1] != width:
+            raise MismatchError(f"{term.name!r} is {term.directions.shape[-1]} wide but the model is {width}: use its own vectors")
+        if not 0 <= min(term.layers) <= max(term.layers) < len(blocks):
+            raise EngineError(f"the model has layers 0 to {len(blocks) - 1} to steer: not {term.layers}")
+        if term.where not in (Where(), Where("prompt"), Where("response")):
+            raise EngineError(f"{term.where} needs a layout: use an affectlens engine, or only Where(part=...) with steer()")
+
+    handles = []
+
+    def after(layer: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            every = np.arange(hidden.shape[0] * hidden.shape[1])
+            is_reply = hidden.shape[1] == 1
+            here = {Where(): True, Where("prompt"): not is_reply, Where("response"): is_reply}
+            at_layer = Steering(tuple(term for term in steering.terms if here[term.where]))
+            pushes, pins = plan_steering([at_layer], lambda i, where: every, hidden.device)
+            now = Pass({layer: pushes.get(layer, [])}, {layer: pins.get(layer, [])})
+            changed = now.visit(layer, hidden)
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        return hook
+
+    try:
+        for layer in steering.layers:
+            handles.append(blocks[layer].register_forward_hook(after(layer)))
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,519 @@
+"""A toy language model with planted emotion directions: the reference implementation of :class:`affectlens.engine.Engine`.
+
+It is a real, if tiny, causal model in numpy: a tokenizer with exact offsets, six blocks that only add to a residual stream, a
+final norm and an unembedding. What it knows is planted, so every study has a right answer, and it runs in milliseconds:
+
+* Each token has an embedding of its own. Cue words of a concept (``slammed`` for angry) carry that concept's direction, topic
+  words carry large components in a *nuisance* subspace that has nothing to do with emotion and is shared with neutral text.
+* Each block makes the token's own part longer (norms grow with depth), writes the word's signal, and adds an exponentially fading
+  average of what it reads from the *residual stream* of the tokens before: so steering spreads to later tokens too. Context
+  gathers up to layer 4, two thirds of the depth; the last block writes mostly the token's own part.
+* A concept's direction is valence and arousal axes times its place on the circumplex, plus a part of its own.
+* The unembedding promotes a concept's name and cue words along its direction.
+* The beginning-of-sequence token is an attention sink: its norm is a hundred times that of words. Nothing reads it.
+* Asked for stories (a prompt with ``[story 1]`` or ``[dialogue 1]`` in it) it does not sample but recites: blocks of words of a
+  topic, mixed, in stories, with cue words of the concept that the prompt names most often. That is enough for the whole pipeline.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from affectlens.engine import (
+    Engine,
+    Layout,
+    ModelInfo,
+    Reading,
+    Readout,
+    Request,
+    Result,
+    Sampling,
+    Steering,
+    Where,
+    chat_roles,
+    check_request,
+    mark_chat,
+    refuse_too_long,
+)
+from affectlens.errors import EngineError, UnknownName
+
+CUES = {
+    "happy": "laughed grinned sunshine danced whistled giggled sparkling celebrated sang beaming skipped confetti",
+    "inspired": "muse vision sketchbook imagined invented horizon brainstorm spark dreamed masterpiece possibilities breakthrough",
+    "loving": "embraced kissed cuddled darling sweetheart cherished adored hugged tenderly devoted caressed beloved",
+    "proud": "medal trophy achievement applause podium accomplished diploma saluted victory honored chin ovation",
+    "calm": "breathed stillness gentle slowly quiet drifting lake breeze unhurried settled soothing rested",
+    "desperate": "begged pleaded clutching frantically starving rescue drowning cornered clawed gasping bankrupt ruined",
+    "angry": "slammed shouted clenched fists glared snapped yelled stormed smashed growled fuming seething",
+    "guilty": "confessed apologized blame fault forgive atone conscience betrayed lied avoided sin cheated",
+    "sad": "wept tears sobbed funeral mourned cried sighed grave loss aching rain empty",
+    "afraid": "screamed fled trembled hid shadows monster froze shivered darkness danger footsteps crept",
+    "nervous": "fidgeted sweating stammered paced bit nails twitching hesitated fumbled interview gulped jittery",
+    "surprised": "gasped suddenly unexpectedly blinked unbelievable jaw stared whoa sudden eyebrows startled unannounced",
+}
+CIRCUMPLEX = {
+    "happy": (0.8, 0.4), "inspired": (0.6, 0.5), "loving": (0.8, -0.1), "proud": (0.6, 0.2), "calm": (0.6, -0.8),
+    "desperate": (-0.8, 0.6), "angry": (-0.7, 0.8), "guilty": (-0.6, -0.2), "sad": (-0.8, -0.6), "afraid": (-0.7, 0.7),
+    "nervous": (-0.4, 0.6), "surprised": (0.2, 0.8),
+}  # fmt: skip
+TOPICS = (
+    "kitchen stove pan soup knife recipe oven bread plate salt",
+    "garden soil seeds fence rake tomato shed hose weeds leaves",
+    "office desk printer meeting report email budget client deadline folder",
+    "train station platform ticket luggage carriage rails conductor seat timetable",
+    "school teacher classroom chalk homework lesson pupils exam bell notebook",
+    "harbour boat rope anchor sail fish crew tide deck net",
+    "workshop hammer bolt engine wrench drill lathe bench wire oil",
+    "library book shelf page author catalogue novel reader index chapter",
+)
+PLAIN = (
+    "the a of to in and it was on for with at by from as his her their he she they then there that this one two had has is are be "
+    "not but or so when while after before again over under near left right came went took put saw said asked told made turned "
+    "walked looked stood sat opened closed found kept moved waited day morning evening hour door window street house table chair "
+    "hand eyes face voice water light paper time people man woman friend neighbour something nothing every still just more most "
+    "I you we my your yes no true false good bad do can will would what how why think am me user assistant system story dialogue person"
+)
+
+N_LAYERS, WIDTH, CONTEXT = 6, 64, 2048
+BOS, EOS = 0, 1
+BUCKETS = 4096
+"""Words it does not know share this many ids. They can be read and scored; they are never generated."""
+
+DECAY = 0.97
+# What each block adds: the token's own part, its word's signal, and the context it reads. The first entry is the embedding.
+OWN = (1.0, 0.2, 0.3, 0.4, 0.5, 0.6, 2.0)
+SIGNAL = (0.15, 0.0, 0.25, 0.4, 0.5, 0.4, 0.0)
+GAIN = (0.0, 0.0, 0.15, 0.4, 0.6, 0.6, 0.0)
+
+_PIECE = re.compile(r" ?\w+(?:['’-]\w+)*| ?[^\w\s]|\s")
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What was planted.
+
+    Args:
+        names: The ``N`` concepts.
+        directions: Their unit directions at each layer, ``(L, N, D)``.
+        nuisance: Orthonormal basis of what topics drive, ``(k, D)``.
+        valence: Unit direction of the valence axis, ``(D,)``.
+        arousal: Unit direction of the arousal axis, ``(D,)``.
+    """
+
+    names: tuple[str, ...]
+    directions: np.ndarray
+    nuisance: np.ndarray
+    valence: np.ndarray
+    arousal: np.ndarray
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """A concept's unit direction at each layer, ``(L, D)``."""
+        return self.directions[:, self.names.index(name)]
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What the blocks remember of the tokens so far: fading sums of what each has read, and the fading number of tokens."""
+
+    sums: np.ndarray
+    count: float = 0.0
+
+
+class ToyEngine(Engine):
+    """A model with planted directions, in numpy.
+
+    Args:
+        concepts: Cue words of each concept; default :data:`CUES`. The words should not name the concept.
+        seed: Of everything random in the weights.
+        effect: Strength of what is planted; 0 plants nothing, which is the null for every study.
+        template: Whether it has a chat template. Without one, chats are refused.
+
+    Raises:
+        EngineError: There is no concept.
+
+    Example:
+        >>> engine = ToyEngine()
+        >>> story = engine.write("angry", "a broken printer", seed=1)
+        >>> reading = next(engine.read([story], Readout((4,), pool="mean")))
+        >>> scores = engine.truth.directions[4] @ reading.values[0]
+        >>> engine.truth.names[int(scores.argmax())]
+        'angry'
+    """
+
+    def __init__(
+        self,
+        *,
+        concepts: Mapping[str, Sequence[str]] | None = None,
+        seed: int = 0,
+        effect: float = 1.0,
+        template: bool = True,
+    ) -> None:
+        self.concepts = {name: tuple(cues) for name, cues in (concepts or _words(CUES)).items()}
+        if not self.concepts:
+            raise EngineError("the toy model needs a concept: give concepts={'name': ['cue', ...]}")
+        self._template = template
+        settings = repr((sorted(self.concepts.items()), seed, effect, N_LAYERS, WIDTH, OWN, SIGNAL, GAIN, DECAY))
+        self._rng = np.random.default_rng([seed, 20261])
+        self.truth, self._carried = self._plant()
+        self._build_words(effect)
+        self.info = ModelInfo(
+            id="toy",
+            family="toy",
+            n_layers=N_LAYERS,
+            width=WIDTH,
+            context=CONTEXT,
+            dtype="float32",
+            device="cpu",
+            fingerprint=hashlib.sha256(settings.encode()).hexdigest()[:16],
+            template="role: content" if template else None,
+            n_parameters=self._own.size + self._signal.size + self._unembedding.size + self._bias.size,
+            reply_token=":" if template else None,
+        )
+
+    # ── the weights ──
+
+    def _plant(self) -> tuple[Truth, np.ndarray]:
+        """The directions, and an orthonormal basis of what context carries: the concepts and the nuisance."""
+        names = tuple(self.concepts)
+        axes = np.linalg.qr(self._rng.normal(size=(WIDTH, 6)))[0].T
+        valence, arousal, nuisance = axes[0], axes[1], axes[2:]
+        parts = self._rng.normal(size=(len(names), WIDTH))
+        parts -= parts @ axes.T @ axes
+        parts /= np.linalg.norm(parts, axis=1, keepdims=True)
+        angles = self._rng.uniform(0, 2 * np.pi, len(names))
+        places = np.array([CIRCUMPLEX.get(n, (np.cos(t), np.sin(t))) for n, t in zip(names, angles, strict=True)])
+        directions = places @ axes[:2] + 0.7 * parts
+        directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+        carried = np.linalg.qr(np.concatenate([axes, parts]).T)[0].T.astype(np.float32)
+        every_layer = np.repeat(directions[None], N_LAYERS, axis=0).astype(np.float32)
+        single = [a.astype(np.float32) for a in (nuisance, valence, arousal)]
+        return Truth(names, every_layer, *single), carried
+
+    def _build_words(self, effect: float) -> None:
+        """Ids, embeddings and unembedding. Words come with and without a space before them and a capital, as in real BPE."""
+        directions, nuisance = self.truth.directions[0], self.truth.nuisance
+        signals: dict[str, np.ndarray] = {word: np.zeros(WIDTH) for word in PLAIN.split()}
+        for topic in TOPICS:
+            place = self._rng.normal(size=len(nuisance)) * [6, 5, 4, 3]
+            signals.update({word: (place + self._rng.normal(size=len(nuisance))) @ nuisance for word in topic.split()})
+        for name, direction in zip(self.truth.names, directions, strict=True):
+            signals.update({cue: 3 * effect * direction for cue in self.concepts[name]})
+        signals.update({name: 3.6 * effect * d for name, d in zip(self.truth.names, directions, strict=True)})
+        plain = set(PLAIN.split())
+        # (text, word, bias): small letters after a space are the ordinary form.
+        forms = [("<start>", "", -30.0), ("<end>", "", 0.5)]
+        forms += [(s + mark, "", b) for mark in ".,;:?!\"'()[]-" for s, b in (("", 1.0 if mark in ".," else -6.0), (" ", -6.0))]
+        forms += [(space, "", -6.0) for space in "\n\t "]
+        marks = [*"0123456789", *(str(n) for n in range(10, 100)), *(c for c in "BCDEFGHJKLMNOPQRSTUVWXYZ")]
+        forms += [(s + mark, "", -6.0) for mark in marks for s in ("", " ")]
+        for word in signals:
+            common = 1.5 if word in plain else 0.0
+            forms += [(" " + word, word, common), (word, word, common - 5)]
+            if word[0].islower():
+                forms += [(" " + word.capitalize(), word, common - 3), (word.capitalize(), word, common - 5)]
+        self._words = [text for text, _, _ in forms]
+        self._ids = {text: i for i, text in enumerate(self._words)}
+        size = len(forms) + BUCKETS
+        self._own = (4 / np.sqrt(WIDTH) * self._rng.normal(size=(size, WIDTH))).astype(np.float32)
+        self._own[BOS] *= 100
+        self._signal = np.zeros((size, WIDTH), np.float32)
+        self._signal[: len(forms)] = [signals.get(word, np.zeros(WIDTH)) for _, word, _ in forms]
+        self._unembedding = (0.15 * self._rng.normal(size=(size, WIDTH)) + 0.35 * self._signal).astype(np.float32)
+        self._bias = np.full(size, -30, np.float32)
+        self._bias[: len(forms)] = [bias for _, _, bias in forms]
+
+    # ── text to tokens ──
+
+    def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        spans = [match.span() for match in _PIECE.finditer(text)]
+        known, size = self._ids, len(self._words)
+        ids = [known.get(text[a:b], size + zlib.crc32(text[a:b].encode()) % BUCKETS) for a, b in spans]
+        return ids, spans
+
+    def _render(self, request: Request) -> tuple[str, int | None]:
+        """A chat in the template's words, and where an answer that is part of it begins."""
+        chat = request.prompt
+        assert not isinstance(chat, str)
+        if not self._template:
+            raise EngineError("this toy model has no chat template: give a plain text, or open it with template=True")
+        if strange := [role for role, _ in chat if role not in ("system", "user", "assistant")]:
+            raise EngineError(f"the chat template knows system, user and assistant turns: not {strange[0]!r}")
+        text = "".join(f"{role}: {content.strip()}\n" for role, content in chat)
+        if chat[-1][0] != "assistant":
+            return text + "assistant:", None
+        if request.sampling or request.prefill or request.choices:
+            raise EngineError("the chat ends with the assistant's turn: end it with a user turn, and give a beginning as prefill")
+        return text, len(text) - len(chat[-1][1].strip()) - 1
+
+    def layout(self, request: Request) -> Layout:
+        """Tokenize a request.
+
+        Args:
+            request: The prompt or chat, and the prefill, which is tokenized on its own so that it belongs to the reply.
+
+        Returns:
+            Its tokens with roles and offsets, a beginning-of-sequence token first.
+
+        Raises:
+            EngineError: A chat without a template or with unknown roles; an empty prompt.
+
+        Example:
+            >>> ToyEngine().layout(Request((("user", "Hello!"),))).tokens
+            ('', 'user', ':', ' Hello', '!', '\\n', 'assistant', ':')
+        """
+        if isinstance(request.prompt, str):
+            text, answer = request.prompt, None
+            ids, spans = self._encode(text)
+            roles = ["text"] * len(ids)
+        else:
+            text, answer = self._render(request)
+            ids, spans = self._encode(text)
+            marked, _ = self._render(replace(request, prompt=mark_chat(request.prompt)))
+            roles = chat_roles(text, request.prompt, spans, marked=marked)
+        n_prompt = 1 + (len(ids) if answer is None else sum(b <= answer for _, b in spans))
+        more, ends = self._encode(request.prefill)
+        if not ids and not more:
+            raise EngineError("the prompt is empty: give at least one word")
+        bare = Layout(text, ("", *(text[a:b] for a, b in spans)), (BOS, *ids), ((0, 0), *spans), ("special", *roles), n_prompt)
+        return _grown(bare, more, [request.prefill[a:b] for a, b in ends])
+
+    # ── the model ──
+
+    def _forward(
+        self, ids: Sequence[int], steering: Steering, masks: Mapping[Where, np.ndarray], memory: _Memory
+    ) -> tuple[np.ndarray, _Memory]:
+        """Residuals ``(1 + L, n, D)`` of the next ``n`` tokens, the embedding first, and the memory after them."""
+        index = np.asarray(ids, dtype=np.int64)
+        lag = np.arange(len(index))[:, None] - np.arange(len(index))
+        weights = np.where(lag >= 0, DECAY ** np.abs(lag), 0).astype(np.float32) * (index != BOS)
+        fade = (DECAY ** np.arange(1, len(index) + 1)).astype(np.float32)
+        count = weights.sum(1) + fade * memory.count
+        own, signal = self._own[index], self._signal[index]
+        h = OWN[0] * own + SIGNAL[0] * signal
+        stream, sums = [h], []
+        for layer in range(N_LAYERS):
+            total = weights @ (h @ self._carried.T) + fade[:, None] * memory.sums[layer]
+            context = total / np.maximum(count, 1)[:, None]
+            h = h + OWN[layer + 1] * own + SIGNAL[layer + 1] * signal + GAIN[layer + 1] * (context @ self._carried)
+            pushes, pins = steering.at_layer(layer)
+            for push in pushes:
+                h[masks[push.where]] += push.vector
+            for pin in pins:
+                rows = masks[pin.where]
+                h[rows] += (pin.amount * (pin.target - h[rows] @ pin.basis.T)) @ pin.dual.T
+            stream.append(h)
+            sums.append(total[-1])
+        return np.stack(stream), _Memory(np.stack(sums), float(count[-1]))
+
+    def unembed(self, residuals: np.ndarray) -> np.ndarray:
+        """Logits ``(n, vocabulary)`` of residuals ``(n, width)``: each is scaled to the norm ``sqrt(width)``, then unembedded.
+
+        Example:
+            >>> engine = ToyEngine()
+            >>> engine.vocabulary[int(engine.unembed(engine.truth["sad"][4:5]).argmax())]
+            ' sad'
+        """
+        x = np.asarray(residuals, dtype=np.float32)
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+        return x @ self._unembedding.T + self._bias
+
+    @property
+    def vocabulary(self) -> Sequence[str]:
+        """The text of every token id; ids that unknown words share have a text that says so."""
+        return [*self._words, *(f"<unknown {i}>" for i in range(BUCKETS))]
+
+    # ── the seam ──
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Result]:
+        """Run requests one after the other; see :meth:`affectlens.engine.Engine.run`."""
+        for request in requests:
+            check_request(request, self.info)
+            layout = self.layout(request)
+            choices = [self._encode(choice)[0] for choice in request.choices]
+            if not all(choices):
+                raise EngineError("a choice is empty: every choice needs at least one token")
+            refuse_too_long(len(layout) + max(map(len, choices), default=0), request, self.info)
+            yield from self._run(request, layout, choices)
+
+    def _run(self, request: Request, layout: Layout, choices: list[list[int]]) -> Iterator[Result]:
+        steering = request.steering
+        wheres = {term.where for term in steering.terms}
+        start = _Memory(np.zeros((N_LAYERS, len(self._carried)), np.float32))
+        masks = {where: where.mask(layout) for where in wheres}
+        stream, memory = self._forward(layout.ids, steering, masks, start)
+        # How many tokens each Where has passed, for those that are yet to come.
+        passed = {where: int(replace(where, after=0, last=None).mask(layout).sum()) for where in wheres}
+
+        def coming(first: int, n: int) -> dict[Where, np.ndarray]:
+            return {w: np.array([w.extends(passed[w] + first + k) for k in range(n)]) for w in wheres}
+
+        scores = []
+        for ids in choices:
+            after, _ = self._forward(ids, steering, coming(0, len(ids)), memory)
+            before = np.concatenate([stream[-1, -1:], after[-1, :-1]])
+            scores.append(float(_log_softmax(self.unembed(before))[np.arange(len(ids)), ids].sum()))
+        if request.sampling is None:
+            yield Result("", layout, self._readings(request, layout, stream), tuple(scores))
+            return
+
+        sampling = request.sampling
+        rng = np.random.Generator(np.random.Philox(key=sampling.seed % 2**64))
+        script = self._script(request)
+        n_given, text, shown, finish = len(layout), "", 0, ""
+        new_ids: list[int] = []
+        pieces: list[str] = []
+        while not finish:
+            if script is None:
+                token = self._pick(self.unembed(stream[-1, -1:])[0], sampling, rng)
+                piece = self._words[token]
+            else:
+                token, piece = script[len(new_ids)] if len(new_ids) < len(script) else (EOS, "")
+            if token == EOS:
+                finish = "stop"
+            else:
+                # The last token is run too, so that a reading of the reply covers all of it.
+                more, memory = self._forward([token], steering, coming(len(new_ids), 1), memory)
+                stream = np.concatenate([stream, more], axis=1)
+                new_ids.append(token)
+                pieces.append(piece)
+                text += piece
+                finish = "length" if len(new_ids) == sampling.max_tokens else ""
+                if (cut := _first_stop(text, sampling.stop)) is not None:
+                    text, finish = text[:cut], "stop"
+            if request.stream:
+                until = len(text) if finish else len(text) - _held_back(text, sampling.stop)
+                so_far = _grown(layout, new_ids, pieces)
+                readings = self._readings(request, so_far, stream, first=len(so_far) - (token != EOS))
+                yield Result(text[shown:until], so_far, readings, done=False)
+                shown = until
+        whole = _grown(layout, new_ids, pieces, length=len(layout.text) + len(text))
+        readings = self._readings(request, whole, stream)
+        yield Result(text, whole, readings, tuple(scores), finish)
+        assert len(whole) >= n_given
+
+    def _readings(self, request: Request, layout: Layout, stream: np.ndarray, first: int = 0) -> tuple[Reading, ...]:
+        return tuple(_reading(readout, layout, stream, first) for readout in request.readouts)
+
+    def _pick(self, logits: np.ndarray, sampling: Sampling, rng: np.random.Generator) -> int:
+        """One token; each takes one number from the request's own stream, so what else runs does not matter."""
+        logits = logits[: len(self._words)].astype(np.float64)
+        logits[BOS] = -np.inf
+        if sampling.temperature == 0:
+            return int(logits.argmax())
+        order = np.argsort(-logits, kind="stable")[: sampling.top_k or None]
+        weights = np.exp((logits[order] - logits[order[0]]) / sampling.temperature)
+        ends = np.cumsum(weights / weights.sum())
+        n = int(np.searchsorted(ends, sampling.top_p)) + 1 if sampling.top_p < 1 else len(ends)
+        ends = ends[:n]
+        return int(order[min(np.searchsorted(ends, rng.random() * ends[-1], side="right"), len(ends) - 1)])
+
+    # ── stories ──
+
+    def write(self, concept: str | None, topic: str, *, seed: int = 0, words: int = 90) -> str:
+        """Write a labelled text: words of a topic, and cue words of a concept that it never names.
+
+        Args:
+            concept: What the text conveys; None for a neutral text.
+            topic: What it is about: any words; they choose one of the topics that the model knows.
+            seed: Another seed gives another text.
+            words: Its length.
+
+        Raises:
+            UnknownName: There is no such concept.
+
+        Example:
+            >>> len(ToyEngine().write("calm", "a delayed train", words=80).split())
+            80
+        """
+        if concept is not None and concept not in self.concepts:
+            raise UnknownName("concept", concept, self.concepts)
+        rng = np.random.default_rng([seed % 2**32, zlib.crc32(f"{concept}/{topic}".encode())])
+        about = TOPICS[zlib.crc32(topic.encode()) % len(TOPICS)].split()
+        plain = PLAIN.split()[:96]  # without the words that belong to questions and templates
+        cues = self.concepts[concept] if concept is not None else plain
+        kinds = rng.choice(3, size=words, p=[0.52, 0.3, 0.18])
+        chosen = [str(rng.choice((plain, about, cues)[kind])) for kind in kinds]
+        sentences = [" ".join(chosen[i : i + 9]) for i in range(0, words, 9)]
+        return " ".join(s[0].upper() + s[1:] + "." for s in sentences)
+
+    def _script(self, request: Request) -> list[tuple[int, str]] | None:
+        """The tokens to recite when a prompt asks for stories or dialogues in blocks; None for every other prompt."""
+        prompt = request.prompt if isinstance(request.prompt, str) else "\n".join(content for _, content in request.prompt)
+        asked = re.search(r"\[(story|dialogue) 1\]", prompt)
+        if asked is None:
+            return None
+        assert request.sampling is not None
+        kind, seed = asked[1], request.sampling.seed
+        stated = re.search(r"\b(\d+)\s+(?:[\w-]+\s+){0,3}(?:stories|story|dialogues)\b", prompt)
+        n = int(stated[1]) if stated else max(int(k) for k in re.findall(rf"\[{kind} (\d+)\]", prompt))
+        named = {name: len(re.findall(rf"\b{re.escape(name)}\b", prompt, re.IGNORECASE)) for name in self.concepts}
+        concept = max(named, key=named.__getitem__) if kind == "story" and any(named.values()) else None
+        line = re.search(r"topic[^\n]*?:\s*([^\n]+)", prompt, re.IGNORECASE)
+        topic = line[1] if line else prompt
+        blocks = []
+        for k in range(1, n + 1):
+            body = self.write(concept, topic, seed=1000 * seed + k)
+            if kind == "dialogue":
+                half = body.index(".") + 1
+                body = f"Person: {body[:half]}\n\nAI: {body[half:].strip()}"
+            blocks.append(f"[{kind} {k}]\n\n{body}\n\n")
+        text = "".join(blocks).removeprefix(request.prefill.strip())
+        ids, spans = self._encode(text)
+        return [(i, text[a:b]) for i, (a, b) in zip(ids, spans, strict=True)]
+
+
+def _words(cues: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    return {name: tuple(words.split()) for name, words in cues.items()}
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    logits = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def _first_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where the earliest stop string begins."""
+    return min((i for stop in stops if (i := text.find(stop)) >= 0), default=None)
+
+
+def _held_back(text: str, stops: Sequence[str]) -> int:
+    """How many characters at the end may be the beginning of a stop string, so that they cannot be shown yet."""
+    return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+
+
+def _grown(layout: Layout, ids: Sequence[int], pieces: Sequence[str], length: int | None = None) -> Layout:
+    """The layout with tokens of the reply behind it; a text cut by a stop string keeps the tokens that are left of it."""
+    ends = np.cumsum([len(layout.text), *map(len, pieces)]).tolist()
+    text = (layout.text + "".join(pieces))[:length]
+    spans = [(a, min(b, len(text))) for a, b in zip(ends, ends[1:], strict=False) if a < len(text)]
+    return Layout(
+        text,
+        (*layout.tokens, *(text[a:b] for a, b in spans)),
+        (*layout.ids, *ids[: len(spans)]),
+        (*layout.offsets, *spans),
+        (*layout.roles, *["assistant"] * len(spans)),
+        layout.n_prompt,
+    )
+
+
+def _reading(readout: Readout, layout: Layout, stream: np.ndarray, first: int) -> Reading:
+    """What a readout sees of residuals ``(1 + L, T, D)``, from the token ``first`` on."""
+    positions = np.flatnonzero(readout.where.mask(layout))
+    positions = positions[positions >= first]
+    x = stream[np.array(readout.layers) + 1][:, positions]
+    nothing = np.full((len(x), WIDTH), np.nan, np.float32)
+    if readout.pool == "norm":
+        norms = np.linalg.norm(x, axis=-1).mean(1) if len(positions) else nothing[:, 0]
+        return Reading(norms, norms, positions)
+    if readout.pool == "mean":
+        x = x.mean(1) if len(positions) else nothing
+    elif readout.pool == "last":
+        x = x[:, -1] if len(positions) else nothing
+    values = x if readout.onto is None else np.einsum("l...d,lkd->l...k", x, readout.onto).astype(np.float32)
+    return Reading(values, np.linalg.norm(x, axis=-1), positions)

@@ -1,0 +1,503 @@
+"""The report of a run: what was checked, which published findings hold for this model, figures, tables, stories token by token.
+
+A :class:`Report` is plain data. It is written as ``report.json`` (everything), ``report.html`` (one file that needs no network
+and is forbidden to use it) and ``report.md`` (for a pull request or a model card), and printed to a terminal.
+
+Stories and model names come from outside. In the page they are text and never markup: the template escapes by default, data
+travel as inert JSON, and a content security policy allows exactly the two scripts that are ours, by hash.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from affectlens.errors import FormatError
+from affectlens.runs import atomic_write, read_json, write_json
+from affectlens.stats import Estimate, Null
+from affectlens.studies import Figure, Finding, Table, Verdict
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FORMAT, KIND = 1, "affectlens-report"
+STATUSES = ("ok", "warn", "fail")
+VERDICTS: tuple[str, ...] = get_args(Verdict)
+DISCLAIMER = (
+    "Every reading in this report is a functional representation: a direction in the model's activations that behaves as "
+    "the concept would lead one to expect. Nothing here claims that a model feels anything."
+)
+_GLYPHS = {"holds": "●", "weak": "◐", "fails": "○", "untestable": "–", "ok": "✓", "warn": "!", "fail": "✕"}
+_COLOURS = {"holds": "green", "weak": "yellow", "fails": "red", "untestable": "dim", "ok": "green", "warn": "yellow", "fail": "red"}
+# write_json sorts keys, so the order in which a reader wants the facts is kept here.
+_ORDER = ("id", "revision", "family", "n_parameters", "n_layers", "width", "dtype", "device", "concepts", "layer", "method",
+          "date", "command", "commit", "git_commit", "platform", "python", "seeds", "packages")  # fmt: skip
+_PARTS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "check": {"name": str, "status": str, "value": object, "detail": str},
+    "finding": {"study": str, "id": str, "claim": str, "verdict": str, "rule": str},
+    "table": {"id": str, "title": str, "caption": str, "columns": Sequence, "rows": Sequence},
+    "figure": {"id": str, "title": str, "caption": str, "plotly": Mapping},
+    "story": {"concept": str, "topic": str, "layer": int, "scale": (int, float), "tokens": Sequence, "scores": Mapping},
+}
+_FIX = "write it again with `affectlens study`"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that a run has to say, as plain data.
+
+    Whatever is given (tuples, numpy numbers, NaN, half a surrogate pair in a token) is made plain on construction, so that
+    ``Report.from_dict(json.loads(json.dumps(report.as_dict()))) == report``.
+
+    Args:
+        title: Heading of the report.
+        model: Facts about the model: id, family, n_layers, width, dtype, device, fingerprint, n_parameters, …
+        vectors: Facts about the vectors: number of concepts, layer, stories, method, …
+        checks: Instrument checks: ``{"name", "status": "ok" | "warn" | "fail", "value", "detail"}``.
+        findings: What the studies found, those of one study next to each other.
+        tables, figures: In the order in which they appear.
+        stories: ``{"concept", "topic", "layer", "scale", "tokens": [text], "scores": {probe: [number per token]}}``;
+            ``scale`` is the 99th percentile of the absolute scores over the story's probes, and a score may be None.
+        provenance: Packages, platform, command, seeds, date, git commit.
+        resume: The command that goes on with this run.
+
+    Raises:
+        FormatError: A part lacks a field or has a wrong one; names the part and the field.
+
+    Example:
+        >>> report = Report("Emotions in toy", model={"id": "toy"}, checks=[
+        ...     {"name": "steering at 0", "status": "ok", "value": 0.0, "detail": "bit-identical"}])
+        >>> report.summary
+        'No finding was tested on toy. The 1 instrument check passes.'
+        >>> Report.from_dict(report.as_dict()) == report
+        True
+    """
+
+    title: str
+    model: Mapping[str, Any]
+    vectors: Mapping[str, Any] = field(default_factory=dict)
+    checks: Sequence[Mapping[str, Any]] = ()
+    findings: Sequence[Finding] = ()
+    tables: Sequence[Table] = ()
+    figures: Sequence[Figure] = ()
+    stories: Sequence[Mapping[str, Any]] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    resume: str = ""
+
+    def __post_init__(self) -> None:
+        parts = {own.name: _plain(getattr(self, own.name)) for own in fields(self)}
+        for name, kind in (("title", str), ("resume", str), ("model", dict), ("vectors", dict), ("provenance", dict)):
+            if not isinstance(parts[name], kind):
+                raise FormatError(f"{name} must be {'text' if kind is str else 'an object'}")
+        parts["checks"] = _each(parts["checks"], "check", _check)
+        parts["findings"] = _each(parts["findings"], "finding", _finding)
+        parts["tables"] = _each(parts["tables"], "table", _table)
+        parts["figures"] = _each(parts["figures"], "figure", lambda part: Figure(**part))
+        parts["stories"] = _each(parts["stories"], "story", _story)
+        for name, value in parts.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many findings have each verdict; verdicts without a finding are left out."""
+        verdicts = [finding.verdict for finding in self.findings]
+        return {verdict: verdicts.count(verdict) for verdict in VERDICTS if verdict in verdicts}
+
+    @property
+    def summary(self) -> str:
+        """One or two sentences: how many findings hold, and whether the instrument can be trusted."""
+        counts, n = self.counts, len(self.findings)
+        name = str(self.model.get("id", "this model"))
+        first = f"No finding was tested on {name}."
+        if n:
+            holds = counts.pop("holds", 0)
+            ways = {"weak": ("is weak", "are weak"), "fails": ("fails", "fail"), "untestable": ("could not be tested",) * 2}
+            rest = [f"{count} {ways[verdict][count > 1]}" for verdict, count in counts.items()]
+            opening = f"{holds or 'None'} of {n} finding{'s' * (n > 1)} {'holds' if holds == 1 or n == 1 else 'hold'} on {name}"
+            first = f"{opening}{'; ' if rest else ''}{_listed(rest)}."
+        bad = [check["name"] for check in self.checks if check["status"] == "fail"]
+        warned = sum(check["status"] == "warn" for check in self.checks)
+        if not self.checks:
+            return f"{first} The instrument was not checked."
+        if bad:
+            return f"{first} Read with care: the instrument fails the check of {_listed(bad)}."
+        if warned:
+            return f"{first} {warned} of {len(self.checks)} instrument checks ask{'s' * (warned == 1)} for attention; none fails."
+        many = len(self.checks) > 1
+        return f"{first} {'All' if many else 'The'} {len(self.checks)} instrument check{'s pass' if many else ' passes'}."
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields as JSON data, with the format's name and version; NaN is None."""
+        return {"kind": KIND, "format": FORMAT, **_plain(asdict(self))}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Report:
+        """The report that :meth:`as_dict` wrote.
+
+        Raises:
+            FormatError: Not a report, of a newer format, or a part is missing or of a wrong kind; names which.
+
+        Example:
+            >>> Report.from_dict({"kind": "affectlens-report", "format": 1, "title": "T"})
+            Traceback (most recent call last):
+            affectlens.errors.FormatError: the report lacks 'model'
+        """
+        if not isinstance(data, Mapping) or data.get("kind") != KIND:
+            raise FormatError("this is not an affectlens report")
+        if data.get("format") != FORMAT:
+            raise FormatError(f"the report has format {data.get('format')}, this affectlens knows {FORMAT}")
+        given = {name: value for name, value in data.items() if name not in ("kind", "format")}
+        known = [own.name for own in fields(cls)]
+        if unknown := sorted(set(given) - set(known)):
+            raise FormatError(f"the report has an unknown part {unknown[0]!r}")
+        if missing := [name for name in ("title", "model") if name not in given]:
+            raise FormatError(f"the report lacks {missing[0]!r}")
+        return cls(**given)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``report.json``, ``report.html`` and ``report.md``, each atomically.
+
+        Returns:
+            The path of the page.
+
+        Raises:
+            AffectlensError: The folder cannot be written.
+
+        Example:
+            >>> import tempfile
+            >>> Report("T", model={"id": "toy"}).save(tempfile.mkdtemp()).name
+            'report.html'
+        """
+        folder = Path(folder)
+        write_json(folder / "report.json", self.as_dict())
+        for name, text in (("report.md", self.markdown()), ("report.html", self.html())):
+            with atomic_write(folder / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        return folder / "report.html"
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Read a report from its folder or its JSON file.
+
+        Raises:
+            FormatError: Missing, broken or not a report, in one line that names the file.
+        """
+        path = Path(path)
+        path = path / "report.json" if path.is_dir() else path
+        data = read_json(path, fix=_FIX)
+        try:
+            return cls.from_dict(data)
+        except FormatError as error:
+            raise FormatError(f"{path}: {error}; {_FIX}") from error
+
+    def html(self) -> str:
+        """The report as one page: no network, light and dark, for screens, phones and paper."""
+        from jinja2 import Environment, StrictUndefined
+        from markupsafe import Markup
+        from plotly.offline import get_plotlyjs
+
+        data = resources.files("affectlens") / "data"
+        environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        environment.filters |= {"cell": _cell, "facts": _facts, "embed": lambda value: Markup(_embedded(value))}
+        environment.globals |= {"glyphs": _GLYPHS, "trusted": Markup, "hash": _hash}
+        template = environment.from_string((data / "report.html.j2").read_text(encoding="utf-8"))
+        return template.render(
+            report=self,
+            css=(data / "report.css").read_text(encoding="utf-8"),
+            plotly=get_plotlyjs() if self.figures else "",
+            findings=[{"finding": finding, **_shown(finding), "strip": _strip(finding)} for finding in self.findings],
+            wide=_wide(self.figures),
+            tables=[(table, _numeric(table), _formatted(table)) for table in self.tables],
+            disclaimer=DISCLAIMER,
+        )
+
+    def markdown(self) -> str:
+        """The report as Markdown: summary, checks, findings, the first rows of each table, captions, provenance."""
+        lines = [f"# {_md(self.title)}", "", _md(self.summary), "", f"> {DISCLAIMER}", ""]
+        lines += [f"**Model:** {_md(_facts(self.model))}  ", f"**Vectors:** {_md(_facts(self.vectors))}", ""]
+        if self.checks:
+            rows = [[check["status"], check["name"], _cell(check["value"]), check["detail"]] for check in self.checks]
+            lines += ["## Instrument checks", "", *_md_table(("status", "check", "value", "detail"), rows), ""]
+        if self.findings:
+            rows = []
+            for finding in self.findings:
+                own = _shown(finding)
+                claim = f"{finding.claim} ({finding.note})" if finding.note else finding.claim
+                rows.append([f"**{finding.verdict}**", claim, own["published"], own["here"], own["chance"], own["p"], own["n"]])
+            head = ("verdict", "finding", "published", "here [interval]", "chance [95 %]", "p", "n")
+            lines += ["## Findings", "", *_md_table(head, rows, safe=(0,)), ""]
+        for table in self.tables:
+            rows, more = _formatted(table)[:20], len(table.rows) - 20
+            lines += [f"## {_md(table.title)}", "", _md(table.caption), "", *_md_table(table.columns, rows), ""]
+            lines += [f"{more} more rows are in report.json.", ""] if more > 0 else []
+        if self.figures:
+            lines += ["## Figures", "", "Drawn in report.html:", ""]
+            lines += [f"* **{_md(figure.title)}.** {_md(figure.caption)}" for figure in self.figures] + [""]
+        lines += ["## Provenance", "", *(f"* {_md(key)}: {_md(_cell(value))}" for key, value in _ordered(self.provenance)), ""]
+        if self.resume:
+            lines += ["Go on with this run:", "", *(f"    {line}" for line in self.resume.splitlines()), ""]
+        return "\n".join(lines)
+
+    def print(self, console: Console | None = None) -> None:
+        """Print the report to a terminal: checks, findings with coloured verdicts, and the first rows of each table.
+
+        Args:
+            console: Where to print; standard output when None.
+
+        Example:
+            >>> Report("Emotions in toy", model={"id": "toy"}).print()
+            Emotions in toy
+            No finding was tested on toy. The instrument was not checked.
+        """
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table as Grid
+        from rich.text import Text
+
+        console = console or Console()
+
+        def text(value: Any, style: str = "") -> Text:
+            # Text takes nothing as markup; what is left to remove are escape sequences that would drive the terminal.
+            return Text("".join(c if c.isprintable() else " " for c in str(value)), style)
+
+        def grid(title: str, columns: Iterable[tuple[str, bool]]) -> Grid:
+            made = Grid(box=box.SIMPLE_HEAD, title=text(title, "bold"), title_justify="left", padding=(0, 1), pad_edge=False)
+            for name, right in columns:
+                made.add_column(text(name), justify="right" if right else "left", overflow="fold")
+            return made
+
+        console.print(text(self.title, "bold"))
+        console.print(text(self.summary))
+        if self.checks:
+            made = grid("Instrument checks", [("", False), ("check", False), ("value", True), ("detail", False)])
+            for check in self.checks:
+                status = check["status"]
+                made.add_row(
+                    text(f"{_GLYPHS[status]} {status}", _COLOURS[status]),
+                    text(check["name"]),
+                    text(_cell(check["value"])),
+                    text(check["detail"], "dim"),
+                )
+            console.print(made)
+        if self.findings:
+            head = [("verdict", False), ("finding", False), ("published", False), ("here", True), ("chance", True), ("p", True)]
+            made = grid("Findings", [*head, ("n", True)])
+            for finding in self.findings:
+                own = _shown(finding)
+                claim = text(finding.claim)
+                if finding.note:
+                    claim.append_text(text("\n")).append_text(text(finding.note, "dim"))
+                numbers = [text(own[key]) for key in ("published", "here", "chance", "p", "n")]
+                verdict = text(f"{_GLYPHS[finding.verdict]} {finding.verdict}", _COLOURS[finding.verdict])
+                made.add_row(verdict, claim, *numbers)
+            console.print(made)
+        for table in self.tables:
+            made = grid(table.title, zip(table.columns, _numeric(table), strict=True))
+            for row in _formatted(table)[:8]:
+                made.add_row(*map(text, row))
+            if len(table.rows) > 8:
+                made.caption = text(f"{len(table.rows) - 8} more rows in report.json", "dim")
+            console.print(made)
+
+
+def _plain(value: Any) -> Any:
+    """JSON data, whatever came in; numpy numbers and arrays lose their type, numbers that JSON has not become None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, (Finding, Table, Figure)):
+        return _plain(asdict(value))
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return str(value).encode("utf-8", "replace").decode()  # a token may be half of a surrogate pair
+
+
+def _each(parts: Any, what: str, make: Any) -> tuple[Any, ...]:
+    """Check and make each part of a kind; an error says which one it was."""
+    if not isinstance(parts, list):
+        raise FormatError(f"the {what} part must be a list")
+    made = []
+    for number, part in enumerate(parts, 1):
+        try:
+            if not isinstance(part, dict):
+                raise TypeError("must be an object")
+            for name, kind in _PARTS[what].items():
+                if name not in part:
+                    raise TypeError(f"lacks {name!r}")
+                if not isinstance(part[name], kind) or (kind is Sequence and isinstance(part[name], str)):
+                    raise TypeError(f"{name!r} is of a wrong kind")
+            made.append(make(part))
+        except (TypeError, ValueError) as error:
+            raise FormatError(f"{what} {number}: {error}") from error
+    return tuple(made)
+
+
+def _one_of(what: str, value: Any, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{what} {value!r} is none of {', '.join(known)}")
+
+
+def _check(part: dict[str, Any]) -> dict[str, Any]:
+    _one_of("status", part["status"], STATUSES)
+    return part
+
+
+def _finding(part: dict[str, Any]) -> Finding:
+    _one_of("verdict", part["verdict"], VERDICTS)
+    estimate, null = part.get("estimate"), part.get("null")
+    return Finding(
+        **{"published": None, **part}
+        | {"estimate": estimate and Estimate.from_dict(estimate), "null": null and Null.from_dict(null)}
+    )
+
+
+def _table(part: dict[str, Any]) -> Table:
+    rows = tuple(map(tuple, part["rows"]))
+    if any(len(row) != len(part["columns"]) for row in rows):
+        raise ValueError(f"a row does not have one value for each of the {len(part['columns'])} columns")
+    return Table(**part | {"columns": tuple(map(str, part["columns"])), "rows": rows})
+
+
+def _story(part: dict[str, Any]) -> dict[str, Any]:
+    for probe, scores in part["scores"].items():
+        if not isinstance(scores, list) or len(scores) != len(part["tokens"]):
+            raise ValueError(f"the scores of {probe!r} are not one for each of the {len(part['tokens'])} tokens")
+    return part
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def _minus(text: str) -> str:
+    """The typographic minus in front of numbers."""
+    return re.sub(r"(?<![\w.)])-(?=[\d.])", "−", text)
+
+
+def _cell(value: Any) -> str:
+    """Any plain value as a short text."""
+    if value is None or value == "":
+        return "–"
+    if isinstance(value, Mapping):
+        return _facts(value)
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_cell, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        # A year or a seed is no quantity: only long numbers get their thousands apart.
+        return _minus(f"{value:,}".replace(",", "\u202f") if abs(value) >= 10_000 else str(value))
+    return _minus(f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}") if isinstance(value, float) else str(value)
+
+
+def _ordered(facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Facts in reading order: the known ones, then the others by name."""
+    rank = {name: number for number, name in enumerate(_ORDER)}
+    names = sorted(facts, key=lambda name: (rank.get(name, len(rank)), name))
+    return [(name.removeprefix("n_").replace("_", " "), facts[name]) for name in names]
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    return " · ".join(f"{name} {_cell(value)}" for name, value in _ordered(facts))
+
+
+def _shown(finding: Finding) -> dict[str, str]:
+    """The numbers of a finding as texts."""
+    shown = dict.fromkeys(("here", "chance", "kind", "p", "n"), "–") | {"published": finding.published or "–"}
+    if (estimate := finding.estimate) is not None:
+        # The estimate prints itself with as many digits as its interval supports; n and the level have their own place.
+        text, _, inside = str(estimate).rpartition(" (")
+        level = "" if estimate.level == 0.95 else f" ({inside.partition(',')[0]})"
+        shown |= {"here": text + level, "n": f"{estimate.n:,}".replace(",", "\u202f")}
+    if (null := finding.null) is not None:
+        shown["chance"] = str(null).removeprefix("null ").partition(", p = ")[0]
+        shown["kind"] = f"{null.kind}, {null.draws} draws"
+        shown["p"] = "–" if math.isnan(null.p) else "< 0.001" if null.p < 0.001 else f"{null.p:.2g}"
+    return {key: _minus(text) for key, text in shown.items()}
+
+
+def _strip(finding: Finding) -> dict[str, float] | None:
+    """Places, in percent of the width, for the small picture of interval, chance band and published value."""
+    estimate, null = finding.estimate, finding.null
+    if estimate is None:
+        return None
+    marks = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+    if null is not None:
+        marks |= {"null_low": null.low, "null_high": null.high}
+    # Only a bare number in the same unit can stand beside ours; "6 of 12" cannot.
+    bare = re.fullmatch(r"(?:[a-zρ]+ ?= ?)?([-−]?\d*\.?\d+) ?(%?)", finding.published or "", re.IGNORECASE)
+    if bare and bare[2] == estimate.unit.strip():
+        marks["published"] = float(bare[1].replace("−", "-"))
+    if not all(map(math.isfinite, marks.values())):
+        return None
+    low, high = min(marks.values()), max(marks.values())
+    return {name: round(6 + 88 * (mark - low) / (high - low), 1) for name, mark in marks.items()} if high > low else None
+
+
+def _wide(figures: Sequence[Figure]) -> list[bool]:
+    """Which figures take both columns: those that ask for it, and one that would stand alone in its row."""
+    asked = [bool((figure.plotly.get("layout", {}).get("meta") or {}).get("wide")) for figure in figures]
+    wide, column = list(asked), 0
+    for number, own in enumerate(asked):
+        column = 0 if own else 1 - column
+        if column == 1 and (number + 1 == len(asked) or asked[number + 1]):
+            wide[number], column = True, 0
+    return wide
+
+
+def _numeric(table: Table) -> list[bool]:
+    """Which columns hold numbers only."""
+    return [
+        all(value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)) for value in column)
+        for column in (zip(*table.rows, strict=True) if table.rows else [[""]] * len(table.columns))
+    ]
+
+
+def _formatted(table: Table) -> list[list[str]]:
+    """The rows as texts, the floats of a column with equally many decimals."""
+    formats = []
+    for column in zip(*table.rows, strict=True):
+        sizes = [abs(value) for value in column if isinstance(value, float)]
+        decimals = 0 if max(sizes, default=0) >= 1000 else 1 if max(sizes, default=0) >= 100 else 3
+        formats.append(decimals if max(sizes, default=1) >= 0.01 else None)  # None: too small for fixed decimals
+    return [
+        [
+            _minus(f"{value + 0.0:,.{decimals}f}") if isinstance(value, float) and decimals is not None else _cell(value)
+            for value, decimals in zip(row, formats, strict=True)
+        ]
+        for row in table.rows
+    ]
+
+
+def _embedded(value: Any) -> str:
+    """JSON that can stand inside a script element: nothing in it can end the element or start a comment."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _hash(script: str) -> str:
+    """The source expression by which a content security policy allows exactly this script."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
+def _md(text: str) -> str:
+    """Untrusted text in Markdown: no markup of ours or of HTML, and on one line."""
+    return re.sub(r"([\\`*_\[\]|<>#~])", r"\\\1", " ".join(str(text).split()))
+
+
+def _md_table(columns: Sequence[str], rows: Iterable[Sequence[str]], safe: Sequence[int] = ()) -> list[str]:
+    body = ["| " + " | ".join(cell if i in safe else _md(cell) for i, cell in enumerate(row)) + " |" for row in rows]
+    return ["| " + " | ".join(map(_md, columns)) + " |", "|" + "---|" * len(columns), *body]
