@@ -15,7 +15,7 @@ from protocol import Job, Run, batches, serve
 
 
 def load(job: Job) -> Run:
-    model = TransformersModel(job.model, task="text-generation", dtype=job.torch_dtype, device_map="cpu", dispatch=True)
+    model = TransformersModel(job.model, task="text-generation", dtype=job.torch_dtype, dispatch=True)
     blocks, stop, layers = model.model.layers, bool(job.options.get("stop")), job.layers
 
     def run(texts: Sequence[str]) -> np.ndarray:

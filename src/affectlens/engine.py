@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -326,6 +327,8 @@ class Readout:
     def __post_init__(self) -> None:
         if not self.layers:
             raise EngineError("a readout needs at least one layer")
+        if self.pool not in ("none", "mean", "last", "norm"):
+            raise EngineError(f"pool is {self.pool!r}: use none, mean, last or norm")
         if self.onto is not None and (self.onto.ndim != 3 or len(self.onto) != len(self.layers)):
             raise EngineError(
                 f"onto has shape {self.onto.shape}: give (layers, directions, width) with {len(self.layers)} layers"
@@ -367,6 +370,8 @@ class Sampling:
             raise EngineError(f"max_tokens is {self.max_tokens}: use 1 or more, or leave sampling out to read only")
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise EngineError("sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0")
+        if self.seed < 0:
+            raise EngineError(f"seed is {self.seed}: use 0 or more")
 
 
 @dataclass(frozen=True)
@@ -406,7 +411,8 @@ def _plain(value: Any) -> Any:
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
-    return value
+    # Layers and strengths often come out of arrays, and numpy's numbers are not JSON.
+    return value.item() if isinstance(value, np.generic) else value
 
 
 @dataclass(frozen=True)
@@ -524,6 +530,8 @@ def check_request(request: Request, info: ModelInfo) -> None:
                 "use vectors of this model"
             )
     for term in request.steering.terms:
+        if not np.isfinite(term.strength):
+            raise EngineError(f"the strength of {term.name!r} is {term.strength}: use a finite number")
         wrong = [layer for layer in term.layers if not 0 <= layer < info.n_layers]
         if wrong:
             raise EngineError(f"{info.id} has layers 0 to {info.n_layers - 1} to steer: not {wrong[0]}")
@@ -550,22 +558,35 @@ def refuse_too_long(n_tokens: int, request: Request, info: ModelInfo) -> None:
         )
 
 
-def chat_roles(text: str, chat: Chat, offsets: Sequence[tuple[int, int]]) -> list[str]:
+def mark_chat(chat: Chat) -> Chat:
+    """The chat with a mark that occurs nowhere else in place of every message: rendered, it shows where messages stand.
+
+    Example:
+        >>> mark_chat((("user", "Hi"), ("assistant", "Hello")))
+        (('user', 'MARKq0q'), ('assistant', 'MARKq1q'))
+    """
+    return tuple((role, f"MARKq{i}q") for i, (role, _) in enumerate(chat))
+
+
+def chat_roles(
+    text: str, chat: Chat, offsets: Sequence[tuple[int, int]], *, marked: str | None = None
+) -> list[str]:
     """Role of each token of a rendered chat: whose words it carries, or ``template``.
 
-    A template may strip a message; what is looked for is the stripped content, each after the one before.
+    Short messages also occur in the template's own words ("user", "a", "I"), so searching for them is not enough:
+    ``marked`` shows where each one stands. A template may strip a message, and it may treat messages by their content (dropping
+    earlier thinking, say); where the marked rendering does not fit, each message is searched after the one before.
+
+    Args:
+        text: The chat as the template renders it.
+        chat: Its turns.
+        offsets: ``(start, end)`` of each token in ``text``.
+        marked: :func:`mark_chat` of the same chat, rendered by the same template.
 
     Raises:
         EngineError: The template dropped or rewrote a message, so positions in it would be guesses.
     """
-    spans, cursor = [], 0
-    for role, content in chat:
-        words = content.strip()
-        start = text.find(words, cursor)
-        if start < 0:
-            raise EngineError(f"the chat template dropped or rewrote the {role} turn: use turns that it supports")
-        spans.append((role, start, start + len(words)))
-        cursor = start + len(words)
+    spans = (_spans_by_mark(text, chat, marked) if marked else None) or _spans_by_search(text, chat)
     roles = ["template"] * len(offsets)
     spans_left = iter(spans)
     role, start, end = next(spans_left)
@@ -575,6 +596,30 @@ def chat_roles(text: str, chat: Chat, offsets: Sequence[tuple[int, int]]) -> lis
         if b > a and a < end and b > start:
             roles[i] = role
     return roles
+
+
+def _spans_by_mark(text: str, chat: Chat, marked: str) -> list[tuple[str, int, int]] | None:
+    """Where each message stands if ``text`` is ``marked`` with the messages put in for their marks, stripped or not."""
+    pattern, rest = "", marked
+    for (_, content), (_, mark) in zip(chat, mark_chat(chat), strict=True):
+        before, found, rest = rest.partition(mark)
+        if not found:
+            return None
+        pattern += rf"{re.escape(before)}\s*({re.escape(content.strip())})\s*"
+    match = re.fullmatch(pattern + re.escape(rest), text)
+    return match and [(role, *match.span(i)) for i, (role, _) in enumerate(chat, 1)]
+
+
+def _spans_by_search(text: str, chat: Chat) -> list[tuple[str, int, int]]:
+    spans, cursor = [], 0
+    for role, content in chat:
+        words = content.strip()
+        start = text.find(words, cursor)
+        if start < 0:
+            raise EngineError(f"the chat template dropped or rewrote the {role} turn: use turns that it supports")
+        spans.append((role, start, start + len(words)))
+        cursor = start + len(words)
+    return spans
 
 
 def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

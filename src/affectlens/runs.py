@@ -48,8 +48,8 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 _TEMPORARY = ".tmp-"
 _PACKAGES = (
-    "affectlens", "torch", "transformers", "tokenizers", "accelerate", "safetensors", "huggingface-hub", "gguf",
-    "numpy", "scipy", "scikit-learn", "pyarrow", "vllm", "ray",
+    "affectlens", "torch", "transformers", "tokenizers", "accelerate", "safetensors", "huggingface-hub",
+    "gguf", "numpy", "scipy", "scikit-learn", "pyarrow", "vllm", "ray",
 )  # fmt: skip
 # What goes wrong with a place, not with the program: worth one line instead of a traceback.
 _PLACE = {
@@ -69,8 +69,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         A temporary path in the same folder with the same suffix (some writers insist on one), for any library
         to write to. It becomes `path` when the block ends, and is removed if the block raises.
 
-    Raises:
-        AffectlensError: the place cannot be written (no permission, disk full, a folder or a file in the way).
+    Raises AffectlensError: the place cannot be written (no permission, disk full, something in the way).
 
     >>> import tempfile
     >>> target = Path(tempfile.mkdtemp()) / "a.txt"
@@ -102,7 +101,7 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
 
     Args:
         path: the file to write.
-        obj: dicts with text or whole-number keys, lists, tuples, text, numbers, booleans, None, and within them
+        obj: dicts with text or whole-number keys, lists, tuples, text, numbers, booleans, None; and
             dataclasses (as dicts), numpy numbers and arrays (as lists) and paths (as text).
 
     Raises:
@@ -112,7 +111,7 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
     """
     text = json.dumps(_plain(obj), sort_keys=True, indent=1, ensure_ascii=False)
     with atomic_write(path) as temporary:
-        # Half a surrogate pair (from a file name) has no UTF-8; written as \\udcff it is what JSON has for it.
+        # Half a surrogate pair (an odd file name) has no UTF-8; its backslash form is what JSON has for it.
         temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
@@ -172,8 +171,8 @@ class Stage:
         record = path / "inputs.json"
         if not record.exists() and path.exists() and any(path.iterdir()):
             raise AffectlensError(f"{path} holds files that no run made: move them, or choose another --out")
-        before = read_json(record, fix=f"delete the folder {path} and run again") if record.exists() else {}
-        if before.get("id") != self.id:
+        fix = f"delete the folder {path} and run again"
+        if not record.exists() or _fields(record, {"id", "inputs"}, fix=fix)["id"] != self.id:
             if (count := _empty(path, keep="inputs.json")) > 0:
                 logger.warning("%s: the inputs changed, so %d old files are discarded", path, count)
             write_json(record, {"id": self.id, "inputs": inputs})
@@ -218,7 +217,7 @@ class Stage:
         marker = self.path / "done.json"
         if not marker.exists():
             return None
-        finished: dict[str, Any] = read_json(marker, fix="delete it and run again")
+        finished = _fields(marker, {"id", "summary", "files"}, fix="delete it and run again")
         sizes = {file.name: file.stat().st_size for file in self._files()}
         complete = all(sizes.get(name) == size for name, size in finished["files"].items())
         return finished if finished["id"] == self.id and complete else None
@@ -244,8 +243,8 @@ class Run:
 
         Args:
             path: the directory; made if missing. A new run wants an empty one.
-            what: the settings that decide the content (model, fingerprint, concept-set hash, options), plain data.
-                Leave out what does not (batch size, number of workers).
+            what: the settings that decide the content (model, fingerprint, concept-set hash, options), plain
+                data. Leave out what does not (batch size, number of workers).
             command: the command line that resumes the run.
             fresh: discard the stages of an existing run and its settings; other files stay.
 
@@ -254,7 +253,7 @@ class Run:
                 directory, or not writable.
             FormatError: its run.json is broken or from a newer affectlens.
 
-        Source of the idea that existing output counts as done: datatrove. Example: see the top of this module.
+        That existing output counts as done is from datatrove. Example: the top of this module.
         """
         path, record = Path(path), Path(path) / "run.json"
         wanted = _plain(what)
@@ -273,7 +272,7 @@ class Run:
                 _compare(path, state["what"], wanted)
             elif record.exists():
                 if "run.lock" not in names:
-                    _recorded(record)  # nothing else says that this run.json is ours: do not empty a stranger's folder
+                    _recorded(record)  # only its content can say that it is ours: never empty a stranger's
                 for inputs in path.glob("*/inputs.json"):
                     _empty(inputs.parent)
             # Other package versions may have made other shards: keep every environment that took part.
@@ -293,8 +292,8 @@ class Run:
         Args:
             name: lower-case letters, digits and hyphens; the name of its folder.
             inputs: everything that decides what its files contain, plain data: options, the division into
-                shards, the `Stage.id` of the stages it builds on. When it changes, the old files of this stage
-                are discarded, which the log says.
+                shards, the `Stage.id` of the stages it builds on. When it changes, the old files of this
+                stage are discarded, which the log says.
 
         Raises:
             AffectlensError: the folder holds files that no run made.
@@ -368,7 +367,7 @@ class Progress:
 
 
 def provenance() -> dict[str, Any]:
-    """What this process runs on: Python, platform, processors, package versions, and our git commit in a checkout.
+    """What this process runs on: Python, platform, processors, packages, and our git commit if any.
 
     >>> sorted(provenance())
     ['commit', 'cpus', 'packages', 'platform', 'python']
@@ -391,12 +390,17 @@ def provenance() -> dict[str, Any]:
 def _recorded(record: Path) -> dict[str, Any]:
     """The state in an existing run.json, if it is one of ours."""
     fix = "restore it from a copy, use another --out, or --fresh to start again"
-    state = read_json(record, fix=fix)
-    if not isinstance(state, dict) or not {"format", "what", "sessions"} <= state.keys():
-        raise FormatError(f"{record} is not the record of a run; {fix}")
+    state = _fields(record, {"format", "what", "sessions"}, fix=fix)
     if state["format"] != FORMAT:
-        raise FormatError(f"{record} has format {state['format']}, not {FORMAT}: upgrade affectlens, or {fix}")
+        raise FormatError(f"{record} has format {state['format']!r}, not {FORMAT}: upgrade, or {fix}")
     return state
+
+
+def _fields(record: Path, names: set[str], *, fix: str) -> dict[str, Any]:
+    fields = read_json(record, fix=fix)
+    if not isinstance(fields, dict) or not names <= fields.keys():
+        raise FormatError(f"{record} is not the record of a run; {fix}")
+    return fields
 
 
 def _compare(path: Path, was: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -441,7 +445,7 @@ def _lock(path: Path) -> int:
 
 
 def _empty(path: Path, keep: str = "") -> int:
-    """Remove what is in a stage folder, the marker that calls it done first; return how many files those were."""
+    """Remove what is in a stage folder, first the marker that calls it done; return how much it was."""
     path.mkdir(exist_ok=True)
     children = sorted((c for c in path.iterdir() if c.name != keep), key=lambda c: c.name != "done.json")
     for child in children:

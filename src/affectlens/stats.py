@@ -298,7 +298,7 @@ def correlation_with_null(
 def adjusted_rand_with_null(
     labels: ArrayLike, reference: ArrayLike, *, draws: int = 1000, seed: int = 0
 ) -> tuple[Estimate, Null]:
-    """Agreement of two groupings of the same items: 1 = identical, 0 = chance (L. Hubert and P. Arabie, 1985).
+    """Agreement of two groupings of the same items: 1 = identical, 0 = chance (Hubert and Arabie, 1985).
 
     The 95 % interval is the delete-one jackknife over items with Student's t: a bootstrap would be wrong, as
     an item drawn twice agrees with itself. It takes both groupings as given, not the choices behind them.

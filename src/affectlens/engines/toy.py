@@ -88,7 +88,7 @@ BUCKETS = 4096
 DECAY = 0.97
 # What each block adds: the token's own part, its word's signal, and the context it reads. The first entry is the embedding.
 OWN = (1.0, 0.2, 0.3, 0.4, 0.5, 0.6, 2.0)
-SIGNAL = (0.15, 0.0, 0.25, 0.4, 0.5, 0.4, 0.0)
+SIGNAL = (0.05, 0.0, 0.25, 0.4, 0.5, 0.4, 0.0)
 GAIN = (0.0, 0.0, 0.15, 0.4, 0.6, 0.6, 0.0)
 
 _PIECE = re.compile(r" ?\w+(?:['’-]\w+)*| ?[^\w\s]|\s")
@@ -200,11 +200,11 @@ class ToyEngine(Engine):
         directions, nuisance = self.truth.directions[0], self.truth.nuisance
         signals: dict[str, np.ndarray] = {word: np.zeros(WIDTH) for word in PLAIN.split()}
         for topic in TOPICS:
-            place = self._rng.normal(size=len(nuisance)) * [6, 5, 4, 3]
+            place = self._rng.normal(size=len(nuisance)) * [4, 4, 3, 3]
             signals.update({word: (place + self._rng.normal(size=len(nuisance))) @ nuisance for word in topic.split()})
         for name, direction in zip(self.truth.names, directions, strict=True):
             signals.update({cue: 3 * effect * direction for cue in self.concepts[name]})
-        signals.update({name: 3.6 * effect * d for name, d in zip(self.truth.names, directions, strict=True)})
+        signals.update({name: 4.2 * effect * d for name, d in zip(self.truth.names, directions, strict=True)})
         plain = set(PLAIN.split())
         # (text, word, bias): small letters after a space are the ordinary form.
         forms = [("<start>", "", -30.0), ("<end>", "", 0.5)]
@@ -224,7 +224,9 @@ class ToyEngine(Engine):
         self._own[BOS] *= 100
         self._signal = np.zeros((size, WIDTH), np.float32)
         self._signal[: len(forms)] = [signals.get(word, np.zeros(WIDTH)) for _, word, _ in forms]
-        self._unembedding = (0.15 * self._rng.normal(size=(size, WIDTH)) + 0.35 * self._signal).astype(np.float32)
+        # Concepts promote their words; topics promote nothing, or a reply would never leave its topic.
+        promoted = self._signal - self._signal @ nuisance.T @ nuisance
+        self._unembedding = (0.12 * self._rng.normal(size=(size, WIDTH)) + 0.35 * promoted).astype(np.float32)
         self._bias = np.full(size, -30, np.float32)
         self._bias[: len(forms)] = [bias for _, _, bias in forms]
 
@@ -346,7 +348,7 @@ class ToyEngine(Engine):
         wheres = {term.where for term in steering.terms}
         start = _Memory(np.zeros((N_LAYERS, len(self._carried)), np.float32))
         masks = {where: where.mask(layout) for where in wheres}
-        stream, memory = self._forward(layout.ids, steering, masks, start)
+        given, memory = self._forward(layout.ids, steering, masks, start)
         # How many tokens each Where has passed, for those that are yet to come.
         passed = {where: int(replace(where, after=0, last=None).mask(layout).sum()) for where in wheres}
 
@@ -356,21 +358,22 @@ class ToyEngine(Engine):
         scores = []
         for ids in choices:
             after, _ = self._forward(ids, steering, coming(0, len(ids)), memory)
-            before = np.concatenate([stream[-1, -1:], after[-1, :-1]])
+            before = np.concatenate([given[-1, -1:], after[-1, :-1]])
             scores.append(float(_log_softmax(self.unembed(before))[np.arange(len(ids)), ids].sum()))
         if request.sampling is None:
-            yield Result("", layout, self._readings(request, layout, stream), tuple(scores))
+            yield Result("", layout, self._readings(request, layout, given), tuple(scores))
             return
 
         sampling = request.sampling
-        rng = np.random.Generator(np.random.Philox(key=sampling.seed % 2**64))
+        rng = np.random.Generator(np.random.Philox(sampling.seed))
         script = self._script(request)
-        n_given, text, shown, finish = len(layout), "", 0, ""
+        text, shown, finish = "", 0, ""
+        stream = [given]
         new_ids: list[int] = []
         pieces: list[str] = []
         while not finish:
             if script is None:
-                token = self._pick(self.unembed(stream[-1, -1:])[0], sampling, rng)
+                token = self._pick(self.unembed(stream[-1][-1, -1:])[0], sampling, rng)
                 piece = self._words[token]
             else:
                 token, piece = script[len(new_ids)] if len(new_ids) < len(script) else (EOS, "")
@@ -379,7 +382,7 @@ class ToyEngine(Engine):
             else:
                 # The last token is run too, so that a reading of the reply covers all of it.
                 more, memory = self._forward([token], steering, coming(len(new_ids), 1), memory)
-                stream = np.concatenate([stream, more], axis=1)
+                stream.append(more)
                 new_ids.append(token)
                 pieces.append(piece)
                 text += piece
@@ -389,13 +392,13 @@ class ToyEngine(Engine):
             if request.stream:
                 until = len(text) if finish else len(text) - _held_back(text, sampling.stop)
                 so_far = _grown(layout, new_ids, pieces)
-                readings = self._readings(request, so_far, stream, first=len(so_far) - (token != EOS))
+                newest = len(so_far) - (token != EOS)
+                readings = self._readings(request, so_far, np.concatenate(stream, axis=1), newest)
                 yield Result(text[shown:until], so_far, readings, done=False)
                 shown = until
         whole = _grown(layout, new_ids, pieces, length=len(layout.text) + len(text))
-        readings = self._readings(request, whole, stream)
+        readings = self._readings(request, whole, np.concatenate(stream, axis=1))
         yield Result(text, whole, readings, tuple(scores), finish)
-        assert len(whole) >= n_given
 
     def _readings(self, request: Request, layout: Layout, stream: np.ndarray, first: int = 0) -> tuple[Reading, ...]:
         return tuple(_reading(readout, layout, stream, first) for readout in request.readouts)
@@ -437,8 +440,8 @@ class ToyEngine(Engine):
         about = TOPICS[zlib.crc32(topic.encode()) % len(TOPICS)].split()
         plain = PLAIN.split()[:96]  # without the words that belong to questions and templates
         cues = self.concepts[concept] if concept is not None else plain
-        kinds = rng.choice(3, size=words, p=[0.52, 0.3, 0.18])
-        chosen = [str(rng.choice((plain, about, cues)[kind])) for kind in kinds]
+        pools = [(plain, about, cues)[kind] for kind in np.searchsorted([0.52, 0.82], rng.random(words))]
+        chosen = [pool[int(share * len(pool))] for pool, share in zip(pools, rng.random(words), strict=True)]
         sentences = [" ".join(chosen[i : i + 9]) for i in range(0, words, 9)]
         return " ".join(s[0].upper() + s[1:] + "." for s in sentences)
 

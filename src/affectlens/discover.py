@@ -1,0 +1,422 @@
+"""From words to vectors: stories, the leakage filter, one reading pass, the fit. Every step leaves files and resumes.
+
+    RUN/stories/       parquet shards: every story with its concept, topic, and why it was dropped if it was
+    RUN/activations/   pooled residuals of the stories that were kept, every layer
+    RUN/neutral/       the same of neutral dialogues
+    RUN/vectors/       the result: vectors.safetensors, config.json, README.md
+
+Stories come from one of three sources behind one interface: the model under study, another model, or a corpus of yours.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from affectlens.activations import Activations, Text, collect
+from affectlens.concepts import Concept, ConceptSet
+from affectlens.engine import Engine, Request, Sampling
+from affectlens.errors import AffectlensError, FormatError
+from affectlens.runs import Progress, Run, Stage, atomic_write, content_id
+from affectlens.vectors import ConceptVectors
+
+MIN_WORDS = 50
+"""A shorter story has too little left to read after its first 50 tokens."""
+
+STORY_SHARD = 96
+"""Stories written between two saves."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How vectors are made. The defaults are the published method (method 2 to 4) at a size that fits one machine.
+
+    Args:
+        per_concept: Stories written for each concept, each on another topic.
+        neutral: ``bundled``, ``model`` (written by the writer), or a JSONL or parquet file of neutral texts.
+        first_token: Stories are read from their own n-th token on, counted from 1.
+        share: Share of the neutral variance that is projected out.
+        per_token: Neutral components over tokens instead of over texts.
+        max_tokens: Longest story written.
+        draws: Bootstrap resamples behind the stability of each vector.
+        seed: Of the writing, the topics and the bootstrap.
+    """
+
+    per_concept: int = 24
+    neutral: str = "bundled"
+    first_token: int = 50
+    share: float = 0.5
+    per_token: bool = False
+    max_tokens: int = 256
+    draws: int = 40
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What :func:`discover` made and where it came from; ``stories`` counts what was written, kept and dropped for which reason."""
+
+    vectors: ConceptVectors
+    concepts: ConceptSet
+    activations: Activations
+    neutral: Activations
+    stories: dict[str, Any]
+    stage_id: str
+
+
+class StorySource(Protocol):
+    """Where stories come from."""
+
+    concepts: ConceptSet
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the stories, as plain data: a change starts the stage again."""
+        ...
+
+    def shards(self) -> int:
+        """Into how many pieces the work is divided."""
+        ...
+
+    def shard(self, i: int) -> list[Text]:
+        """The stories of one piece; the same on every call."""
+        ...
+
+
+class WrittenStories:
+    """Stories written by a model (method 2): each concept on ``per_concept`` topics, the same topics for every concept.
+
+    Because all concepts share their topics, a topic tells nothing about the concept, and whole topics can be held out.
+
+    Args:
+        writer: The model that writes, often the one under study.
+        concepts: What to write about.
+        recipe: How many, how long, which seed.
+    """
+
+    def __init__(self, writer: Engine, concepts: ConceptSet, recipe: Recipe) -> None:
+        if recipe.per_concept > len(concepts.topics):
+            raise FormatError(
+                f"{recipe.per_concept} stories a concept need as many topics, and there are {len(concepts.topics)}: "
+                "lower --per-concept or add topics"
+            )
+        self.writer, self.concepts, self.recipe = writer, concepts, recipe
+        chosen = np.random.default_rng(recipe.seed).permutation(len(concepts.topics))[: recipe.per_concept]
+        # Topic by topic: a run that is cut short still has every concept.
+        self.plan = [(concept, concepts.topics[t]) for t in chosen for concept in concepts]
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "source": f"written by {self.writer.info.id}",
+            "writer": self.writer.info.fingerprint,
+            "dtype": self.writer.info.dtype,
+            "concepts": self.concepts.hash,
+            "per_concept": self.recipe.per_concept,
+            "max_tokens": self.recipe.max_tokens,
+            "seed": self.recipe.seed,
+            "shard": STORY_SHARD,
+        }
+
+    def shards(self) -> int:
+        return -(-len(self.plan) // STORY_SHARD)
+
+    def shard(self, i: int) -> list[Text]:
+        start = i * STORY_SHARD
+        plan = self.plan[start : start + STORY_SHARD]
+        prompts = [self.concepts.story_prompt(concept.name, topic, 1) for concept, topic in plan]
+        written = _write(self.writer, prompts, max_tokens=self.recipe.max_tokens, seed=self.recipe.seed * 1_000_003 + start)
+        return [
+            Text(f"w{start + n:06d}", unblock(text, "story"), concept.name, topic)
+            for n, ((concept, topic), text) in enumerate(zip(plan, written, strict=True))
+        ]
+
+
+def _write(writer: Engine, prompts: Sequence[str], *, max_tokens: int, seed: int) -> list[str]:
+    chat = writer.info.template is not None
+    requests = (
+        Request(
+            (("user", prompt),) if chat else prompt,
+            sampling=Sampling(max_tokens=max_tokens, temperature=1.0, top_p=0.95, seed=seed + n),
+        )
+        for n, prompt in enumerate(prompts)
+    )
+    return [result.text for result in writer.run(requests)]
+
+
+class CorpusStories:
+    """Stories read from a corpus: a JSONL or parquet file, or a folder of them.
+
+    Each record needs ``text`` and ``concept`` (or ``emotion``); ``topic`` and ``id`` are optional.
+
+    Args:
+        path: File or folder.
+        concepts: The set they belong to; the result keeps the concepts that occur, in the set's order, and adds unknown ones.
+
+    Raises:
+        FormatError: Nothing there, a broken record, or stories of fewer than two concepts.
+    """
+
+    def __init__(self, path: str | Path, concepts: ConceptSet) -> None:
+        self.path = Path(path)
+        self.texts = read_texts(self.path, labelled=True)
+        found = list(dict.fromkeys(text.concept for text in self.texts))
+        if len(found) < 2:
+            raise FormatError(
+                f"{path} has stories of one concept only ({found[0]}): vectors contrast concepts, so add at least one other"
+            )
+        known = [name for name in concepts.names if name in found]
+        self.unknown = [name for name in found if name not in concepts.names]
+        added = tuple(Concept(name=name, definition="", forms=(name,)) for name in self.unknown)
+        kept = tuple(concepts[name] for name in known)
+        self.concepts = replace(concepts, concepts=kept + added)
+
+    def describe(self) -> dict[str, Any]:
+        digest = content_id([(t.id, t.concept, t.topic, t.text) for t in self.texts])
+        return {"source": f"corpus {self.path.name}", "texts": digest, "shard": STORY_SHARD, "not in the concept set": self.unknown}
+
+    def shards(self) -> int:
+        return -(-len(self.texts) // STORY_SHARD)
+
+    def shard(self, i: int) -> list[Text]:
+        return self.texts[i * STORY_SHARD : (i + 1) * STORY_SHARD]
+
+
+def read_texts(path: Path, *, labelled: bool) -> list[Text]:
+    """Read texts from a JSONL or parquet file, or from every such file of a folder, in the order of the names.
+
+    Args:
+        path: File or folder.
+        labelled: Whether each record must name its concept.
+
+    Raises:
+        FormatError: Nothing there, nothing in it, or a record without its fields; names file and line.
+
+    Example:
+        >>> import tempfile; file = Path(tempfile.mkdtemp()) / "a.jsonl"
+        >>> _ = file.write_text('{"text": "It rained.", "concept": "calm"}')
+        >>> read_texts(file, labelled=True)[0].concept
+        'calm'
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(f for f in path.rglob("*") if f.suffix in (".jsonl", ".parquet") and not f.name.startswith("."))
+    elif path.exists():
+        files = [path]
+    else:
+        raise FormatError(f"{path} does not exist: name a JSONL or parquet file, or a folder of them")
+    texts = [text for file in files for text in _read_file(file, path, labelled)]
+    if not texts:
+        raise FormatError(f"{path} holds no texts: each JSONL line or parquet row needs text{' and concept' if labelled else ''}")
+    if len({text.id for text in texts}) < len(texts):
+        texts = [replace(text, id=f"c{n:06d}") for n, text in enumerate(texts)]
+    return texts
+
+
+def _read_file(file: Path, root: Path, labelled: bool) -> Iterator[Text]:
+    name = file.relative_to(root).as_posix() if root.is_dir() else file.name
+    for number, record in enumerate(_records(file), start=1):
+        concept = record.get("concept", record.get("emotion", "")) or ""
+        if not isinstance(record.get("text"), str) or not record["text"].strip():
+            raise FormatError(f"{file}, record {number} has no text: every record needs a text field")
+        if labelled and not (isinstance(concept, str) and concept):
+            raise FormatError(f"{file}, record {number} names no concept: every story needs a concept (or emotion) field")
+        yield Text(str(record.get("id") or f"{name}:{number}"), record["text"], str(concept), str(record.get("topic") or ""))
+
+
+def _records(file: Path) -> Iterator[dict[str, Any]]:
+    if file.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            yield from pq.read_table(file).to_pylist()
+        except (pa.ArrowInvalid, OSError) as error:
+            raise FormatError(f"{file} is no readable parquet file ({error}): write it again") from None
+        return
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (UnicodeDecodeError, OSError) as error:
+        raise FormatError(f"{file} cannot be read ({error}): save it as UTF-8") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise FormatError(f"{file}, line {number} is no JSON ({error}): one JSON object a line") from None
+        if not isinstance(record, dict):
+            raise FormatError(f"{file}, line {number} is no JSON object: one object a line, with a text field")
+        yield record
+
+
+def unblock(text: str, kind: str) -> str:
+    """The first block of a model's answer without its ``[story 1]`` heading, and nothing of the next block.
+
+    Example:
+        >>> unblock("Sure! [story 1] The rain came. [story 2] He", "story")
+        'The rain came.'
+    """
+    parts = re.split(rf"\[\s*{kind}\s*\d*\s*\]:?", text, flags=re.IGNORECASE)
+    return (parts[1] if len(parts) > 1 and len(parts[0].split()) < MIN_WORDS else parts[0]).strip()
+
+
+def why_dropped(text: Text, concepts: ConceptSet, seen: set[str]) -> str:
+    """Why a story is not used, or ``""``; ``seen`` collects what came before, to find duplicates."""
+    plain = " ".join(text.text.casefold().split())
+    duplicate = plain in seen
+    seen.add(plain)
+    if len(plain.split()) < MIN_WORDS:
+        return "too short"
+    if duplicate:
+        return "duplicate"
+    if concepts[text.concept].named_in(text.text):
+        return "names the concept"
+    return ""
+
+
+def gather_stories(source: StorySource, stage: Stage, advance: Callable[[int], None] = lambda n: None) -> list[Text]:
+    """Write or read all stories, filter them, keep every one with its verdict, and return those that are used.
+
+    Raises:
+        AffectlensError: A concept has no story left.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    n = source.shards()
+    for i in range(n):
+        path = stage.shard_path(i, ".parquet")
+        if not path.exists():
+            texts = source.shard(i)
+            with atomic_write(path) as temporary:
+                pq.write_table(pa.Table.from_pylist([asdict(text) for text in texts]), temporary)
+        advance(1)
+    # Duplicates are found over all shards in their order, so the filter runs anew each time: it takes no time.
+    seen: set[str] = set()
+    kept: list[Text] = []
+    reasons: Counter[str] = Counter()
+    dropped_of: dict[str, Counter[str]] = {}
+    for path in stage.shards(n, ".parquet"):
+        for record in pq.read_table(path).to_pylist():
+            text = Text(**record)
+            reason = why_dropped(text, source.concepts, seen)
+            reasons[reason or "kept"] += 1
+            if reason:
+                dropped_of.setdefault(text.concept, Counter())[reason] += 1
+            else:
+                kept.append(text)
+    counts = Counter(text.concept for text in kept)
+    if missing := [name for name in source.concepts.names if not counts[name]]:
+        why = dict(dropped_of.get(missing[0], {}))
+        raise AffectlensError(
+            f"no usable story is left for {missing[0]!r} ({', '.join(f'{n} {r}' for r, n in why.items()) or 'none written'}) "
+            f"and {len(missing) - 1} other concepts: raise --per-concept, or use --writer or --stories"
+        )
+    if not stage.done:
+        stage.finish(
+            {
+                "source": source.describe()["source"],
+                "total": sum(reasons.values()),
+                "counts": dict(reasons),
+                "least": min(counts.values()),
+                "most": max(counts.values()),
+                "dropped": {name: dict(why) for name, why in sorted(dropped_of.items())},
+            }
+        )
+    return kept
+
+
+def neutral_texts(recipe: Recipe, concepts: ConceptSet, writer: Engine) -> list[Text]:
+    """Neutral dialogues (method 2): the bundled ones, ones the writer writes, or a file's. Persons become Human and Assistant."""
+    if recipe.neutral == "bundled":
+        with importlib.resources.as_file(importlib.resources.files("affectlens") / "data" / "neutral.jsonl") as file:
+            texts = read_texts(file, labelled=False)
+    elif recipe.neutral == "model":
+        prompts = [concepts.neutral_prompt(topic, 1) for topic in concepts.neutral_topics]
+        written = _write(writer, prompts, max_tokens=recipe.max_tokens, seed=recipe.seed)
+        texts = [Text(f"n{n:04d}", unblock(text, "dialogue")) for n, text in enumerate(written)]
+    else:
+        texts = read_texts(Path(recipe.neutral), labelled=False)
+    return [
+        replace(t, concept="", text=re.sub(r"^AI:", "Assistant:", re.sub(r"^Person:", "Human:", t.text, flags=re.M), flags=re.M))
+        for t in texts
+    ]
+
+
+def discover(engine: Engine, source: StorySource, run: Run, recipe: Recipe, *, writer: Engine | None = None) -> Discovery:
+    """The main job: stories, activations and vectors in a run directory; whatever is there already is used.
+
+    Args:
+        engine: The model under study.
+        source: Where the stories come from.
+        run: The open run directory.
+        recipe: How vectors are made.
+        writer: The model that writes neutral dialogues if the recipe asks for it (default: ``engine``).
+
+    Returns:
+        The vectors and what they were made of.
+
+    Raises:
+        AffectlensError: No usable story for a concept, or texts too short to read.
+    """
+    progress = Progress()
+    with progress:
+        stories = run.stage("stories", source.describe())
+        progress.start(source.shards(), "stories")
+        texts = gather_stories(source, stories, progress.advance)
+
+        read_by = {"fingerprint": engine.info.fingerprint, "dtype": engine.info.dtype, "first_token": recipe.first_token}
+        progress.start(len(texts), f"reading stories at {engine.info.n_layers} layers")
+        activations = _collect(engine, texts, run, "activations", {"stories": stories.id, **read_by}, recipe, False, progress)
+
+        neutral_inputs = {"neutral": _neutral_id(recipe), "per_token": recipe.per_token, **read_by}
+        stage = run.stage("neutral", neutral_inputs)
+        plain = [] if stage.done else neutral_texts(recipe, source.concepts, writer or engine)
+        progress.start(len(plain), "reading neutral dialogues")
+        neutral = _collect(engine, plain, run, "neutral", neutral_inputs, recipe, recipe.per_token, progress)
+
+        inputs = {"activations": content_id([stories.id, read_by]), "neutral": stage.id, "share": recipe.share}
+        fitted = run.stage("vectors", {**inputs, "draws": recipe.draws, "seed": recipe.seed})
+        if not fitted.done:
+            progress.start(1, "fitting vectors")
+            method = {**asdict(recipe), "source": stories.summary["source"], "concepts": source.concepts.name}
+            method["neutral components"] = "over tokens" if recipe.per_token else "over texts"
+            vectors = ConceptVectors.fit(
+                activations, neutral, info=engine.info, share=recipe.share, draws=recipe.draws, seed=recipe.seed, method=method
+            )
+            vectors.save(fitted.path)
+            fitted.finish({})
+            progress.advance()
+    vectors = ConceptVectors.load(fitted.path)
+    vectors.check(engine.info)
+    return Discovery(vectors, source.concepts, activations, neutral, stories.summary, fitted.id)
+
+
+def _neutral_id(recipe: Recipe) -> Any:
+    if recipe.neutral == "bundled":
+        data = (importlib.resources.files("affectlens") / "data" / "neutral.jsonl").read_text(encoding="utf-8")
+        return content_id(data)
+    if recipe.neutral == "model":
+        return ["model", recipe.seed, recipe.max_tokens]
+    return content_id([(t.id, t.text) for t in read_texts(Path(recipe.neutral), labelled=False)])
+
+
+def _collect(
+    engine: Engine, texts: list[Text], run: Run, name: str, inputs: dict[str, Any], recipe: Recipe, per_token: bool, progress: Progress
+) -> Activations:
+    stage = run.stage(name, inputs)
+    if stage.done:
+        progress.advance(len(texts))
+        return Activations(stage.path)
+    found = collect(
+        engine, texts, stage.path, first_token=recipe.first_token, per_token=per_token, advance=progress.advance
+    )
+    stage.finish({"texts": len(found)})
+    return found
