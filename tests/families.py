@@ -1,10 +1,11 @@
-"""Tiny models with random weights, one per decoder family that transformers knows and we promise to work with.
+"""Tiny models with random weights, one per decoder family of transformers that we promise to work with.
 
-Every model has four blocks of width 32 (multimodal wrappers: a vision tower of four blocks too, so that code which
-looks for "a list as long as the number of layers" can pick the wrong one) and takes about 10 ms to build:
+Every model has four blocks of width 32 and takes about 10 ms to build. Multimodal wrappers have a vision
+tower of four blocks too, so that code which looks for "a list as long as the number of layers" can pick the
+wrong one.
 
     model = families.build("qwen3_moe")
-    families.save("gemma3", tmp_path)        # with a tokenizer and a chat template: opens like any local model
+    families.save("gemma3", tmp_path)  # with a tokenizer and a chat template: opens like any local model
 
 ``TEXT``, ``MULTIMODAL``, ``EXPERTS`` and ``RECURRENT`` name the groups.
 """
@@ -27,7 +28,8 @@ VOCABULARY = 300
 PAD, BOS, EOS, TURN = "<pad>", "<|begin|>", "<|im_end|>", "<|im_start|>"  # ids 0 to 3
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -48,8 +50,8 @@ _TINY: dict[str, Any] = {
     "sliding_window": 8,
     "attention_dropout": 0.0,
     "hidden_dropout": 0.0,
-    # The usual 0.02 at this width would leave blocks that add next to nothing, and a text in which no position
-    # depends on another passes every test of padding.
+    # The usual 0.02 at this width would leave blocks that add next to nothing, and where no position depends
+    # on another, every test of padding passes.
     "initializer_range": 0.2,
     # mixtures of experts
     "num_experts": 4,
@@ -229,15 +231,21 @@ _MULTIMODAL: dict[str, dict[str, Any]] = {
     "idefics2": {},
     "idefics3": {},
     "internvl": {"text_config": {"model_type": "qwen2"}},
-    "lfm2_vl": {"text_config": {"model_type": "lfm2"}, "vision_config": {"model_type": "siglip2_vision_model"}},
+    "lfm2_vl": {
+        "text_config": {"model_type": "lfm2"},
+        "vision_config": {"model_type": "siglip2_vision_model"},
+    },
     "llama4": {
-        "vision_config": {"vision_output_dim": WIDTH, "projector_input_dim": WIDTH, "projector_output_dim": WIDTH}
+        "vision_config": {
+            "vision_output_dim": WIDTH,
+            "projector_input_dim": WIDTH,
+            "projector_output_dim": WIDTH,
+        }
     },
     "llava": _CLIP,
     "llava_next": _CLIP,
     "llava_onevision": {"text_config": {"model_type": "qwen2"}},
     "mistral3": {"text_config": {"model_type": "mistral"}, "vision_config": {"model_type": "pixtral"}},
-    "mistral4": {"text_config": _LATENT},
     "mllama": {"text_config": {"cross_attention_layers": [1]}},
     "paligemma": {"text_config": {"model_type": "gemma"}},
     "qwen2_5_vl": {"text_config": _ROTARY_3D, "vision_config": {"out_hidden_size": WIDTH}},
@@ -264,10 +272,13 @@ def _tiny(config_class: type[PreTrainedConfig], **overrides: Any) -> PreTrainedC
     chosen = {key: value for key, value in _TINY.items() if key in settings}
     for key, part_class in config_class.sub_configs.items():
         part = dict(overrides.pop(key, {}))
+        if config_class.model_type == "dbrx":  # its parts are of one model, and it wants them as plain dicts
+            chosen[key] = part
+            continue
         if part_class is AutoConfig:
             usual = "llama" if key == "text_config" else "siglip_vision_model"
             part_class = CONFIG_MAPPING[part.pop("model_type", usual)]
-        chosen[key] = part if key in ("attn_config", "ffn_config") else _tiny(part_class, **part)
+        chosen[key] = _tiny(part_class, **part)
     return config_class(**{**chosen, **overrides})
 
 
@@ -283,7 +294,8 @@ def _make(model_type: str, auto_class: str) -> PreTrainedModel:
 
 
 TEXT: dict[str, Callable[[], PreTrainedModel]] = {
-    name: partial(_make, name, "AutoModelForCausalLM") for name in sorted({**_DENSE, **_EXPERTS, **_RECURRENT})
+    name: partial(_make, name, "AutoModelForCausalLM")
+    for name in sorted({**_DENSE, **_EXPERTS, **_RECURRENT})
 }
 MULTIMODAL: dict[str, Callable[[], PreTrainedModel]] = {
     name: partial(_make, name, "AutoModelForImageTextToText") for name in sorted(_MULTIMODAL)
@@ -329,7 +341,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     special = [PAD, BOS, EOS, TURN]
-    vocabulary = {token: index for index, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    vocabulary = {
+        token: index for index, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()

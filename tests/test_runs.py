@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,16 @@ import pytest
 
 import affectlens.runs
 from affectlens.errors import AffectlensError, FormatError
-from affectlens.runs import Progress, Run, atomic_write, content_id, provenance, read_json, sha256_file, write_json
+from affectlens.runs import (
+    Progress,
+    Run,
+    atomic_write,
+    content_id,
+    provenance,
+    read_json,
+    sha256_file,
+    write_json,
+)
 
 SOURCE = str(Path(affectlens.runs.__file__).parents[1])
 WHAT = {"model": {"id": "toy", "layers": [1, 2]}, "seed": 0}
@@ -46,6 +56,10 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def one_line(error: pytest.ExceptionInfo[AffectlensError]) -> str:
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -60,7 +74,7 @@ def test_atomic_write_replaces_and_leaves_nothing_behind(tmp_path: Path) -> None
         with atomic_write(target) as temporary:
             assert temporary.parent == target.parent and temporary.suffix == ".npy"
             np.save(temporary, value)
-    assert np.load(target) == 2.0 and os.listdir(target.parent) == ["a.npy"]
+    assert np.load(target) == 2.0 and names(target.parent) == ["a.npy"]
 
 
 def test_atomic_write_keeps_the_old_file_when_the_block_raises(tmp_path: Path) -> None:
@@ -69,7 +83,7 @@ def test_atomic_write_keeps_the_old_file_when_the_block_raises(tmp_path: Path) -
     with pytest.raises(KeyboardInterrupt), atomic_write(target) as temporary:
         temporary.write_text("half")
         raise KeyboardInterrupt
-    assert target.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+    assert target.read_text() == "old" and names(tmp_path) == ["a.txt"]
 
 
 def test_atomic_write_syncs_the_file_before_the_name_and_the_folder_after(
@@ -79,7 +93,7 @@ def test_atomic_write_syncs_the_file_before_the_name_and_the_folder_after(
     fsync, replace = os.fsync, Path.replace
 
     def spy_fsync(descriptor: int) -> None:
-        events.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "file")
+        events.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
         fsync(descriptor)
 
     def spy_replace(self: Path, target: Path) -> Path:
@@ -109,7 +123,7 @@ with atomic_write(stage.shard_path(1, ".txt")) as t:
     with Run.open(tmp_path / "run", what={}, command="x") as run:
         stage = run.stage("stories", {})
         assert stage.pending(3, ".txt") == [1, 2] and not stage.done
-        assert sorted(os.listdir(stories)) == ["00000.txt", "inputs.json"]  # the leftover is gone
+        assert names(stories) == ["00000.txt", "inputs.json"]  # the leftover is gone
         with pytest.raises(FormatError, match=r"00001.txt is missing: run the same command again"):
             stage.shards(3, ".txt")
 
@@ -164,12 +178,12 @@ def test_places_that_cannot_be_written_say_so_in_one_line(tmp_path: Path) -> Non
         with pytest.raises(AffectlensError, match="choose another place") as error:
             call()
         assert one_line(error).startswith("cannot write")
-    assert os.listdir(tmp_path) == ["file"]
+    assert names(tmp_path) == ["file"]
 
 
 def test_a_read_only_directory_is_refused_in_one_line() -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        os.chmod(folder, 0o555)
+        Path(folder).chmod(0o555)
         user = os.geteuid()
         if user == 0:
             os.seteuid(65534)  # permissions do not bind root
@@ -180,7 +194,7 @@ def test_a_read_only_directory_is_refused_in_one_line() -> None:
                 one_line(error)
         finally:
             os.seteuid(user)
-            os.chmod(folder, 0o755)
+            Path(folder).chmod(0o755)
 
 
 def test_a_full_disk_is_one_line_but_other_errors_of_the_block_keep_their_traceback(tmp_path: Path) -> None:
@@ -190,7 +204,7 @@ def test_a_full_disk_is_one_line_but_other_errors_of_the_block_keep_their_traceb
         Path("/no/such/input").read_text()
     with pytest.raises(PermissionError), atomic_write(tmp_path / "a"):
         raise PermissionError(errno.EACCES, "Permission denied", "/another/file")
-    assert os.listdir(tmp_path) == []
+    assert names(tmp_path) == []
 
 
 # ── JSON and ids ──
@@ -205,13 +219,13 @@ class Options:
 def test_json_round_trip_of_what_a_report_holds(tmp_path: Path) -> None:
     obj = {
         "b": np.float32(0.5), "a": (np.int64(3), np.bool_(True)), "options": Options(2), 7: np.eye(2),
-        "path": Path("x/y"), "text": "né \ud83d\ude00 \udcff".encode("utf-16", "surrogatepass").decode("utf-16", "replace"),
-        "none": None,
+        "path": Path("x/y"), "text": "né 😀", "none": None,
     }  # fmt: skip
     write_json(tmp_path / "a.json", obj)
     back = read_json(tmp_path / "a.json")
     assert back["b"] == 0.5 and back["a"] == [3, True] and back["7"] == [[1.0, 0.0], [0.0, 1.0]]
     assert back["options"] == {"layer": 2, "names": ["calm"]} and back["path"] == "x/y"
+    assert back["text"] == "né 😀" and back["none"] is None
     assert list(back) == sorted(back)
     write_json(tmp_path / "b.json", {"name": "odd \udcff name"})
     assert read_json(tmp_path / "b.json") == {"name": "odd \udcff name"}
@@ -223,12 +237,12 @@ def test_numbers_that_json_cannot_say_are_refused_with_their_place(tmp_path: Pat
         write_json(tmp_path / "a.json", {"geometry": {"r": bad}})
     with pytest.raises(ValueError, match=r"geometry\.r"):
         content_id({"geometry": {"r": bad}})
-    assert os.listdir(tmp_path) == []
+    assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("bad", [{"a": {1, 2}}, {"a": b"x"}, {"a": object()}, {"a": Options}, {"a": {None: 1}}])
+@pytest.mark.parametrize("bad", [{"a": {1, 2}}, {"a": b"x"}, {"a": Options}, {"a": {None: 1}}])
 def test_things_that_json_cannot_say_are_refused_with_their_place(bad: object) -> None:
-    with pytest.raises(TypeError, match="^a "):
+    with pytest.raises(TypeError, match=r"^a "):
         content_id(bad)
 
 
@@ -248,9 +262,10 @@ def test_missing_json_is_one_line(tmp_path: Path) -> None:
 
 def test_content_id_sees_every_difference_and_nothing_else() -> None:
     base = {"layer": 3, "names": ["calm", "sad"], "scale": 0.05}
-    assert content_id(base) == content_id(dict(reversed(base.items()))) == content_id({**base, "scale": np.float64(0.05)})
-    others = [{**base, "layer": 4}, {**base, "names": ["sad", "calm"]}, {**base, "scale": 0.050000001}, {**base, "x": None}]
-    assert len({content_id(o) for o in [base, *others]}) == 5
+    for same in (dict(reversed(base.items())), {**base, "scale": np.float64(0.05)}):
+        assert content_id(same) == content_id(base)
+    changes = ({"layer": 4}, {"names": ["sad", "calm"]}, {"scale": 0.050000001}, {"x": None})
+    assert len({content_id(o) for o in [base, *({**base, **change} for change in changes)]}) == 5
     assert content_id(Options(3)) == content_id({"layer": 3, "names": ["calm"]})
     assert content_id({}) == "44136fa355b3678a"  # frozen: a change would discard every run in the world
 
@@ -284,8 +299,7 @@ def test_provenance_needs_no_git_and_imports_nothing_heavy() -> None:
         "print('ready' if p['commit'] is None and not {'torch', 'rich', 'numpy'} & set(sys.modules) else p)"
     )
     environment = {**os.environ, "PYTHONPATH": SOURCE, "PATH": ""}
-    answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert answer.stdout == "ready\n"
+    assert subprocess.check_output([sys.executable, "-c", code], env=environment) == b"ready\n"
 
 
 def test_other_settings_are_refused_with_exactly_the_differences(tmp_path: Path) -> None:
@@ -318,7 +332,7 @@ def test_folders_of_strangers_are_left_alone(tmp_path: Path) -> None:
     for fresh in (False, True):
         with pytest.raises(AffectlensError, match="neither empty nor a run directory"):
             open_run(tmp_path, fresh=fresh)
-    assert os.listdir(tmp_path) == ["thesis.tex"]
+    assert names(tmp_path) == ["thesis.tex"]
     # Another tool's run.json, beside a folder that looks like a stage.
     (tmp_path / "run.json").write_text('{"name": "another tool"}')
     (tmp_path / "data").mkdir()
@@ -366,7 +380,8 @@ def test_the_lock_refuses_a_second_process_and_is_free_after_sigkill(tmp_path: P
             Run.open(tmp_path, what={}, command="x", fresh=fresh)
         one_line(error)
     kill(process)
-    with Run.open(tmp_path, what={}, command="x"), pytest.raises(AffectlensError, match=f"process {os.getpid()}:"):
+    ours = f"process {os.getpid()}:"
+    with Run.open(tmp_path, what={}, command="x"), pytest.raises(AffectlensError, match=ours):
         Run.open(tmp_path, what={}, command="x")
     Run.open(tmp_path, what={}, command="x").close()
 
@@ -411,7 +426,9 @@ def test_a_pipeline_resumes_where_it_stopped(tmp_path: Path) -> None:
     assert made == ["stories0", "stories1", "stories2", "activations0", "activations1", "activations2"]
 
 
-def test_changed_inputs_discard_that_stage_only_and_say_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_changed_inputs_discard_that_stage_only_and_say_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with open_run(tmp_path) as run:
         for name in ("stories", "vectors"):
             stage = run.stage(name, {"k": 1})
@@ -445,7 +462,8 @@ def test_discarding_that_is_killed_halfway_does_not_call_the_stage_done(
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(Path, "unlink", dies)
             run.stage("stories", {"k": 2})
-        assert not run.stage("stories", {"k": 1}).done  # the marker went first
+        assert not (stage.path / "done.json").exists()  # the marker went first
+        assert not run.stage("stories", {"k": 1}).done
         assert run.stage("stories", {"k": 2}).pending(2, ".json") == [0, 1]
 
 
@@ -475,7 +493,7 @@ def test_broken_stage_records_are_one_line(tmp_path: Path) -> None:
             one_line(error)
         for content in ("{", "[]"):
             (stage.path / "inputs.json").write_text(content)
-            with pytest.raises(FormatError, match=r"inputs\.json .*delete the folder .* and run again") as error:
+            with pytest.raises(FormatError, match=r"inputs\.json .*delete the folder .* and run") as error:
                 run.stage("stories", {})
             one_line(error)
 
@@ -522,7 +540,7 @@ def test_progress_on_a_terminal_draws_a_bar_on_stderr(monkeypatch: pytest.Monkey
     progress.advance(1)
     progress.finish()
     assert "stories" in terminal.getvalue() and "1/2" in terminal.getvalue()
-    assert terminal.getvalue().splitlines()[-1].lstrip("\x1b[2K?25h1A\r").startswith("stories: 1 of 2 in")
+    assert "stories: 1 of 2 in" in terminal.getvalue().splitlines()[-1]
 
 
 def test_records_are_readable_by_people(tmp_path: Path) -> None:

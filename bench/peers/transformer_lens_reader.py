@@ -19,18 +19,17 @@ def load(job: Job) -> Run:
     names = [f"blocks.{layer}.hook_out" for layer in job.layers]
     stop = max(job.layers) + 1 if job.options.get("stop") else None
 
-    def cached(batch: list[str]) -> dict[str, torch.Tensor]:
-        # The bridge adds a beginning-of-sequence token unless told not to; none of the other subjects has one.
-        _, cache = bridge.run_with_cache(batch, names_filter=names, stop_at_layer=stop, prepend_bos=False)
+    def cached(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        _, cache = bridge.run_with_cache(tokens, names_filter=names, stop_at_layer=stop)
         return {name: cache[name] for name in names}
 
-    def hooked(batch: list[str]) -> dict[str, torch.Tensor]:
+    def hooked(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         seen: dict[str, torch.Tensor] = {}
 
         def keep(tensor: torch.Tensor, hook: object) -> None:
             seen[hook.name] = tensor  # type: ignore[attr-defined]
 
-        bridge.run_with_hooks(batch, fwd_hooks=[(name, keep) for name in names], stop_at_layer=stop, prepend_bos=False)
+        bridge.run_with_hooks(tokens, fwd_hooks=[(name, keep) for name in names], stop_at_layer=stop)
         return seen
 
     read = hooked if job.options.get("hooks") else cached
@@ -38,9 +37,11 @@ def load(job: Job) -> Run:
     def run(texts: Sequence[str]) -> np.ndarray:
         means = []
         for batch in batches(texts, job.batch):
-            states = read(list(batch))
-            # The bridge tokenises inside and pads on the right: a text's own length says where it ends.
-            lengths = [len(ids) for ids in bridge.tokenizer(list(batch))["input_ids"]]
+            # The bridge adds a beginning-of-sequence token unless told not to; none of the other subjects has one. It pads
+            # on the right without a mask, which a causal model does not notice.
+            tokens = bridge.to_tokens(list(batch), prepend_bos=False)
+            states = read(tokens)
+            lengths = (tokens != bridge.tokenizer.pad_token_id).sum(1).tolist()
             for row, length in enumerate(lengths):
                 means.append(torch.stack([job.own(states[name][row, :length]) for name in names]))
         return torch.stack(means).numpy()

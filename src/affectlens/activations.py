@@ -6,6 +6,7 @@ at the first missing shard and ends in identical files; memory holds one shard h
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,9 @@ class Moments:
 
     @property
     def means(self) -> np.ndarray:
-        """Mean residual of each concept, ``(N, L, D)``."""
+        """Mean residual of each concept, ``(N, L, D)``; a concept without texts has none, which is refused."""
+        if not self.counts.all():
+            raise FormatError(f"there is no text of {self.names[int(self.counts.argmin())]!r}: leave it out or collect some")
         return self.sums / self.counts[:, None, None]
 
 
@@ -117,9 +120,7 @@ class Activations:
     def moments(self, names: Sequence[str]) -> Moments:
         """Counts and float64 sums of each concept, one shard in memory at a time."""
         row_of = {name: i for i, name in enumerate(names)}
-        out = Moments(
-            tuple(names), np.zeros(len(names)), np.zeros((len(names), len(self.layers), self.width))
-        )
+        out = Moments(tuple(names), np.zeros(len(names)), np.zeros((len(names), len(self.layers), self.width)))
         for rows, path in self.shards():
             values = _read(path, "values")
             for value, concept in zip(values, self.concepts[rows], strict=True):
@@ -134,7 +135,10 @@ def _read(path: Path, name: str, layer: int | None = None) -> np.ndarray:
 
     try:
         with safe_open(path, framework="numpy") as shard:
-            return shard.get_tensor(name) if layer is None else shard.get_slice(name)[:, layer, :]
+            if layer is None or not shard.get_slice(name).get_shape()[0]:  # no rows: nothing that could be sliced
+                values = shard.get_tensor(name)
+                return values if layer is None else values[:, layer]
+            return shard.get_slice(name)[:, layer, :]
     except (SafetensorError, FileNotFoundError) as error:
         raise FormatError(f"{path} is broken or missing ({error}): delete its folder and run again") from None
 
@@ -153,7 +157,7 @@ def collect(
     Args:
         engine: The model.
         texts: What to read; texts shorter than ``first_token`` tokens are left out and counted.
-        folder: Where the shards go; shards that are there are kept.
+        folder: Where the shards go; shards of the same texts, model and options that are there are kept.
         first_token: Read from the text's own n-th token on, counted from 1 (the paper's 50; method 3).
         per_token: One row for each token instead of one mean for each text.
         advance: Told how many texts were finished.
@@ -162,7 +166,7 @@ def collect(
         The collection, all shards on disk.
 
     Raises:
-        FormatError: No text is long enough.
+        FormatError: No text is long enough, or two have the same id.
 
     Example:
         >>> import tempfile, affectlens as al
@@ -173,13 +177,17 @@ def collect(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     layers = tuple(range(-1, engine.info.n_layers))
+    by_id = {text.id: text for text in texts}
+    if len(by_id) < len(texts):
+        twice = Counter(text.id for text in texts).most_common(1)[0][0]
+        raise FormatError(f"two texts have the id {twice!r}: give each its own, or their labels get mixed up")
     where = Where(after=first_token - 1)
     readouts = (Readout(layers, where, "none" if per_token else "mean"), Readout(layers, where, "norm"))
     parts = []
     for i in range(0, len(texts), SHARD):
         chunk = texts[i : i + SHARD]
         part = folder / f"part{i // SHARD:05d}.json"
-        asked = content_id([(text.id, text.text) for text in chunk])
+        asked = content_id([engine.info.fingerprint, first_token, per_token, [(text.id, text.text) for text in chunk]])
         if not part.exists() or read_json(part)["texts"] != asked:
             _collect_shard(engine, chunk, readouts, part, asked)
         parts.append(read_json(part))
@@ -187,7 +195,6 @@ def collect(
     rows = [row for part in parts for row in part["rows"]]
     if not rows:
         raise FormatError(f"no text has {first_token} tokens: give longer texts or a lower first token")
-    by_id = {text.id: text for text in texts}
     write_json(
         folder / "index.json",
         {
@@ -223,7 +230,8 @@ def _collect_shard(engine: Engine, chunk: Sequence[Text], readouts: tuple[Readou
     width, n_layers = engine.info.width, len(readouts[0].layers)
     blob = save(
         {
-            "values": np.concatenate(values) if values else np.zeros((0, n_layers, width), np.float32),
+            # safetensors copies memory and ignores strides, and concatenating transposed arrays keeps them transposed.
+            "values": np.ascontiguousarray(np.concatenate(values)) if values else np.zeros((0, n_layers, width), np.float32),
             "norms": np.concatenate(norms) if norms else np.zeros((0, n_layers), np.float32),
         }
     )

@@ -368,20 +368,19 @@ class _Reader:
         if raw.get("format", 1) != 1:
             self.fail("format", f"is {raw['format']!r}, but this version reads format 1: update affectlens")
         name = self.text(raw, "name", default=default_name)
-        concepts = self.concepts(raw)
-        prompts = self.prompts(raw)
-        given = {key: self.texts(raw, key) for key in ("topics", "neutral_topics") if key in raw}
+        topics, neutral_topics = (
+            self.texts(raw, key) if key in raw else getattr(_bundled("emotions"), key)
+            for key in ("topics", "neutral_topics")
+        )
         return ConceptSet(
             name=name,
             title=self.text(raw, "title", default=name),
             description=self.text(raw, "description", default=""),
             sources=self.texts(raw, "sources") if "sources" in raw else (),
-            concepts=concepts,
-            topics=given["topics"] if "topics" in given else _bundled("emotions").topics,
-            neutral_topics=(
-                given["neutral_topics"] if "neutral_topics" in given else _bundled("emotions").neutral_topics
-            ),
-            prompts=prompts,
+            concepts=self.concepts(raw),
+            topics=topics,
+            neutral_topics=neutral_topics,
+            prompts=self.prompts(raw),
         )
 
     def concepts(self, raw: dict[str, Any]) -> tuple[Concept, ...]:
@@ -413,12 +412,11 @@ class _Reader:
         if not isinstance(table, dict):
             self.fail(key, f'must be a table: write [{key}] and below it definition = "..."')
         self.known_keys(table, _CONCEPT_KEYS, key)
-        forms = self.texts(table, "forms", key) if "forms" in table else ()
         return Concept(
             name=name,
             definition=self.text(table, "definition", key),
             cluster=self.text(table, "cluster", key) if "cluster" in table else None,
-            forms=forms,
+            forms=self.texts(table, "forms", key) if "forms" in table else (),
             rating=self.rating(table["rating"], f"{key}.rating") if "rating" in table else None,
         )
 
@@ -467,7 +465,8 @@ class _Reader:
         where = f"{within}.{key}" if within else key
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             self.fail(where, 'must be a list of texts: write ["...", "..."]')
-        if not value or not all(item.strip() for item in value):
+        # A lone hyphen counts as empty too: as a form, it would be found between any two words.
+        if not value or not all(map(_key, value)):
             self.fail(
                 where, "has nothing or an empty text in it: fill it in, or drop the line for the default"
             )

@@ -224,9 +224,7 @@ class Steering:
         for term in self.terms:
             for layer in layers:
                 if layer not in term.available:
-                    raise MismatchError(
-                        f"{term.name!r} has no direction at layer {layer}: choose among {_span(term.available)}"
-                    )
+                    raise MismatchError(f"{term.name!r} has no direction at layer {layer}: choose among {_span(term.available)}")
         if not layers:
             raise EngineError("on() needs at least one layer")
         return Steering(tuple(replace(term, layers=tuple(sorted(set(layers)))) for term in self.terms))
@@ -497,9 +495,7 @@ class Engine(ABC):
         )
         return [result.text for result in self.run(requests)]
 
-    def read(
-        self, prompts: Iterable[str | Chat], readout: Readout, *, steering: Steering = Steering()
-    ) -> Iterator[Reading]:
+    def read(self, prompts: Iterable[str | Chat], readout: Readout, *, steering: Steering = Steering()) -> Iterator[Reading]:
         """Record ``readout`` for each prompt, in order, without generating anything."""
         for result in self.run(Request(prompt, readouts=(readout,), steering=steering) for prompt in prompts):
             yield result.readings[0]
@@ -526,8 +522,7 @@ def check_request(request: Request, info: ModelInfo) -> None:
             raise EngineError(f"{info.id} has layers 0 to {info.n_layers - 1} (and -1, the embedding): not {wrong[0]}")
         if readout.onto is not None and readout.onto.shape[-1] != info.width:
             raise MismatchError(
-                f"directions are {readout.onto.shape[-1]} wide but {info.id} is {info.width} wide: "
-                "use vectors of this model"
+                f"directions are {readout.onto.shape[-1]} wide but {info.id} is {info.width} wide: use vectors of this model"
             )
     for term in request.steering.terms:
         if not np.isfinite(term.strength):
@@ -568,9 +563,7 @@ def mark_chat(chat: Chat) -> Chat:
     return tuple((role, f"MARKq{i}q") for i, (role, _) in enumerate(chat))
 
 
-def chat_roles(
-    text: str, chat: Chat, offsets: Sequence[tuple[int, int]], *, marked: str | None = None
-) -> list[str]:
+def chat_roles(text: str, chat: Chat, offsets: Sequence[tuple[int, int]], *, marked: str | None = None) -> list[str]:
     """Role of each token of a rendered chat: whose words it carries, or ``template``.
 
     Short messages also occur in the template's own words ("user", "a", "I"), so searching for them is not enough:

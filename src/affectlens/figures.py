@@ -39,12 +39,12 @@ _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 _AXIS = {"ticks": "outside", "ticklen": 4, "automargin": True, "title": {"standoff": 8}}
 THEME = go.layout.Template(
     layout={
-        "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif", "size": 12},
+        "font": {"family": "-apple-system, 'Segoe UI', Roboto, 'Liberation Sans', Arial, sans-serif", "size": 12},
         "colorway": PALETTE,
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "margin": {"l": 56, "r": 16, "t": 12, "b": 48},
-        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.14, "yanchor": "top", "title": {"text": ""}},
+        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
         "hovermode": "closest",
         "xaxis": {**_AXIS, "showgrid": False, "showline": True, "zeroline": False},
         "yaxis": {**_AXIS, "showgrid": True, "showline": False, "zeroline": True},
@@ -138,17 +138,19 @@ def circumplex(
     figure = blank(x=titles[0], y=titles[1], height=height, wide=True)
     wanted = [name for name in show if name in set(names)] if show else list(names)
     for number, cluster in enumerate(dict.fromkeys(clusters)):
-        rows = [i for i, own in enumerate(clusters) if own == cluster]
+        colour = PALETTE[number % len(PALETTE)]
+        faint = f"rgba({','.join(str(int(colour[at : at + 2], 16)) for at in (1, 3, 5))},0.5)"
+        # the legend shows the colour of a cluster's first point: let it be a full one
+        rows = sorted((i for i, own in enumerate(clusters) if own == cluster), key=lambda i: names[i] not in wanted)
         figure.add_scatter(
             x=points[rows, 0].round(4),
             y=points[rows, 1].round(4),
             mode="markers",
             name=_text(cluster),
             marker={
-                "color": PALETTE[number % len(PALETTE)],
+                "color": [colour if names[i] in wanted else faint for i in rows],
                 "symbol": _SYMBOLS[number % len(_SYMBOLS)],
                 "size": [10 if names[i] in wanted else 7 for i in rows],
-                "opacity": [0.95 if names[i] in wanted else 0.5 for i in rows],
                 "line": {"width": 0},
             },
             text=[_text(names[i]) for i in rows],
@@ -165,7 +167,8 @@ def circumplex(
         figure.add_scatter(
             x=points[list(placed), 0].round(4),
             y=points[list(placed), 1].round(4),
-            mode="text",
+            mode="markers+text",  # an invisible marker keeps the label off the visible one
+            marker={"size": 10, "opacity": 0},
             name=label,
             text=[_text(names[i]) for i in placed],
             textposition=list(placed.values()),
@@ -175,6 +178,7 @@ def circumplex(
             visible=label == "labels",
             meta=label,
         )
+    figure.update_layout(legend_itemsizing="constant")
     figure.update_xaxes(range=[low[0], high[0]], zeroline=True).update_yaxes(range=[low[1], high[1]], showgrid=False)
     return figure
 
@@ -220,7 +224,7 @@ def heat_map(
     rows, names = [_text(name) for name in labels], [_text(name) for name in across]
     hover = f"%{{y}}, %{{x}}<br>{_text(unit)} %{{z:.3f}}<extra></extra>"
     figure.add_heatmap(z=values, x=names, y=rows, coloraxis="coloraxis", hovertemplate=hover, hoverongaps=False)
-    bar = {"title": {"text": _text(unit), "side": "right"}, "thickness": 9, "outlinewidth": 0, "len": 0.8, "x": 1.01}
+    bar = {"title": {"text": _text(unit), "side": "top"}, "thickness": 9, "outlinewidth": 0, "len": 1, "x": 1.01}
     scale = SEQUENTIAL if isinstance(limit, tuple) else DIVERGING
     figure.update_layout(coloraxis={"colorscale": scale, "cmin": low, "cmax": high or 1.0, "colorbar": bar})
     bare = {"showline": False, "zeroline": False, "showgrid": False, "ticks": "", "type": "category", "title_text": ""}
@@ -332,8 +336,7 @@ def _place(
         half = np.array([6.6 * len(names[i]) / 2 + 2, 8.0])
         best: tuple[int, str, np.ndarray] | None = None
         for place, side in _PLACES.items():
-            # plotly moves a label by half its size plus the gap that it leaves around a marker
-            centre = pixels[i] + np.array(side) * (half + np.array([6, 2]))
+            centre = pixels[i] + np.array(side) * (half + 5)  # 5: the gap that plotly leaves around a marker
             box = np.concatenate([centre - half, centre + half])
             inside = (box[:2] >= 0).all() and (box[2:] <= area).all()
             touches = ((boxes[:, :2] < box[2:]) & (box[:2] < boxes[:, 2:])).all(axis=1).any()

@@ -1,7 +1,7 @@
-"""The report of a run: what was checked, which published findings hold for this model, figures, tables, stories token by token.
+"""The report of a run: what was checked, which published findings hold for this model, figures, tables, coloured stories.
 
-A :class:`Report` is plain data. It is written as ``report.json`` (everything), ``report.html`` (one file that needs no network
-and is forbidden to use it) and ``report.md`` (for a pull request or a model card), and printed to a terminal.
+A :class:`Report` is plain data. It is written as ``report.json`` (everything), ``report.html`` (one file that needs no
+network and is forbidden to use it) and ``report.md`` (for a pull request or a model card), and printed to a terminal.
 
 Stories and model names come from outside. In the page they are text and never markup: the template escapes by default, data
 travel as inert JSON, and a content security policy allows exactly the two scripts that are ours, by hash.
@@ -36,16 +36,18 @@ DISCLAIMER = (
     "the concept would lead one to expect. Nothing here claims that a model feels anything."
 )
 _GLYPHS = {"holds": "●", "weak": "◐", "fails": "○", "untestable": "–", "ok": "✓", "warn": "!", "fail": "✕"}
-_COLOURS = {"holds": "green", "weak": "yellow", "fails": "red", "untestable": "dim", "ok": "green", "warn": "yellow", "fail": "red"}
+_COLOURS = {"holds": "green", "ok": "green", "weak": "yellow", "warn": "yellow", "fails": "red", "fail": "red",
+            "untestable": "dim"}  # fmt: skip
+_NUMBERS = ("published", "here", "chance", "p", "n")
 # write_json sorts keys, so the order in which a reader wants the facts is kept here.
 _ORDER = ("id", "revision", "family", "n_parameters", "n_layers", "width", "dtype", "device", "concepts", "layer", "method",
-          "date", "command", "commit", "git_commit", "platform", "python", "seeds", "packages")  # fmt: skip
+          "source", "kept", "dropped", "date", "command", "commit", "platform", "python", "seeds", "packages")  # fmt: skip
 _PARTS: dict[str, dict[str, type | tuple[type, ...]]] = {
-    "check": {"name": str, "status": str, "value": object, "detail": str},
-    "finding": {"study": str, "id": str, "claim": str, "verdict": str, "rule": str},
-    "table": {"id": str, "title": str, "caption": str, "columns": Sequence, "rows": Sequence},
-    "figure": {"id": str, "title": str, "caption": str, "plotly": Mapping},
-    "story": {"concept": str, "topic": str, "layer": int, "scale": (int, float), "tokens": Sequence, "scores": Mapping},
+    "checks": {"name": str, "status": str, "value": object, "detail": str},
+    "findings": {"study": str, "id": str, "claim": str, "verdict": str, "rule": str},
+    "tables": {"id": str, "title": str, "caption": str, "columns": Sequence, "rows": Sequence},
+    "figures": {"id": str, "title": str, "caption": str, "plotly": Mapping},
+    "stories": {"concept": str, "topic": str, "layer": int, "scale": (int, float, type(None)), "tokens": Sequence, "scores": Mapping},
 }
 _FIX = "write it again with `affectlens study`"
 
@@ -65,7 +67,7 @@ class Report:
         findings: What the studies found, those of one study next to each other.
         tables, figures: In the order in which they appear.
         stories: ``{"concept", "topic", "layer", "scale", "tokens": [text], "scores": {probe: [number per token]}}``;
-            ``scale`` is the 99th percentile of the absolute scores over the story's probes, and a score may be None.
+            ``scale`` is the 99th percentile of the absolute scores over the story's probes; it and any score may be None.
         provenance: Packages, platform, command, seeds, date, git commit.
         resume: The command that goes on with this run.
 
@@ -76,7 +78,7 @@ class Report:
         >>> report = Report("Emotions in toy", model={"id": "toy"}, checks=[
         ...     {"name": "steering at 0", "status": "ok", "value": 0.0, "detail": "bit-identical"}])
         >>> report.summary
-        'No finding was tested on toy. The 1 instrument check passes.'
+        'No finding was tested on toy. The one instrument check passes.'
         >>> Report.from_dict(report.as_dict()) == report
         True
     """
@@ -97,11 +99,8 @@ class Report:
         for name, kind in (("title", str), ("resume", str), ("model", dict), ("vectors", dict), ("provenance", dict)):
             if not isinstance(parts[name], kind):
                 raise FormatError(f"{name} must be {'text' if kind is str else 'an object'}")
-        parts["checks"] = _each(parts["checks"], "check", _check)
-        parts["findings"] = _each(parts["findings"], "finding", _finding)
-        parts["tables"] = _each(parts["tables"], "table", _table)
-        parts["figures"] = _each(parts["figures"], "figure", lambda part: Figure(**part))
-        parts["stories"] = _each(parts["stories"], "story", _story)
+        makers = {"checks": _check, "findings": _finding, "tables": _table, "figures": _figure, "stories": _story}
+        parts |= {name: _each(parts[name], name, make) for name, make in makers.items()}
         for name, value in parts.items():
             object.__setattr__(self, name, value)
 
@@ -121,18 +120,18 @@ class Report:
             holds = counts.pop("holds", 0)
             ways = {"weak": ("is weak", "are weak"), "fails": ("fails", "fail"), "untestable": ("could not be tested",) * 2}
             rest = [f"{count} {ways[verdict][count > 1]}" for verdict, count in counts.items()]
-            opening = f"{holds or 'None'} of {n} finding{'s' * (n > 1)} {'holds' if holds == 1 or n == 1 else 'hold'} on {name}"
-            first = f"{opening}{'; ' if rest else ''}{_listed(rest)}."
+            hold = "holds" if 1 in (holds, n) else "hold"
+            first = f"{holds or 'None'} of {n} finding{'s' * (n > 1)} {hold} on {name}{'; ' * bool(rest)}{_listed(rest)}."
         bad = [check["name"] for check in self.checks if check["status"] == "fail"]
         warned = sum(check["status"] == "warn" for check in self.checks)
         if not self.checks:
             return f"{first} The instrument was not checked."
         if bad:
             return f"{first} Read with care: the instrument fails the check of {_listed(bad)}."
+        total = len(self.checks)
         if warned:
-            return f"{first} {warned} of {len(self.checks)} instrument checks ask{'s' * (warned == 1)} for attention; none fails."
-        many = len(self.checks) > 1
-        return f"{first} {'All' if many else 'The'} {len(self.checks)} instrument check{'s pass' if many else ' passes'}."
+            return f"{first} {warned} of {total} instrument checks ask{'s' * (warned == 1)} for attention; none fails."
+        return f"{first} {f'All {total} instrument checks pass' if total > 1 else 'The one instrument check passes'}."
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as JSON data, with the format's name and version; NaN is None."""
@@ -206,8 +205,8 @@ class Report:
 
         data = resources.files("affectlens") / "data"
         environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-        environment.filters |= {"cell": _cell, "facts": _facts, "embed": lambda value: Markup(_embedded(value))}
-        environment.globals |= {"glyphs": _GLYPHS, "trusted": Markup, "hash": _hash}
+        environment.filters |= {"cell": _cell, "ordered": _ordered, "embed": lambda value: Markup(_embedded(value))}
+        environment.globals |= {"trusted": Markup, "hash": _hash}
         template = environment.from_string((data / "report.html.j2").read_text(encoding="utf-8"))
         return template.render(
             report=self,
@@ -231,7 +230,7 @@ class Report:
             for finding in self.findings:
                 own = _shown(finding)
                 claim = f"{finding.claim} ({finding.note})" if finding.note else finding.claim
-                rows.append([f"**{finding.verdict}**", claim, own["published"], own["here"], own["chance"], own["p"], own["n"]])
+                rows.append([f"**{finding.verdict}**", claim, *(own[key] for key in _NUMBERS)])
             head = ("verdict", "finding", "published", "here [interval]", "chance [95 %]", "p", "n")
             lines += ["## Findings", "", *_md_table(head, rows, safe=(0,)), ""]
         for table in self.tables:
@@ -241,7 +240,8 @@ class Report:
         if self.figures:
             lines += ["## Figures", "", "Drawn in report.html:", ""]
             lines += [f"* **{_md(figure.title)}.** {_md(figure.caption)}" for figure in self.figures] + [""]
-        lines += ["## Provenance", "", *(f"* {_md(key)}: {_md(_cell(value))}" for key, value in _ordered(self.provenance)), ""]
+        facts = [f"* {_md(key)}: {_md(_cell(value))}" for key, value in _ordered(self.provenance)]
+        lines += ["## Provenance", "", *facts, ""]
         if self.resume:
             lines += ["Go on with this run:", "", *(f"    {line}" for line in self.resume.splitlines()), ""]
         return "\n".join(lines)
@@ -279,25 +279,18 @@ class Report:
         if self.checks:
             made = grid("Instrument checks", [("", False), ("check", False), ("value", True), ("detail", False)])
             for check in self.checks:
-                status = check["status"]
-                made.add_row(
-                    text(f"{_GLYPHS[status]} {status}", _COLOURS[status]),
-                    text(check["name"]),
-                    text(_cell(check["value"])),
-                    text(check["detail"], "dim"),
-                )
+                status = text(f"{_GLYPHS[check['status']]} {check['status']}", _COLOURS[check["status"]])
+                made.add_row(status, text(check["name"]), text(_cell(check["value"])), text(check["detail"], "dim"))
             console.print(made)
         if self.findings:
-            head = [("verdict", False), ("finding", False), ("published", False), ("here", True), ("chance", True), ("p", True)]
-            made = grid("Findings", [*head, ("n", True)])
+            made = grid("Findings", [("verdict", False), ("finding", False), *((key, True) for key in _NUMBERS)])
             for finding in self.findings:
                 own = _shown(finding)
                 claim = text(finding.claim)
                 if finding.note:
-                    claim.append_text(text("\n")).append_text(text(finding.note, "dim"))
-                numbers = [text(own[key]) for key in ("published", "here", "chance", "p", "n")]
+                    claim.append("\n").append_text(text(finding.note, "dim"))
                 verdict = text(f"{_GLYPHS[finding.verdict]} {finding.verdict}", _COLOURS[finding.verdict])
-                made.add_row(verdict, claim, *numbers)
+                made.add_row(verdict, claim, *(text(own[key]) for key in _NUMBERS))
             console.print(made)
         for table in self.tables:
             made = grid(table.title, zip(table.columns, _numeric(table), strict=True))
@@ -328,7 +321,7 @@ def _plain(value: Any) -> Any:
 def _each(parts: Any, what: str, make: Any) -> tuple[Any, ...]:
     """Check and make each part of a kind; an error says which one it was."""
     if not isinstance(parts, list):
-        raise FormatError(f"the {what} part must be a list")
+        raise FormatError(f"{what} must be a list")
     made = []
     for number, part in enumerate(parts, 1):
         try:
@@ -341,27 +334,24 @@ def _each(parts: Any, what: str, make: Any) -> tuple[Any, ...]:
                     raise TypeError(f"{name!r} is of a wrong kind")
             made.append(make(part))
         except (TypeError, ValueError) as error:
-            raise FormatError(f"{what} {number}: {error}") from error
+            raise FormatError(f"number {number} of {what}: {error}") from error
     return tuple(made)
 
 
-def _one_of(what: str, value: Any, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{what} {value!r} is none of {', '.join(known)}")
-
-
 def _check(part: dict[str, Any]) -> dict[str, Any]:
-    _one_of("status", part["status"], STATUSES)
+    if part["status"] not in STATUSES:
+        raise ValueError(f"status {part['status']!r} is none of {', '.join(STATUSES)}")
     return part
 
 
 def _finding(part: dict[str, Any]) -> Finding:
-    _one_of("verdict", part["verdict"], VERDICTS)
+    if part["verdict"] not in VERDICTS:
+        raise ValueError(f"verdict {part['verdict']!r} is none of {', '.join(VERDICTS)}")
     estimate, null = part.get("estimate"), part.get("null")
-    return Finding(
-        **{"published": None, **part}
-        | {"estimate": estimate and Estimate.from_dict(estimate), "null": null and Null.from_dict(null)}
-    )
+    part = {"published": None, **part, "estimate": estimate and Estimate.from_dict(estimate)}
+    finding = Finding(**part | {"null": null and Null.from_dict(null)})
+    _shown(finding)  # a text where a number should be is found here, not when the report is drawn
+    return finding
 
 
 def _table(part: dict[str, Any]) -> Table:
@@ -369,6 +359,12 @@ def _table(part: dict[str, Any]) -> Table:
     if any(len(row) != len(part["columns"]) for row in rows):
         raise ValueError(f"a row does not have one value for each of the {len(part['columns'])} columns")
     return Table(**part | {"columns": tuple(map(str, part["columns"])), "rows": rows})
+
+
+def _figure(part: dict[str, Any]) -> Figure:
+    if not isinstance(part["plotly"].get("data"), list) or not isinstance(part["plotly"].get("layout"), dict):
+        raise ValueError("'plotly' must have a list 'data' and an object 'layout'")
+    return Figure(**part)
 
 
 def _story(part: dict[str, Any]) -> dict[str, Any]:
@@ -383,8 +379,8 @@ def _listed(parts: Sequence[str]) -> str:
 
 
 def _minus(text: str) -> str:
-    """The typographic minus in front of numbers."""
-    return re.sub(r"(?<![\w.)])-(?=[\d.])", "−", text)
+    """The typographic minus in front of numbers, and no line break before a per cent sign."""
+    return re.sub(r"(?<![\w.)])-(?=[\d.])", "−", text).replace(" %", "\u00a0%")
 
 
 def _cell(value: Any) -> str:
@@ -421,7 +417,7 @@ def _shown(finding: Finding) -> dict[str, str]:
         # The estimate prints itself with as many digits as its interval supports; n and the level have their own place.
         text, _, inside = str(estimate).rpartition(" (")
         level = "" if estimate.level == 0.95 else f" ({inside.partition(',')[0]})"
-        shown |= {"here": text + level, "n": f"{estimate.n:,}".replace(",", "\u202f")}
+        shown |= {"here": "–" if math.isnan(estimate.value) else text + level, "n": f"{estimate.n:,}".replace(",", "\u202f")}
     if (null := finding.null) is not None:
         shown["chance"] = str(null).removeprefix("null ").partition(", p = ")[0]
         shown["kind"] = f"{null.kind}, {null.draws} draws"
@@ -441,8 +437,8 @@ def _strip(finding: Finding) -> dict[str, float] | None:
     bare = re.fullmatch(r"(?:[a-zρ]+ ?= ?)?([-−]?\d*\.?\d+) ?(%?)", finding.published or "", re.IGNORECASE)
     if bare and bare[2] == estimate.unit.strip():
         marks["published"] = float(bare[1].replace("−", "-"))
-    if not all(map(math.isfinite, marks.values())):
-        return None
+    if len(marks) == 3 or not all(map(math.isfinite, marks.values())):
+        return None  # an interval with nothing beside it shows nothing
     low, high = min(marks.values()), max(marks.values())
     return {name: round(6 + 88 * (mark - low) / (high - low), 1) for name, mark in marks.items()} if high > low else None
 
@@ -475,7 +471,7 @@ def _formatted(table: Table) -> list[list[str]]:
         formats.append(decimals if max(sizes, default=1) >= 0.01 else None)  # None: too small for fixed decimals
     return [
         [
-            _minus(f"{value + 0.0:,.{decimals}f}") if isinstance(value, float) and decimals is not None else _cell(value)
+            _minus(f"{round(value, decimals) + 0.0:,.{decimals}f}") if isinstance(value, float) and decimals is not None else _cell(value)
             for value, decimals in zip(row, formats, strict=True)
         ]
         for row in table.rows
@@ -484,7 +480,7 @@ def _formatted(table: Table) -> list[list[str]]:
 
 def _embedded(value: Any) -> str:
     """JSON that can stand inside a script element: nothing in it can end the element or start a comment."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 

@@ -266,9 +266,10 @@ def correlation_with_null(
 ) -> tuple[Estimate, Null]:
     """Pearson correlation with a bootstrap interval over pairs, and the null of exchanging y.
 
-    Why not Fisher's interval: it is right for bivariate normal data only. In our simulations (nominal 95 %)
-    it covered 94 to 98 % for a two-humped x, as valence is, and 74 to 85 % where the noise of y grows with
-    the size of x. This one covered 95 % for normal data down to n = 12, and 90 to 94 % and 85 to 92 % there.
+    Why not Fisher's interval: it is right for bivariate normal data only. In at least 2,000 simulations each
+    (n = 12 and 45, r = 0 to 0.8, nominal 95 %) it covered 95 % for normal data, 94 to 97 % for a two-humped
+    x, as valence is, and 74 to 84 % where the noise of y grows with the size of x. This one covered 93 to
+    95 %, 92 to 94 % and 86 to 93 %: somewhat short, but without the breakdown.
 
     Args:
         x, y: one value per unit (a word, an activity), shape (n,), n >= 3; ranks for Spearman's correlation.

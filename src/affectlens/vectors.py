@@ -8,6 +8,7 @@ strength (mean residual norms) and where it all came from. It is two files: ``ve
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -251,7 +252,9 @@ class ConceptVectors:
 
     # ── reading ──
 
-    def readout(self, layer: int | None = None, *, where: Where = Where(), pool: Literal["none", "mean", "last"] = "none") -> Readout:
+    def readout(
+        self, layer: int | None = None, *, where: Where = Where(), pool: Literal["none", "mean", "last"] = "none"
+    ) -> Readout:
         """A readout from which :meth:`scores` can compute; only dot products leave the worker."""
         row = self.row(layer)
         onto = np.concatenate([self.directions[row], self.centre[row][None]])
@@ -292,9 +295,7 @@ class ConceptVectors:
         directions = self.directions[row, [self.index(name) for name in names]] * self.residual_norms[row]
         order = np.argsort(engine.unembed(directions), axis=1)
         words = engine.vocabulary
-        return {
-            name: ([words[i] for i in order[n, ::-1][:k]], [words[i] for i in order[n, :k]]) for n, name in enumerate(names)
-        }
+        return {name: ([words[i] for i in order[n, ::-1][:k]], [words[i] for i in order[n, :k]]) for n, name in enumerate(names)}
 
     def check(self, info: ModelInfo, *, allow: Sequence[str] = ()) -> None:
         """Refuse to work on another model than the vectors were fitted on.
@@ -309,7 +310,7 @@ class ConceptVectors:
         for key in ("width", "n_layers", "fingerprint", "template"):
             mine, theirs = self.model.get(key), getattr(info, key)
             if mine != theirs and key not in allow:
-                fix = "use vectors of this model" if key in ("width", "n_layers") else f"use its own vectors or accept with --allow {key}"
+                fix = "use vectors of this model" if key in ("width", "n_layers") else f"use its own or accept with --allow {key}"
                 raise MismatchError(
                     f"these vectors belong to {self.model.get('id')} ({key} {mine}), not to {info.id} ({key} {theirs}): {fix}"
                 )
@@ -325,18 +326,18 @@ class ConceptVectors:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        blob = save(
-            {
-                "directions": self.directions,
-                "norms": self.norms,
-                "centre": self.centre,
-                "residual_norms": self.residual_norms,
-                "neutral": np.concatenate(self.neutral),
-                "baseline": self.baseline,
-                "stability": self.stability,
-                "counts": self.counts,
-            }
-        )
+        arrays = {
+            "directions": self.directions,
+            "norms": self.norms,
+            "centre": self.centre,
+            "residual_norms": self.residual_norms,
+            "neutral": np.concatenate(self.neutral),
+            "baseline": self.baseline,
+            "stability": self.stability,
+            "counts": self.counts,
+        }
+        # safetensors copies memory and ignores strides: what select() returns would be written in the wrong order.
+        blob = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
         tensors = folder / "vectors.safetensors"
         with atomic_write(tensors) as temporary:
             temporary.write_bytes(blob)
@@ -372,14 +373,14 @@ class ConceptVectors:
             folder = folder / "vectors"
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise FormatError(f"no vectors in {folder}: make them with affectlens discover MODEL --out {folder}") from None
         except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
             raise FormatError(f"{folder / 'config.json'} is broken ({error}): restore it or fit the vectors again") from None
-        if config.get("kind") != "affectlens-vectors":
+        if not isinstance(config, dict) or config.get("kind") != "affectlens-vectors":
             raise FormatError(f"{folder} holds no affectlens vectors: name a folder written by affectlens discover")
         if config.get("format") != FORMAT:
-            raise FormatError(f"{folder} has vector format {config.get('format')}, this version reads {FORMAT}: update affectlens")
+            raise FormatError(f"{folder} has vector format {config.get('format')}, not {FORMAT}: update affectlens")
         return cls._read(folder / "vectors.safetensors", config)
 
     @classmethod
@@ -391,33 +392,45 @@ class ConceptVectors:
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
             raise FormatError(f"{path} is broken or missing ({error}): restore it or fit the vectors again") from None
-        if sha256_file(path) != config["sha256"]:
+        if sha256_file(path) != config.get("sha256"):
             raise FormatError(f"{path} was changed after it was written (sha256 differs): restore it or fit the vectors again")
-        ends = np.cumsum(config["neutral_counts"])[:-1]
-        return cls(
-            names=tuple(config["names"]),
-            layers=tuple(config["layers"]),
-            layer=config["layer"],
-            neutral=tuple(np.split(tensors.pop("neutral"), ends)),
-            model=config["model"],
-            method=config["method"],
-            **tensors,
-        )
+        try:
+            ends = np.cumsum(config["neutral_counts"])[:-1]
+            vectors = cls(
+                names=tuple(config["names"]),
+                layers=tuple(config["layers"]),
+                layer=config["layer"],
+                neutral=tuple(np.split(tensors.pop("neutral"), ends)),
+                model=dict(config["model"]),
+                method=dict(config["method"]),
+                **tensors,
+            )
+            fits = vectors.directions.shape[:2] == (len(vectors.layers), len(vectors)) and vectors.layer in vectors.layers
+        except (KeyError, TypeError, ValueError):
+            fits = False
+        if not fits:
+            # The hash guards the numbers; this guards which concept and which layer each of them belongs to.
+            raise FormatError(f"{path.with_name('config.json')} does not fit {path.name}: restore both or fit the vectors again")
+        return vectors
 
     def card(self) -> str:
         """The model card, generated from the data."""
         row = self.row()
         method = "\n".join(f"| {key} | {value} |" for key, value in sorted(self.method.items()))
+        # The Hub refuses a card whose base model is not a Hub id: a folder, a file, the demo model.
+        hub, _, _ = str(self.model.get("id")).partition("@")
+        base = f"base_model: {hub}\n" if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", hub) else ""
+        mix = " - ".join(f'0.05 * vectors["{name}"]' for name in self.names[:2])
         return f"""---
 library_name: affectlens
-base_model: {self.model.get("id")}
-tags: [affectlens, steering, interpretability]
+{base}tags: [affectlens, steering, interpretability]
 ---
 
 # Concept vectors of {self.model.get("id")}
 
-{len(self)} unit directions at each of {len(self.layers)} layers, width {self.directions.shape[-1]}, fitted on {int(self.counts.sum())} texts
-({int(self.counts.min())} to {int(self.counts.max())} a concept). Layer L is the residual stream after block L, counted from 0;
+{len(self)} unit directions at each of {len(self.layers)} layers, width {self.directions.shape[-1]},
+fitted on {int(self.counts.sum())} texts ({int(self.counts.min())} to {int(self.counts.max())} a concept).
+Layer L is the residual stream after block L, counted from 0;
 strength is a multiple of the mean residual norm ({self.residual_norms[row]:.4g} at the default layer {self.layer}).
 
 | at layer {self.layer} | |
@@ -433,12 +446,11 @@ strength is a multiple of the mean residual norm ({self.residual_norms[row]:.4g}
 ```python
 import affectlens as al
 vectors = al.ConceptVectors.load("FOLDER")
-mix = 0.05 * vectors["{self.names[0]}"] - 0.05 * vectors["{self.names[1]}"]
+mix = {mix}
 ```
 
 The directions are functional representations; nothing here claims that a model feels anything.
 """
-
 
 
 def _model_dict(info: ModelInfo) -> dict[str, Any]:

@@ -60,7 +60,9 @@ def examine(engine: HFEngine) -> tuple[list[tuple[str, str]], str | None]:
     engine.can_pad_left = True
     left = _difference(lambda: [_prompt_part(r) for r in _read(engine, generating)], [_prompt_part(r) for r in alone])
     engine.can_pad_left = left <= limit
-    checks.append(("left-padded generation = alone", _way(left, engine.can_pad_left, "prompts of equal length are batched instead")))
+    checks.append(
+        ("left-padded generation = alone", _way(left, engine.can_pad_left, "prompts of equal length are batched instead"))
+    )
 
     reply_token = None
     if engine.tokenizer.chat_template:
@@ -171,5 +173,3 @@ def _try_packing(engine: HFEngine, requests: list[Request], alone: list[tuple[La
         engine.pack_limit = 0
         config._attn_implementation = before
     return difference
-
-

@@ -35,7 +35,9 @@ def _forward_steps(
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
         inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
         if inputs["input_ids"].shape[1] != 1:
-            raise ModelSupportError(f"{type(model).__name__} generates without a cache: affectlens reads it but cannot generate with it")
+            raise ModelSupportError(
+                f"{type(model).__name__} generates without a cache: affectlens reads it but cannot generate with it"
+            )
         outputs = model(**inputs, return_dict=True)
 
 

@@ -137,7 +137,7 @@ class HFEngine(Engine):
             name: See :func:`affectlens.open_engine`.
             device: ``auto`` takes CUDA, then MPS, then CPU.
             dtype: ``auto`` takes the checkpoint's own on an accelerator; on CPU bfloat16 where the processor multiplies it
-                natively (AMX), else float32.
+                natively (AMX, AVX512-BF16), else float32.
             token_budget: Tokens in one forward pass when reading.
 
         Raises:
@@ -260,7 +260,10 @@ class HFEngine(Engine):
         if isinstance(request.prompt, str):
             text, n_reply = request.prompt, None
             ids, offsets = self._encode(text, special=True)
-            roles = ["special" if a == b and i in self.tokenizer.all_special_ids else "text" for i, (a, b) in zip(ids, offsets, strict=True)]
+            roles = [
+                "special" if a == b and i in self.tokenizer.all_special_ids else "text"
+                for i, (a, b) in zip(ids, offsets, strict=True)
+            ]
             while len(ids) > 1 and roles[-1] == "special":  # an end-of-sequence token would stand between prompt and reply
                 ids, offsets, roles = ids[:-1], offsets[:-1], roles[:-1]
         else:
@@ -298,7 +301,9 @@ class HFEngine(Engine):
         if answered and (request.sampling or request.prefill or request.choices):
             raise EngineError("the chat ends with the assistant's turn: end it with a user turn, and give a beginning as prefill")
         if not answered and text == bare:
-            raise EngineError("the chat template has no reply position (no generation prompt): give a plain text transcript instead")
+            raise EngineError(
+                "the chat template has no reply position (no generation prompt): give a plain text transcript instead"
+            )
         return text
 
     def _start_of_reply(self, request: Request, text: str, offsets: Sequence[tuple[int, int]]) -> int | None:
@@ -343,9 +348,7 @@ class HFEngine(Engine):
         if batch:
             yield batch
 
-    def _read(
-        self, batch: list[Row], readings: dict[int, tuple[Reading, ...]], logprobs: dict[int, np.ndarray]
-    ) -> None:
+    def _read(self, batch: list[Row], readings: dict[int, tuple[Reading, ...]], logprobs: dict[int, np.ndarray]) -> None:
         """Run a batch; put what was read under the job's number and add up the log-probabilities of its choices.
 
         A choice of several tokens is spread over two rows, perhaps in two batches: its parts meet in ``logprobs``.
@@ -360,7 +363,9 @@ class HFEngine(Engine):
             lambda i, where: starts[i] + np.flatnonzero(_steered(batch[i], where)),
             self.device,
         )
-        wanted = [(int(start) + at, token, row.job, c) for row, start in zip(batch, starts, strict=True) for at, token, c in row.wanted]
+        wanted = [
+            (int(start) + at, token, row.job, c) for row, start in zip(batch, starts, strict=True) for at, token, c in row.wanted
+        ]
         stop_after = None
         if not wanted:
             stop_after = max((layer for recorder in recorders for layer in recorder.readout.layers), default=-1)
@@ -436,7 +441,6 @@ class HFEngine(Engine):
             yield batch
 
 
-
 def grown(layout: Layout, ids: Sequence[int], pieces: Sequence[str]) -> Layout:
     """The layout with generated tokens behind it."""
     text, tokens, offsets = layout.text, list(layout.tokens), list(layout.offsets)
@@ -464,7 +468,8 @@ def reached(where: Where, given: Layout, n: int) -> np.ndarray:
 def _dtype(dtype: str, device: str) -> Any:
     if dtype == "auto":
         if device == "cpu":
-            return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+            native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+            return torch.bfloat16 if native else torch.float32
         return "auto"
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in known:

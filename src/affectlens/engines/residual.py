@@ -140,6 +140,11 @@ class Pass:
 
     def visit(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """Steer and record the residual ``(B, T, D)`` of one layer; returns it, changed or not."""
+        if hidden.dim() != 3:
+            raise ModelSupportError(
+                f"the blocks of this model pass on {hidden.dim() - 2} axes of residual streams instead of one stream: "
+                "affectlens reads models with a single residual stream"
+            )
         self.fired.add(layer)
         if layer in self.pushes or layer in self.pins:
             hidden = hidden.clone()  # the block may have returned a tensor that it still uses
@@ -270,7 +275,9 @@ def steer(model: Any, steering: Steering) -> Iterator[Any]:
     width = model.config.get_text_config(decoder=True).hidden_size
     for term in steering.terms:
         if term.directions.shape[-1] != width:
-            raise MismatchError(f"{term.name!r} is {term.directions.shape[-1]} wide but the model is {width}: use its own vectors")
+            raise MismatchError(
+                f"{term.name!r} is {term.directions.shape[-1]} wide but the model is {width}: use its own vectors"
+            )
         if not 0 <= min(term.layers) <= max(term.layers) < len(blocks):
             raise EngineError(f"the model has layers 0 to {len(blocks) - 1} to steer: not {term.layers}")
         if term.where not in (Where(), Where("prompt"), Where("response")):

@@ -76,10 +76,12 @@ PLAIN = (
     "the a of to in and it was on for with at by from as his her their he she they then there that this one two had has is are be "
     "not but or so when while after before again over under near left right came went took put saw said asked told made turned "
     "walked looked stood sat opened closed found kept moved waited day morning evening hour door window street house table chair "
-    "hand eyes face voice water light paper time people man woman friend neighbour something nothing every still just more most "
-    "I you we my your yes no true false good bad do can will would what how why think am me user assistant system story dialogue person"
+    "hand eyes face voice water light paper time people man woman friend neighbour something nothing every still just more most"
 )
-
+TALK = (
+    "I you we my your me am yes no true false good bad do can will would what how why think feel sea world user assistant system "
+    "story dialogue person"
+)
 N_LAYERS, WIDTH, CONTEXT = 6, 64, 2048
 BOS, EOS = 0, 1
 BUCKETS = 4096
@@ -198,14 +200,14 @@ class ToyEngine(Engine):
     def _build_words(self, effect: float) -> None:
         """Ids, embeddings and unembedding. Words come with and without a space before them and a capital, as in real BPE."""
         directions, nuisance = self.truth.directions[0], self.truth.nuisance
-        signals: dict[str, np.ndarray] = {word: np.zeros(WIDTH) for word in PLAIN.split()}
+        ordinary = [*PLAIN.split(), *TALK.split()]
+        signals: dict[str, np.ndarray] = {word: np.zeros(WIDTH) for word in ordinary}
         for topic in TOPICS:
             place = self._rng.normal(size=len(nuisance)) * [4, 4, 3, 3]
             signals.update({word: (place + self._rng.normal(size=len(nuisance))) @ nuisance for word in topic.split()})
         for name, direction in zip(self.truth.names, directions, strict=True):
             signals.update({cue: 3 * effect * direction for cue in self.concepts[name]})
         signals.update({name: 4.2 * effect * d for name, d in zip(self.truth.names, directions, strict=True)})
-        plain = set(PLAIN.split())
         # (text, word, bias): small letters after a space are the ordinary form.
         forms = [("<start>", "", -30.0), ("<end>", "", 0.5)]
         forms += [(s + mark, "", b) for mark in ".,;:?!\"'()[]-" for s, b in (("", 1.0 if mark in ".," else -6.0), (" ", -6.0))]
@@ -213,7 +215,7 @@ class ToyEngine(Engine):
         marks = [*"0123456789", *(str(n) for n in range(10, 100)), *(c for c in "BCDEFGHJKLMNOPQRSTUVWXYZ")]
         forms += [(s + mark, "", -6.0) for mark in marks for s in ("", " ")]
         for word in signals:
-            common = 1.5 if word in plain else 0.0
+            common = 1.5 if word in ordinary else -0.8
             forms += [(" " + word, word, common), (word, word, common - 5)]
             if word[0].islower():
                 forms += [(" " + word.capitalize(), word, common - 3), (word.capitalize(), word, common - 5)]
@@ -438,7 +440,7 @@ class ToyEngine(Engine):
             raise UnknownName("concept", concept, self.concepts)
         rng = np.random.default_rng([seed % 2**32, zlib.crc32(f"{concept}/{topic}".encode())])
         about = TOPICS[zlib.crc32(topic.encode()) % len(TOPICS)].split()
-        plain = PLAIN.split()[:96]  # without the words that belong to questions and templates
+        plain = PLAIN.split()
         cues = self.concepts[concept] if concept is not None else plain
         pools = [(plain, about, cues)[kind] for kind in np.searchsorted([0.52, 0.82], rng.random(words))]
         chosen = [pool[int(share * len(pool))] for pool, share in zip(pools, rng.random(words), strict=True)]

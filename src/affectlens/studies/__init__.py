@@ -8,7 +8,7 @@ draws its own figures. A study imports this module and the nouns, never another 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -51,7 +51,9 @@ class Finding:
     note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain data; numbers that are not finite become None, as JSON has no word for them."""
+        numbers = {"estimate": self.estimate and self.estimate.as_dict(), "null": self.null and self.null.as_dict()}
+        return {**asdict(self), **numbers}
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,27 @@ class Outcome:
     findings: tuple[Finding, ...]
     tables: tuple[Table, ...] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, from which :meth:`from_dict` makes an equal outcome."""
+        findings = [finding.as_dict() for finding in self.findings]
+        return {"findings": findings, "tables": [asdict(table) for table in self.tables], "data": self.data}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Outcome:
+        """The outcome that :meth:`as_dict` was made from."""
+        findings = [
+            Finding(
+                **{
+                    **finding,
+                    "estimate": finding["estimate"] and Estimate.from_dict(finding["estimate"]),
+                    "null": finding["null"] and Null.from_dict(finding["null"]),
+                }
+            )
+            for finding in plain["findings"]
+        ]
+        tables = [Table(**{**t, "columns": tuple(t["columns"]), "rows": tuple(map(tuple, t["rows"]))}) for t in plain["tables"]]
+        return cls(tuple(findings), tuple(tables), plain["data"])
 
 
 @dataclass(frozen=True)
@@ -131,12 +154,3 @@ def load_study(name: str) -> Study:
     if name not in STUDIES:
         raise UnknownName("study", name, STUDIES)
     return importlib.import_module(f"affectlens.studies.{name}").STUDY
-
-
-def run_studies(names: tuple[str, ...], bench: Bench, *, done: Callable[[str], None] = lambda name: None) -> dict[str, Outcome]:
-    """Run studies in order; ``done`` is told after each."""
-    outcomes = {}
-    for name in names:
-        outcomes[name] = load_study(name).run(bench)
-        done(name)
-    return outcomes

@@ -62,7 +62,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Discovery:
-    """What :func:`discover` made and where it came from; ``stories`` counts what was written, kept and dropped for which reason."""
+    """What was made and where it came from; ``stories`` counts what was written, kept and dropped for which reason."""
 
     vectors: ConceptVectors
     concepts: ConceptSet
@@ -179,7 +179,12 @@ class CorpusStories:
 
     def describe(self) -> dict[str, Any]:
         digest = content_id([(t.id, t.concept, t.topic, t.text) for t in self.texts])
-        return {"source": f"corpus {self.path.name}", "texts": digest, "shard": STORY_SHARD, "not in the concept set": self.unknown}
+        return {
+            "source": f"corpus {self.path.name}",
+            "texts": digest,
+            "shard": STORY_SHARD,
+            "not in the concept set": self.unknown,
+        }
 
     def shards(self) -> int:
         return -(-len(self.texts) // STORY_SHARD)
@@ -350,22 +355,66 @@ def neutral_texts(recipe: Recipe, concepts: ConceptSet, writer: Engine) -> list[
     ]
 
 
-def discover(engine: Engine, source: StorySource, run: Run, recipe: Recipe, *, writer: Engine | None = None) -> Discovery:
-    """The main job: stories, activations and vectors in a run directory; whatever is there already is used.
+def open_stories(stories: str | Path, concepts: ConceptSet, writer: Engine, recipe: Recipe) -> StorySource:
+    """The source that ``--stories`` names: ``model`` for stories that ``writer`` writes, else a file or folder of them."""
+    return WrittenStories(writer, concepts, recipe) if stories == "model" else CorpusStories(stories, concepts)
+
+
+def open_run(
+    out: str | Path, engine: Engine, source: StorySource, recipe: Recipe, *, command: str = "", fresh: bool = False
+) -> Run:
+    """Create or re-open the run directory of a model, a story source and a recipe.
+
+    Raises:
+        AffectlensError: It was made with other settings (the message lists them), or another process works in it.
+    """
+    info = engine.info
+    what = {"model": info.id, "fingerprint": info.fingerprint, "dtype": info.dtype, "stories": source.describe()}
+    return Run.open(
+        out, what={**what, "recipe": asdict(recipe)}, command=command or f"affectlens study {info.id} --out {out}", fresh=fresh
+    )
+
+
+def discover(
+    engine: Engine,
+    concepts: str | Path | ConceptSet = "emotions",
+    *,
+    out: str | Path,
+    stories: str | Path = "model",
+    recipe: Recipe = Recipe(),
+    writer: Engine | None = None,
+) -> ConceptVectors:
+    """Discover a model's concept vectors; resumes when ``out`` holds a part of the work.
 
     Args:
         engine: The model under study.
-        source: Where the stories come from.
-        run: The open run directory.
+        concepts: A concept set, its name, or a TOML file.
+        out: Run directory.
+        stories: ``model`` to have them written, or a JSONL or parquet file or a folder of them.
         recipe: How vectors are made.
-        writer: The model that writes neutral dialogues if the recipe asks for it (default: ``engine``).
+        writer: The model that writes stories (default: ``engine``).
 
     Returns:
-        The vectors and what they were made of.
+        The vectors, which are also in ``out/vectors``.
 
     Raises:
-        AffectlensError: No usable story for a concept, or texts too short to read.
+        AffectlensError: No usable story for a concept, other settings than the run directory's, texts too short to read.
+
+    Example:
+        >>> import tempfile, affectlens as al
+        >>> concepts = al.ConceptSet.load("emotions").select(["calm", "afraid"])
+        >>> out = tempfile.mkdtemp()
+        >>> discover(al.open_engine("toy"), concepts, out=out, recipe=al.Recipe(per_concept=3)).names
+        ('afraid', 'calm')
     """
+    concepts = concepts if isinstance(concepts, ConceptSet) else ConceptSet.load(concepts)
+    source = open_stories(stories, concepts, writer or engine, recipe)
+    with open_run(out, engine, source, recipe) as run:
+        return make_vectors(engine, source, run, recipe, writer=writer).vectors
+
+
+def make_vectors(engine: Engine, source: StorySource, run: Run, recipe: Recipe, *, writer: Engine | None = None) -> Discovery:
+    """What :func:`discover` does in an open run directory, with everything the vectors were made of in the result."""
     progress = Progress()
     with progress:
         stories = run.stage("stories", source.describe())
@@ -376,7 +425,7 @@ def discover(engine: Engine, source: StorySource, run: Run, recipe: Recipe, *, w
         progress.start(len(texts), f"reading stories at {engine.info.n_layers} layers")
         activations = _collect(engine, texts, run, "activations", {"stories": stories.id, **read_by}, recipe, False, progress)
 
-        neutral_inputs = {"neutral": _neutral_id(recipe), "per_token": recipe.per_token, **read_by}
+        neutral_inputs = {"neutral": _neutral_id(recipe, writer or engine), "per_token": recipe.per_token, **read_by}
         stage = run.stage("neutral", neutral_inputs)
         plain = [] if stage.done else neutral_texts(recipe, source.concepts, writer or engine)
         progress.start(len(plain), "reading neutral dialogues")
@@ -399,24 +448,29 @@ def discover(engine: Engine, source: StorySource, run: Run, recipe: Recipe, *, w
     return Discovery(vectors, source.concepts, activations, neutral, stories.summary, fitted.id)
 
 
-def _neutral_id(recipe: Recipe) -> Any:
+def _neutral_id(recipe: Recipe, writer: Engine) -> Any:
     if recipe.neutral == "bundled":
         data = (importlib.resources.files("affectlens") / "data" / "neutral.jsonl").read_text(encoding="utf-8")
         return content_id(data)
     if recipe.neutral == "model":
-        return ["model", recipe.seed, recipe.max_tokens]
+        return ["model", writer.info.fingerprint, recipe.seed, recipe.max_tokens]
     return content_id([(t.id, t.text) for t in read_texts(Path(recipe.neutral), labelled=False)])
 
 
 def _collect(
-    engine: Engine, texts: list[Text], run: Run, name: str, inputs: dict[str, Any], recipe: Recipe, per_token: bool, progress: Progress
+    engine: Engine,
+    texts: list[Text],
+    run: Run,
+    name: str,
+    inputs: dict[str, Any],
+    recipe: Recipe,
+    per_token: bool,
+    progress: Progress,
 ) -> Activations:
     stage = run.stage(name, inputs)
     if stage.done:
         progress.advance(len(texts))
         return Activations(stage.path)
-    found = collect(
-        engine, texts, stage.path, first_token=recipe.first_token, per_token=per_token, advance=progress.advance
-    )
+    found = collect(engine, texts, stage.path, first_token=recipe.first_token, per_token=per_token, advance=progress.advance)
     stage.finish({"texts": len(found)})
     return found

@@ -1,0 +1,453 @@
+"""How fast, and in how much memory, the mean residual of stories is read: affectlens beside what people use today.
+
+    python bench/extraction.py                     the whole run: 512 stories, 5 rounds, hours
+    python bench/extraction.py --quick             24 stories, 1 round: does everything still work?
+    python bench/extraction.py --only nnsight-8-stop affectlens --rounds 3
+
+Two tasks: (one) the mean over each story from its 50th own token on at one layer at two thirds of the depth, (all) the same at
+every layer. A subject is a library in one configuration; it runs in a process of its own (``bench/peers``) in an environment of
+its own (``bench/.envs``, made on demand), once per round and task, in an order that is shuffled each round. Numbers are checked
+twice against float32 means made with plain hooks: in float32 on a few texts, tightly enough to see a mean that is off by one
+token, and in the dtype that is timed on all texts. A subject with other numbers is marked wrong.
+
+Writes ``bench/results/extraction.json`` with every raw round; ``bench/table.py`` makes the table in ``docs/benchmarks.md`` of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import platform
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import table
+
+HERE = Path(__file__).resolve().parent
+PEERS = HERE / "peers"
+CACHE = HERE / ".cache"
+MUFXIO = HERE.parent.parent / "shared" / "data" / "mufxio" / "corpus" / "stories"
+
+TORCH = "torch==2.13.0"
+TEXT_TOKENS = (80, 300)
+FIRST_TOKEN = 50
+SEED = 20260402
+
+EXACT_TEXTS = 16
+EXACT_ERROR = 1e-4
+"""Largest relative error in float32. Rounding gives 1e-6; a mean that is off by one token, 1e-2."""
+TIMED_COSINE = 0.999
+"""Smallest cosine with the float32 reference in the dtype that is timed."""
+
+# The same allocator for all. A threshold at glibc's limit neither hoards large blocks, which would blur the peaks, nor asks the
+# kernel for every activation anew, which would slow the subjects that allocate most.
+MALLOC = {
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(32 << 20),
+}
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment in ``bench/.envs``; torch is installed first, so that nothing else chooses one."""
+
+    name: str
+    pins: tuple[str, ...]
+
+    @property
+    def python(self) -> Path:
+        return HERE / ".envs" / self.name / "bin" / "python"
+
+    def prepare(self) -> None:
+        """Make the environment unless it is there with these pins."""
+        mark = HERE / ".envs" / self.name / "pins.json"
+        wanted = json.dumps([TORCH, *self.pins])
+        if mark.is_file() and mark.read_text() == wanted:
+            return
+        say(f"preparing the environment of {self.name}: {', '.join(self.pins)}")
+        if not self.python.exists():
+            subprocess.run([sys.executable, "-m", "venv", str(HERE / ".envs" / self.name)], check=True)
+        for packages in ([TORCH], list(self.pins)):
+            subprocess.run([self.python, "-m", "pip", "install", "--quiet", *packages], check=True)
+        mark.write_text(wanted)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A library in one configuration.
+
+    Args:
+        key: Name for ``--only`` and the results.
+        label: What the table calls it.
+        script: In ``bench/peers``.
+        environment: None runs in this process's own.
+        options: Passed to the script.
+        tasks: Stopping early, for instance, is nothing to try at every layer.
+        reads: ``mean``, or ``last`` when the library can only return the last token.
+        normed_end: What it returns for the last layer is after the model's final norm.
+    """
+
+    key: str
+    label: str
+    script: str
+    environment: Environment | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    tasks: tuple[str, ...] = ("one", "all")
+    reads: str = "mean"
+    normed_end: bool = False
+
+    @property
+    def python(self) -> str:
+        return sys.executable if self.environment is None else str(self.environment.python)
+
+
+STEERING_VECTORS = Environment("steering-vectors", ("steering-vectors==0.12.2", "transformers==4.57.6"))
+REPENG = Environment("repeng", ("repeng==0.4.0", "transformers==5.23.0"))
+TRANSFORMER_LENS = Environment("transformer-lens", ("transformer-lens==4.3.0", "transformers==5.23.0"))
+NNSIGHT = Environment("nnsight", ("nnsight==0.8.1", "transformers==5.23.0"))
+ORDINARY = "loop-8"
+OURS = "affectlens"
+
+_LOOP, _RECORD = "transformers_loop.py", "steering_vectors_reader.py"
+_LENS, _SIGHT = "transformer_lens_reader.py", "nnsight_reader.py"
+_END = {"normed_end": True}
+_ONE = {"tasks": ("one",)}
+
+SUBJECTS = (
+    Subject(ORDINARY, "ordinary loop: `output_hidden_states=True`, padded batches of 8", _LOOP, None, {"batch": 8}, **_END),
+    Subject("loop-16", "the same, batches of 16", _LOOP, None, {"batch": 16}, **_END),
+    Subject("loop-1", "the same, one text at a time", _LOOP, None, {"batch": 1}, **_END),
+    Subject("loop-1-body", "the same, without the unembedding", _LOOP, None, {"batch": 1, "head": False}, **_END),
+    Subject("steering-vectors-8", "steering-vectors, batches of 8", _RECORD, STEERING_VECTORS, {"batch": 8}),
+    Subject("steering-vectors-1", "one at a time", _RECORD, STEERING_VECTORS, {"batch": 1}),
+    Subject(
+        "steering-vectors-1-body",
+        "one at a time, without the unembedding",
+        _RECORD,
+        STEERING_VECTORS,
+        {"batch": 1, "head": False},
+    ),
+    Subject("repeng-32", "repeng, batches of 32 (its default)", "repeng_reader.py", REPENG, {"batch": 32}, reads="last", **_END),
+    Subject("repeng-1", "one at a time", "repeng_reader.py", REPENG, {"batch": 1}, reads="last", **_END),
+    Subject("transformer-lens-8", "TransformerLens bridge, batches of 8", _LENS, TRANSFORMER_LENS, {"batch": 8}),
+    Subject("transformer-lens-8-stop", "stopped early", _LENS, TRANSFORMER_LENS, {"batch": 8, "stop": True}, **_ONE),
+    Subject(
+        "transformer-lens-1-stop",
+        "stopped early, hooks in place of the cache, one at a time",
+        _LENS,
+        TRANSFORMER_LENS,
+        {"batch": 1, "stop": True, "hooks": True},
+        **_ONE,
+    ),
+    Subject("nnsight-8", "nnsight, batches of 8", _SIGHT, NNSIGHT, {"batch": 8}),
+    Subject("nnsight-8-stop", "stopped early", _SIGHT, NNSIGHT, {"batch": 8, "stop": True}),
+    Subject("nnsight-1-stop", "stopped early, one at a time", _SIGHT, NNSIGHT, {"batch": 1, "stop": True}),
+    Subject(OURS, "**affectlens**", "affectlens_reader.py"),
+)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The sizes of the model that the operations are counted from."""
+
+    layers: int
+    width: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, model: Path) -> Shapes:
+        config = json.loads((model / "config.json").read_text())
+        heads = config["num_attention_heads"]
+        return cls(
+            layers=config["num_hidden_layers"],
+            width=config["hidden_size"],
+            hidden=config["intermediate_size"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads", heads),
+            head_width=config.get("head_dim") or config["hidden_size"] // heads,
+            vocabulary=config["vocab_size"],
+        )
+
+    @property
+    def layer(self) -> int:
+        """The layer at two thirds of the depth, as ``ModelInfo.default_layer`` has it."""
+        return min(self.layers - 1, round(self.layers * 2 / 3))
+
+    def flops(self, blocks: int, lengths: Sequence[int]) -> float:
+        """Multiplications and additions that these texts need in the first ``blocks`` blocks: a gated MLP and causal attention.
+
+        Nothing that a way of doing it adds is counted: no padding, no masked half of the attention, no unembedding.
+        """
+        queries, keys = self.heads * self.head_width, self.kv_heads * self.head_width
+        per_token = 2 * (self.width * (2 * queries + 2 * keys) + 3 * self.width * self.hidden)
+        pairs = sum(length * (length + 1) // 2 for length in lengths)
+        return blocks * (per_token * sum(lengths) + 2 * 2 * queries * pairs)
+
+
+def main() -> int:
+    args = arguments()
+    CACHE.mkdir(exist_ok=True)
+    from affectlens.models import locate
+
+    model = Path(locate(args.model, log=say).location)
+    shapes = Shapes.of(model)
+    texts, lengths, source = stories(model, args.texts)
+    subjects = [subject for subject in SUBJECTS if not args.only or subject.key in args.only]
+    for environment in {s.environment.name: s.environment for s in subjects if s.environment}.values():
+        environment.prepare()
+    bench = Bench(model=model, shapes=shapes, texts=texts, threads=args.threads, dtype=args.dtype)
+    layers = {"one": [shapes.layer], "all": list(range(shapes.layers))}
+    plan = [(subject, task) for subject in subjects for task in args.tasks if task in subject.tasks]
+
+    verdicts = {} if args.skip_exact else {subject.key: bench.exact(subject, layers["all"]) for subject in subjects}
+    rounds: list[dict[str, Any]] = []
+    shuffle = random.Random(SEED)
+    for number in range(1, args.rounds + 1):
+        say(f"round {number} of {args.rounds}")
+        entry: dict[str, Any] = {"peak_tflops": bench.peak(), "load": os.getloadavg()[0], "runs": []}
+        for subject, task in shuffle.sample(plan, len(plan)):
+            run = bench.measure(subject, task, layers[task])
+            entry["runs"].append({"subject": subject.key, "task": task, **run})
+            say(f"  {subject.key:24} {task:4} " + table.one_line(run, sum(lengths)))
+        rounds.append(entry)
+
+    result = {
+        "benchmark": "extraction",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "model": args.model,
+        "shapes": asdict(shapes),
+        "layer": shapes.layer,
+        "dtype": args.dtype,
+        "threads": args.threads,
+        "malloc": MALLOC,
+        "texts": {
+            "source": source,
+            "count": len(texts),
+            "tokens": sum(lengths),
+            "shortest": min(lengths),
+            "longest": max(lengths),
+            "padded_tokens_in_8": sum(8 * max(lengths[i : i + 8]) for i in range(0, len(lengths), 8)),
+        },
+        "flops": {task: shapes.flops(max(layers[task]) + 1, lengths) for task in layers},
+        "subjects": {s.key: {"label": s.label, "options": s.options, "reads": s.reads, "end": s.normed_end} for s in subjects},
+        "ordinary": ORDINARY,
+        "ours": OURS,
+        "exact": verdicts,
+        "rounds": rounds,
+    }
+    out = Path(args.out)
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    print(table.extraction(result))
+    say(f"written to {out}; python bench/table.py puts it into docs/benchmarks.md")
+    return 0
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all runs share."""
+
+    model: Path
+    shapes: Shapes
+    texts: list[str]
+    threads: int
+    dtype: str
+
+    def measure(self, subject: Subject, task: str, layers: list[int]) -> dict[str, Any]:
+        """Run a subject once and compare its numbers with the reference; an error is a result too."""
+        answer, values = self._run(subject, layers, self.dtype, self.texts, f"{subject.key}-{task}")
+        if values is None:
+            return answer
+        wanted = self._wanted(subject, layers, self.texts)
+        cosine = float((_unit(values) * _unit(wanted)).sum(-1).min())
+        return {**answer, "cosine": cosine, "right": cosine > TIMED_COSINE}
+
+    def exact(self, subject: Subject, layers: list[int]) -> dict[str, Any]:
+        """Compare a subject with the reference in float32, on a few texts and in every layer."""
+        texts = self.texts[:EXACT_TEXTS]
+        answer, values = self._run(subject, layers, "float32", texts, f"{subject.key}-exact")
+        if values is None:
+            say(f"  {subject.key:24} failed: {answer['error']}")
+            return answer
+        wanted = self._wanted(subject, layers, texts)
+        error = float((np.linalg.norm(values - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1)).max())
+        say(f"  {subject.key:24} float32 error {error:.1e}{'' if error < EXACT_ERROR else ': WRONG'}")
+        return {"error_float32": error, "right": error < EXACT_ERROR, "versions": answer["versions"]}
+
+    def peak(self) -> dict[str, float]:
+        """The machine's matrix-multiply peak now, in 10^12 operations per second, by dtype."""
+        job = {"threads": self.threads, "width": self.shapes.width, "hidden": self.shapes.hidden}
+        done = self._process(sys.executable, "peak.py", job)
+        done.check_returncode()
+        return json.loads(done.stdout)
+
+    def _run(
+        self, subject: Subject, layers: list[int], dtype: str, texts: list[str], name: str
+    ) -> tuple[dict[str, Any], np.ndarray | None]:
+        out = CACHE / f"{name}.npy"
+        out.unlink(missing_ok=True)
+        job = {
+            "model": str(self.model),
+            "texts": str(_texts_file(texts)),
+            "layers": layers,
+            "first_token": FIRST_TOKEN,
+            "threads": self.threads,
+            "dtype": dtype,
+            "out": str(out),
+            "options": subject.options,
+        }
+        done = self._process(subject.python, subject.script, job)
+        if done.returncode != 0:
+            return {"error": (done.stderr.strip() or f"exit {done.returncode}").splitlines()[-1]}, None
+        values = np.load(out).astype(np.float64)
+        out.unlink()
+        return json.loads(done.stdout), values
+
+    def _process(self, python: str, script: str, job: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+        environ = {
+            **os.environ,
+            **MALLOC,
+            "OMP_NUM_THREADS": str(self.threads),
+            "MKL_NUM_THREADS": str(self.threads),
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+        }
+        return subprocess.run(
+            [python, PEERS / script], input=json.dumps(job), capture_output=True, text=True, env=environ, check=False
+        )
+
+    def _wanted(self, subject: Subject, layers: list[int], texts: list[str]) -> np.ndarray:
+        reference = self._reference(texts)
+        wanted = reference[subject.reads][:, layers].astype(np.float64)
+        if subject.normed_end and layers[-1] == self.shapes.layers - 1:
+            wanted[:, -1] = reference[f"{subject.reads}_normed"]
+        return wanted
+
+    def _reference(self, texts: list[str]) -> Any:
+        named = hashlib.sha256(f"{self.model} {FIRST_TOKEN} {json.dumps(texts)}".encode()).hexdigest()[:16]
+        path = CACHE / f"reference-{named}.npz"
+        if not path.is_file():
+            say(f"computing the float32 reference of {len(texts)} texts")
+            job = {"texts": str(_texts_file(texts)), "model": str(self.model), "first_token": FIRST_TOKEN, "out": str(path)}
+            done = self._process(sys.executable, "reference.py", {**job, "threads": self.threads})
+            if done.returncode != 0:
+                raise RuntimeError(f"the reference failed: {done.stderr[-2000:]}")
+        return np.load(path)
+
+
+def stories(model: Path, count: int) -> tuple[list[str], list[int], str]:
+    """Texts of 80 to 300 tokens that end where a sentence ends, their lengths in tokens, and where they come from.
+
+    The corpus's stories have 91 to 160 tokens. A length is drawn evenly from the range for each text, and sentences of one
+    story, then of a second one of the same emotion, are taken until it is reached.
+    """
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    rng = random.Random(SEED)
+    if MUFXIO.is_dir():
+        pairs = _story_pairs(rng)
+        source = "mufxio stories, cut at sentence ends; longer texts are two stories of one emotion"
+    else:
+        pairs = (_synthetic(rng) for _ in iter(int, 1))
+        source = "synthetic sentences (mufxio not found)"
+    low, high = TEXT_TOKENS
+    texts, lengths = [], []
+    for sentences in pairs:
+        target, text, length = rng.randint(low, high), "", 0
+        for sentence in sentences:
+            longer = f"{text} {sentence}".strip()
+            tokens = len(tokenizer.encode(longer).ids)
+            if tokens > high or length >= target:
+                break
+            text, length = longer, tokens
+        if length >= low:
+            texts.append(text)
+            lengths.append(length)
+        if len(texts) == count:
+            break
+    return texts, lengths, source
+
+
+def _story_pairs(rng: random.Random) -> Iterator[list[str]]:
+    by_emotion = [[json.loads(line)["text"] for line in path.read_text().splitlines()] for path in sorted(MUFXIO.glob("*.jsonl"))]
+    while True:
+        first, second = rng.sample(rng.choice(by_emotion), 2)
+        yield re.split(r"(?<=[.!?\"”])\s+", f"{first} {second}")
+
+
+def _synthetic(rng: random.Random) -> list[str]:
+    people, acts = ("Anna", "the old man", "my brother", "a nurse"), ("waited", "laughed", "stood up", "said nothing")
+    places, ends = ("by the window", "in the rain", "at the door", "on the stairs"), ("and left", "for an hour", "once more")
+    return [f"Then {rng.choice(people)} {rng.choice(acts)} {rng.choice(places)} {rng.choice(ends)}." for _ in range(40)]
+
+
+def _texts_file(texts: list[str]) -> Path:
+    content = json.dumps(texts)
+    path = CACHE / f"texts-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+    if not path.is_file():
+        path.write_text(content)
+    return path
+
+
+def _unit(values: np.ndarray) -> np.ndarray:
+    return values / np.linalg.norm(values, axis=-1, keepdims=True)
+
+
+def machine() -> dict[str, Any]:
+    """What this was measured on."""
+    info = Path("/proc/cpuinfo").read_text()
+    flags = set(re.search(r"^flags\s*:(.*)$", info, re.MULTILINE)[1].split())
+    memory = re.search(r"^MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text(), re.MULTILINE)[1]
+    return {
+        "processor": re.search(r"^model name\s*:\s*(.*)$", info, re.MULTILINE)[1],
+        "family": int(re.search(r"^cpu family\s*:\s*(\d+)", info, re.MULTILINE)[1]),
+        "cores": os.cpu_count(),
+        "bf16": [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags],
+        "memory_gb": round(int(memory) / 1e6, 1),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m", help="a folder or a name that affectlens knows")
+    parser.add_argument("--texts", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="one thread leaves a core to the rest of the machine")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--tasks", nargs="+", choices=("one", "all"), default=["one", "all"])
+    parser.add_argument("--only", nargs="+", choices=[s.key for s in SUBJECTS], metavar="SUBJECT", help="some subjects only")
+    parser.add_argument("--skip-exact", action="store_true", help="leave out the check in float32")
+    parser.add_argument("--quick", action="store_true", help="24 texts, one round, results not kept")
+    parser.add_argument("--out", default=str(HERE / "results" / "extraction.json"))
+    args = parser.parse_args()
+    if args.quick:
+        args.texts, args.rounds, args.out = 24, 1, str(CACHE / "quick.json")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())

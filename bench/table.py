@@ -1,0 +1,221 @@
+"""Tables of the benchmark results, and the page that shows them: no number in ``docs/benchmarks.md`` is typed by hand.
+
+    python bench/table.py            rewrites what stands between the markers of each result in docs/benchmarks.md
+    python bench/table.py --print    prints the tables
+
+A result ``bench/results/NAME.json`` goes between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``; markers that the page
+lacks are added at its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+PAGE = HERE.parent / "docs" / "benchmarks.md"
+
+TARGETS = {"ordinary": 4.0, "best_peer": 1.8, "bound": 0.40, "memory": 0.05}
+
+
+def extraction(result: dict[str, Any]) -> str:
+    """The table of ``bench/extraction.py``, with its targets, as Markdown."""
+    runs = _runs(result)
+    peak = statistics.median(entry["peak_tflops"][result["dtype"]] for entry in result["rounds"])
+    tokens = result["texts"]["tokens"]
+    bound = {task: peak * 1e12 / (flops / tokens) for task, flops in result["flops"].items()}
+    speed = {key: tokens / _median(kept, "seconds") for key, kept in runs.items() if kept}
+    memory = {key: _median(kept, "above_mb") for key, kept in runs.items() if kept}
+    wrong = {key for key in result["subjects"] if not _right(result, key)}
+    ordinary = result["ordinary"]
+
+    lines = [
+        _caption(result, peak, bound),
+        "",
+        f"| way | layer {result['layer']}: tokens/s (range) | × loop | % of bound | MB above the model "
+        "| every layer: tokens/s (range) | × loop | MB above the model | numbers |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for key, subject in result["subjects"].items():
+        cells = [subject["label"]]
+        for task in ("one", "all"):
+            kept = runs[key, task]
+            if not kept:
+                cells += ["–"] * (4 if task == "one" else 3)
+                continue
+            low, high = (tokens / pick(run["seconds"] for run in kept) for pick in (max, min))
+            cells.append(f"{speed[key, task]:,.0f} ({low:,.0f}–{high:,.0f})")
+            against = speed.get((ordinary, task))
+            cells.append(f"{speed[key, task] / against:.2f}" if against else "–")
+            if task == "one":
+                cells.append(f"{100 * speed[key, task] / bound[task]:.0f}")
+            cells.append(f"{memory[key, task]:,.0f}")
+        cells.append(_numbers(result, key))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(
+        [*lines, "", *_targets(result, speed, memory, bound["one"], wrong), "", _versions(result), "", _notes(result)]
+    )
+
+
+def one_line(run: dict[str, Any], tokens: int) -> str:
+    """One run, for the progress on stderr."""
+    if "seconds" not in run:
+        return f"failed: {run['error']}"
+    verdict = "" if run["right"] else f", WRONG (cosine {run['cosine']:.4f})"
+    return (
+        f"{tokens / run['seconds']:7,.0f} tokens/s, {tokens / run['cpu_seconds']:7,.0f} per processor second, "
+        f"{run['above_mb']:6,.0f} MB{verdict}"
+    )
+
+
+def _runs(result: dict[str, Any]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    kept: dict[tuple[str, str], list[dict[str, Any]]] = {(key, t): [] for key in result["subjects"] for t in ("one", "all")}
+    for entry in result["rounds"]:
+        for run in entry["runs"]:
+            if "seconds" in run:
+                kept[run["subject"], run["task"]].append(run)
+    return kept
+
+
+def _median(runs: list[dict[str, Any]], key: str) -> float:
+    return statistics.median(run[key] for run in runs)
+
+
+def _failures(result: dict[str, Any], subject: str) -> list[str]:
+    runs = [run for entry in result["rounds"] for run in entry["runs"] if run["subject"] == subject]
+    return [run["error"] for run in [*runs, result["exact"].get(subject, {})] if "error" in run]
+
+
+def _right(result: dict[str, Any], subject: str) -> bool:
+    runs = [run for entry in result["rounds"] for run in entry["runs"] if run["subject"] == subject]
+    return all(run.get("right", False) for run in runs) and result["exact"].get(subject, {}).get("right", True)
+
+
+def _numbers(result: dict[str, Any], key: str) -> str:
+    if failures := _failures(result, key):
+        return f"failed: {failures[0][:80]}"
+    subject = result["subjects"][key]
+    notes = ["last token, not the mean"] if subject["reads"] == "last" else []
+    notes += ["last layer after the final norm"] if subject["end"] else []
+    return ("right" if _right(result, key) else "**wrong**") + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def _targets(
+    result: dict[str, Any],
+    speed: dict[tuple[str, str], float],
+    memory: dict[tuple[str, str], float],
+    bound: float,
+    wrong: set[str],
+) -> list[str]:
+    ours, loop = (result["ours"], "one"), (result["ordinary"], "one")
+    if ours not in speed or loop not in speed or loop[0] in wrong:
+        return ["Targets: not checked, because affectlens or the ordinary loop was left out, failed or is wrong."]
+    rivals = {key: value for (key, task), value in speed.items() if task == "one" and key not in (*wrong, ours[0])}
+    best = max(rivals, key=lambda key: rivals[key])
+    got = {
+        "ordinary": speed[ours] / speed[loop],
+        "best_peer": speed[ours] / rivals[best],
+        "bound": speed[ours] / bound,
+        "memory": memory[ours] / memory[loop],
+    }
+    rows = [
+        ("speed against the ordinary loop", f"≥ {TARGETS['ordinary']:g}×", f"{got['ordinary']:.2f}×", "ordinary"),
+        (
+            f"speed against the best of all others ({best})",
+            f"≥ {TARGETS['best_peer']:g}×",
+            f"{got['best_peer']:.2f}×",
+            "best_peer",
+        ),
+        ("share of the peak bound", f"≥ {TARGETS['bound']:.0%}", f"{got['bound']:.0%}", "bound"),
+        ("memory against the ordinary loop", f"≤ {TARGETS['memory']:.0%}", f"{got['memory']:.1%}", "memory"),
+    ]
+    lines = ["| target, at one layer | wanted | measured | |", "|---|---|---|---|"]
+    for name, wanted, measured, key in rows:
+        met = got[key] <= TARGETS[key] if key == "memory" else got[key] >= TARGETS[key]
+        lines.append(f"| {name} | {wanted} | {measured} | {'met' if met else '**missed**'} |")
+    if ours[0] in wrong:
+        lines.append("\nNone of this counts: the numbers of affectlens are wrong.")
+    lines.append(
+        f"\nAt the peak bound itself the factor over the ordinary loop would be {bound / speed[loop]:.2f}, and over the best "
+        f"of all others {bound / rivals[best]:.2f}: on this machine no way of reading can be further ahead."
+    )
+    return lines
+
+
+def _caption(result: dict[str, Any], peak: float, bound: dict[str, float]) -> str:
+    machine, texts = result["machine"], result["texts"]
+    bf16 = ", ".join(machine["bf16"]) or "no bf16 instructions"
+    fp32 = statistics.median(entry["peak_tflops"]["float32"] for entry in result["rounds"])
+    return (
+        f"Mean residual from the 50th token on, of {texts['count']} texts of {texts['shortest']} to {texts['longest']} tokens "
+        f"({texts['tokens']:,} tokens; {texts['source']}; padded batches of 8 in arrival order run "
+        f"{texts['padded_tokens_in_8'] / texts['tokens']:.2f} times as many). {result['model']}, {result['dtype']}, "
+        f"{result['threads']} thread(s), {len(result['rounds'])} round(s), medians, {result['date'][:10]}. "
+        f"{machine['processor']} family {machine['family']} ({bf16}), {machine['cores']} cores, {machine['memory_gb']} GB. "
+        f"Matrix-multiply peak in the same run: {peak:.2f} TFLOP/s in {result['dtype']} ({fp32:.2f} in float32), which bounds "
+        f"reading at {bound['one']:,.0f} tokens/s for one layer and {bound['all']:,.0f} for every layer."
+    )
+
+
+def _versions(result: dict[str, Any]) -> str:
+    named, torch = set(), set()
+    for entry in result["rounds"]:
+        for versions in (run["versions"] for run in entry["runs"] if "versions" in run):
+            package = next(iter(versions))
+            beside = "" if package == "transformers" else f" on transformers {versions['transformers']}"
+            named.add(f"{package} {versions[package]}{beside}")
+            torch.add(f"torch {versions['torch']}")
+    return f"Versions: {'; '.join([*sorted(named), *sorted(torch)])}."
+
+
+def _notes(result: dict[str, Any]) -> str:
+    runs = [run for entry in result["rounds"] for run in entry["runs"] if "seconds" in run]
+    waited = [run["seconds"] * result["threads"] / run["cpu_seconds"] for run in runs]
+    disturbed = sum(share > 1.1 for share in waited)
+    note = (
+        "Tokenising, batching and the means are in the time; loading and a warm-up are not. Memory is the peak of resident "
+        "memory in the measured pass minus what was resident once the weights were loaded and touched."
+    )
+    if disturbed:
+        note += (
+            f" **In {disturbed} of {len(runs)} runs the clock ran more than 10 % ahead of the processor time: "
+            "the machine was busy with something else, measure again.**"
+        )
+    return note
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"extraction": extraction}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--print", action="store_true", help="print the tables and leave the page alone")
+    args = parser.parse_args()
+    page = PAGE.read_text() if PAGE.is_file() else "# Benchmarks\n\nMade by the scripts in `bench/`; see `bench/README.md`.\n"
+    for name, draw in TABLES.items():
+        path = HERE / "results" / f"{name}.json"
+        if not path.is_file():
+            print(f"no {path}: python bench/{name}.py makes it", file=sys.stderr)
+            continue
+        drawn = draw(json.loads(path.read_text()))
+        if args.print:
+            print(drawn)
+            continue
+        start, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
+        if start not in page or end not in page:
+            page += f"\n## {name.capitalize()}\n\n{start}\n{end}\n"
+        between = re.compile(re.escape(start) + ".*?" + re.escape(end), re.DOTALL)
+        page = between.sub(lambda _, text=f"{start}\n{drawn}\n{end}": text, page, count=1)
+    if not args.print:
+        PAGE.write_text(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

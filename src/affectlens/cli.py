@@ -1,0 +1,401 @@
+"""The ``affectlens`` command. Results go to stdout, progress to stderr; exit 0, 1 (one line says what to fix) or 2 (usage)."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from affectlens.errors import AffectlensError
+
+if TYPE_CHECKING:
+    from affectlens.engine import Engine, Steering
+    from affectlens.vectors import ConceptVectors
+
+QUICK = {"per_concept": 5, "max_tokens": 160}
+"""``--quick``: a first look at the rated and showcase words, from few and short stories."""
+
+
+class Commands(click.Group):
+    """Prints an error that the user can fix as one line; everything else keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AffectlensError as error:
+            click.echo(f"affectlens: {error}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("affectlens: interrupted; run the same command again to go on", err=True)
+            ctx.exit(1)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of the file: the main job first
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="affectlens")
+def main() -> None:
+    """Find, check, map, watch and steer the emotion concepts inside any open-weights language model.
+
+    MODEL is smollm2-135m (the demo model), a Hub id, a folder with safetensors, a GGUF file, or toy.
+    """
+
+
+def shared(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Options that several commands have, each written once."""
+    options = {
+        "device": click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, or auto."),
+        "dtype": click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16, or auto."),
+        "out": click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/MODEL]"),
+        "concepts": click.option(
+            "--concepts", default="emotions", show_default=True, help="Bundled set, or a TOML file of your own."
+        ),
+        "stories": click.option(
+            "--stories", default="model", show_default=True, help="model (it writes them), or a JSONL or parquet file or folder."
+        ),
+        "writer": click.option("--writer", metavar="MODEL", help="Another model to write the stories."),
+        "neutral": click.option(
+            "--neutral", default="bundled", show_default=True, help="Neutral texts: bundled, model, or a file."
+        ),
+        "per_concept": click.option(
+            "--per-concept", type=click.IntRange(1), help="Stories to write for each concept.  [default: 24]"
+        ),
+        "first_token": click.option(
+            "--first-token", type=click.IntRange(1), default=50, show_default=True, help="Read stories from this token on."
+        ),
+        "share": click.option(
+            "--share",
+            type=click.FloatRange(0, 1, max_open=True),
+            default=0.5,
+            show_default=True,
+            help="Neutral variance to project out.",
+        ),
+        "per_token": click.option("--per-token", is_flag=True, help="Neutral components over tokens instead of texts."),
+        "seed": click.option(
+            "--seed", type=int, default=0, show_default=True, help="Of writing, topics, resamples and permutations."
+        ),
+        "quick": click.option("--quick", is_flag=True, help="A first look: 50-odd words, five short stories each."),
+        "fresh": click.option("--fresh", is_flag=True, help="Discard what the run directory holds."),
+        "layer": click.option("--layer", type=int, help="Layer.  [default: that of the vectors]"),
+        "json": click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+        "allow": click.option(
+            "--allow",
+            multiple=True,
+            type=click.Choice(["fingerprint", "template"]),
+            help="Accept vectors of another checkpoint of the architecture, or another chat template.",
+        ),
+        "model": click.option("--model", help="Model to use.  [default: the one the vectors name]"),
+    }
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for name in reversed(names):
+            command = options[name](command)
+        return command
+
+    return decorate
+
+
+MAKING = ("out", "concepts", "stories", "writer", "neutral", "per_concept", "first_token", "share", "per_token", "seed", "quick")
+
+
+@main.command()
+@click.argument("model")
+@shared(*MAKING, "device", "dtype", "fresh")
+@click.option("--only", help="Studies to run, separated by commas.  [default: all]")
+@click.option("--draws", type=click.IntRange(100), default=1000, show_default=True, help="Resamples and permutations.")
+def study(model: str, only: str | None, draws: int, **options: Any) -> None:
+    """The main job: vectors, every study and the report of MODEL. Resumes where it stopped."""
+    from affectlens.pipeline import study_run
+    from affectlens.studies import STUDIES, load_study
+
+    names = tuple(name.strip() for name in only.split(",")) if only else STUDIES
+    for name in names:
+        load_study(name)
+    engine, source, run, recipe, writer = _open(model, **options)
+    with run:
+        report = study_run(engine, source, run, recipe, writer=writer, only=names, draws=draws)
+        report.print()
+        click.echo(f"\nReport: {run.path.resolve() / 'report.html'}")
+        click.echo(f"To resume or repeat: {run.command}", err=True)
+
+
+@main.command()
+@click.argument("model")
+@shared(*MAKING, "device", "dtype", "fresh")
+def discover(model: str, **options: Any) -> None:
+    """The vectors of MODEL, without studies."""
+    from affectlens.discovery import make_vectors
+
+    engine, source, run, recipe, writer = _open(model, **options)
+    with run:
+        found = make_vectors(engine, source, run, recipe, writer=writer)
+        vectors = found.vectors
+        click.echo(f"{len(vectors)} vectors at {len(vectors.layers)} layers: {run.path.resolve() / 'vectors'}")
+        click.echo(f"stories: {found.stories['source']}, {found.stories['counts']}")
+        click.echo(f"To resume or repeat: {run.command}", err=True)
+
+
+def _open(
+    model: str,
+    *,
+    out: Path | None,
+    concepts: str,
+    stories: str,
+    writer: str | None,
+    per_concept: int | None,
+    quick: bool,
+    device: str,
+    dtype: str,
+    fresh: bool,
+    **recipe: Any,
+) -> tuple[Any, ...]:
+    """Engine, story source, run directory, recipe and writer for the options of a command that makes vectors."""
+    from affectlens.concepts import ConceptSet
+    from affectlens.discovery import Recipe, open_run, open_stories
+    from affectlens.pipeline import SHOWCASE
+
+    wanted = ConceptSet.load(concepts)
+    if quick and concepts == "emotions":
+        rated = {concept.name for concept in wanted.rated()}
+        wanted = wanted.select([name for name in wanted.names if name in rated or name in SHOWCASE])
+    chosen: dict[str, Any] = {**(QUICK if quick else {}), **({"per_concept": per_concept} if per_concept else {}), **recipe}
+    if stories != "model" and writer:
+        raise click.UsageError("--writer writes stories, --stories reads them: give one of the two")
+    settings = Recipe(**chosen)
+    engine = _engine(model, device=device, dtype=dtype)
+    other = _engine(writer, device=device, dtype=dtype) if writer else None
+    source = open_stories(stories, wanted, other or engine, settings)
+    out = out or Path("runs") / (engine.info.id.strip("/").split("/")[-1] + ("-quick" if quick else ""))
+    command = shlex.join(["affectlens", *sys.argv[1:]])
+    return engine, source, open_run(out, engine, source, settings, command=command, fresh=fresh), settings, other
+
+
+def _engine(model: str, *, device: str, dtype: str) -> Engine:
+    from affectlens.engine import open_engine
+
+    return open_engine(model) if model == "toy" else open_engine(model, device=device, dtype=dtype)
+
+
+@main.command()
+@click.argument("vectors")
+@click.argument("prompt")
+@click.option(
+    "--add", "added", required=True, help="Mixture, for example calm=0.05,desperate=-0.05 (multiples of the mean residual norm)."
+)
+@click.option("--compare", is_flag=True, help="Print the unsteered reply beside the steered one.")
+@click.option("--max-tokens", type=click.IntRange(1), default=80, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True)
+@click.option("--plain", is_flag=True, help="Continue the prompt as text instead of answering it as a chat.")
+@shared("layer", "model", "device", "dtype", "allow", "seed", "json")
+def steer(vectors: str, prompt: str, added: str, compare: bool, **options: Any) -> None:
+    """Answer PROMPT with VECTORS added to the residual stream."""
+    from affectlens.engine import Request, Sampling, Steering
+
+    loaded, engine = _vectors_and_engine(vectors, **options)
+    mixture = parse_mixture(added, loaded)
+    sampling = Sampling(max_tokens=options["max_tokens"], temperature=options["temperature"], seed=options["seed"])
+    text = prompt if options["plain"] or engine.info.template is None else (("user", prompt),)
+    versions = {"steered": mixture, "unsteered": Steering()} if compare else {"steered": mixture}
+    replies = engine.run(Request(text, sampling=sampling, steering=version) for version in versions.values())
+    answers = {name: result.text for name, result in zip(versions, replies, strict=True)}
+    if options["as_json"]:
+        click.echo(json.dumps({"prompt": prompt, "steering": str(mixture), **answers}, ensure_ascii=False, indent=1))
+        return
+    for name, answer in answers.items():
+        click.secho(
+            f"{name}: {mixture if name == 'steered' else 'nothing added'}" if compare else str(mixture),
+            bold=True,
+            err=not compare,
+        )
+        click.echo(answer.strip() + ("\n" if compare else ""))
+
+
+@main.command()
+@click.argument("vectors")
+@click.argument("file")
+@click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Concepts to print for each text.")
+@click.option(
+    "--kind", type=click.Choice(["centred", "cosine", "z"]), default="centred", show_default=True, help="What a score is."
+)
+@shared("layer", "model", "device", "dtype", "allow", "json")
+def score(vectors: str, file: str, top: int, kind: Any, **options: Any) -> None:
+    """Score the texts of FILE (JSONL with a text field, parquet, or plain text; - is stdin), mean over tokens."""
+    from affectlens.engine import Request, Where
+
+    texts = _texts(file)
+    loaded, engine = _vectors_and_engine(vectors, **options)
+    readout = loaded.readout(where=Where(), pool="mean")
+    for text, result in zip(texts, engine.run(Request(text, readouts=(readout,)) for text in texts), strict=True):
+        scores = loaded.scores(result.readings[0], kind=kind)
+        best = [(loaded.names[i], float(scores[i])) for i in scores.argsort()[::-1][:top]]
+        if options["as_json"]:
+            named = dict(zip(loaded.names, scores.round(6).tolist(), strict=True))
+            click.echo(json.dumps({"text": text, "layer": loaded.layer, "kind": kind, "scores": named}, ensure_ascii=False))
+        else:
+            shown = "  ".join(f"{name} {value:+.3f}" for name, value in best)
+            click.echo(f"{shown}   | {' '.join(text.split())[:60]}")
+
+
+def _texts(file: str) -> list[str]:
+    from affectlens.discovery import read_texts
+    from affectlens.errors import FormatError
+
+    path = Path(file)
+    if file != "-" and path.suffix in (".jsonl", ".parquet"):
+        return [text.text for text in read_texts(path, labelled=False)]
+    try:
+        text = sys.stdin.read() if file == "-" else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"{file} cannot be read ({error}): name a UTF-8 text, JSONL or parquet file, or - for stdin") from None
+    if not text.strip():
+        raise FormatError(f"{'stdin' if file == '-' else file} is empty: give at least one text")
+    return [text.strip()]
+
+
+@main.command()
+@click.argument("path")
+@shared("json", "layer")
+@click.option("--lens", is_flag=True, help="For vectors: print the tokens each direction promotes (loads the model).")
+def show(path: str, as_json: bool, layer: int | None, lens: bool) -> None:
+    """Show a run, a report or vectors."""
+    from affectlens.errors import FormatError
+    from affectlens.exchange import load_vectors
+    from affectlens.report import Report
+
+    folder = Path(path)
+    report = folder if folder.suffix == ".json" else folder / "report.json"
+    if report.exists() and report.name != "config.json" and not lens:
+        loaded = Report.load(report)
+        click.echo(json.dumps(loaded.as_dict(), ensure_ascii=False)) if as_json else loaded.print()
+        return
+    if folder.exists() and not folder.is_dir():
+        raise FormatError(f"{path} is no run, report or vectors: name a folder or a report.json")
+    vectors = load_vectors(path)
+    if layer is not None:
+        vectors = vectors.with_layer(layer)
+    if lens:
+        engine = _engine(str(vectors.model["id"]), device="auto", dtype="auto")
+        vectors.check(engine.info)
+        for name, (up, down) in vectors.top_tokens(engine, vectors.names).items():
+            click.echo(json.dumps({"concept": name, "up": up, "down": down}, ensure_ascii=False))
+    elif as_json:
+        click.echo(
+            json.dumps(
+                {"names": vectors.names, "layer": vectors.layer, "model": dict(vectors.model), "method": dict(vectors.method)}
+            )
+        )
+    else:
+        click.echo(vectors.card().split("---\n", 2)[-1].strip())
+
+
+@main.command()
+@click.argument("vectors")
+@click.option("--add", "added", help="Mixture to export, for example calm=0.05.")
+@click.option("--gguf", type=click.Path(path_type=Path), help="Write a llama.cpp control vector of the mixture.")
+@click.option("--hub", metavar="REPO", help="Push the vectors to a Hugging Face Hub repository.")
+@click.option("--public", is_flag=True, help="Make a new Hub repository public.")
+@shared("layer")
+def export(vectors: str, added: str | None, gguf: Path | None, hub: str | None, public: bool, layer: int | None) -> None:
+    """Export VECTORS to llama.cpp or to the Hub."""
+    from affectlens.exchange import export_gguf, load_vectors, push_to_hub
+
+    if not gguf and not hub:
+        raise click.UsageError("name a target: --gguf FILE or --hub REPO")
+    if gguf and not added:
+        raise click.UsageError("--gguf exports a mixture: name it with --add, for example --add calm=0.05")
+    loaded = load_vectors(vectors)
+    if layer is not None:
+        loaded = loaded.with_layer(layer)
+    if gguf:
+        mixture = parse_mixture(str(added), loaded)
+        export_gguf(mixture, gguf, model=loaded.model)
+        click.echo(f"{gguf}: {mixture}; llama.cpp applies it at every position (--control-vector {gguf})")
+    if hub:
+        click.echo(push_to_hub(loaded, hub, private=not public))
+
+
+@main.command()
+@click.argument("model")
+@shared("device", "dtype", "json")
+def doctor(model: str, device: str, dtype: str, as_json: bool) -> None:
+    """Check whether MODEL works here, and say what was checked."""
+    from dataclasses import asdict
+
+    info = _engine(model, device=device, dtype=dtype).info
+    if as_json:
+        click.echo(json.dumps(asdict(info)))
+        return
+    click.echo(f"{info.id}: {info.family}, {info.n_parameters / 1e6:.0f} M parameters, {info.dtype} on {info.device}")
+    for name, outcome in info.checks:
+        click.echo(f"  {name:32} {outcome}")
+    click.echo(f"{info.id} works here; its default layer is {info.default_layer} of {info.n_layers}")
+
+
+@main.command("list")
+@click.argument("what", type=click.Choice(["engines", "concepts", "studies"]))
+@shared("json")
+def list_(what: str, as_json: bool) -> None:
+    """List what there is: engines, concepts or studies."""
+    if what == "engines":
+        rows = {
+            "hf": "transformers: a Hub id, a folder or a GGUF file",
+            "smollm2-135m": "the demo model",
+            "toy": "planted directions",
+        }
+    elif what == "concepts":
+        from affectlens.concepts import ConceptSet
+
+        rows = {concept.name: concept.definition for concept in ConceptSet.load("emotions")}
+    else:
+        from affectlens.studies import STUDIES, load_study
+
+        rows = {name: load_study(name).question for name in STUDIES}
+    click.echo(json.dumps(rows, ensure_ascii=False) if as_json else "\n".join(f"{name:20} {text}" for name, text in rows.items()))
+
+
+def _vectors_and_engine(
+    name: str, *, layer: int | None, model: str | None, device: str, dtype: str, allow: tuple[str, ...], **_: Any
+) -> tuple[ConceptVectors, Engine]:
+    from affectlens.exchange import load_vectors
+
+    vectors = load_vectors(name)
+    if layer is not None:
+        vectors = vectors.with_layer(layer)
+    engine = _engine(model or str(vectors.model["id"]), device=device, dtype=dtype)
+    vectors.check(engine.info, allow=allow)
+    return vectors, engine
+
+
+def parse_mixture(text: str, vectors: ConceptVectors) -> Steering:
+    """``calm=0.05,desperate=-0.05`` to a steering.
+
+    Raises:
+        UnknownName: There is no such concept.
+        FormatError: Not of this form.
+    """
+    from affectlens.engine import Steering
+    from affectlens.errors import FormatError
+
+    mixture = Steering()
+    for part in text.split(","):
+        name, _, strength = part.rpartition("=")
+        try:
+            value = float(strength)
+        except ValueError:
+            value = float("nan")
+        if not name or value != value or abs(value) == float("inf"):
+            raise FormatError(
+                f"{part!r} is no mixture: write NAME=STRENGTH, separated by commas, for example calm=0.05,desperate=-0.05"
+            )
+        mixture = mixture + value * vectors[name.strip()]
+    return mixture
+
+
+if __name__ == "__main__":
+    main()

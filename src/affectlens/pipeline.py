@@ -1,0 +1,204 @@
+"""The main job: vectors, every study and the report of one model, in one run directory that can be killed and resumed.
+
+Run it as ``affectlens study MODEL``, or call :func:`study` with an engine of your own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from affectlens.concepts import ConceptSet
+from affectlens.discovery import Discovery, Recipe, StorySource, make_vectors, open_run, open_stories
+from affectlens.engine import Engine, Request, Where
+from affectlens.report import Report
+from affectlens.runs import Progress, Run, provenance, read_json, write_json
+from affectlens.studies import STUDIES, Bench, Outcome, load_study
+from affectlens.vectors import ConceptVectors
+
+SHOWCASE = (
+    "happy", "inspired", "loving", "proud", "calm", "desperate", "angry", "guilty", "sad", "afraid", "nervous", "surprised",
+)  # fmt: skip
+"""The twelve emotions that the paper's figures show."""
+
+
+def study(
+    engine: Engine,
+    concepts: str | Path | ConceptSet = "emotions",
+    *,
+    out: str | Path,
+    stories: str | Path = "model",
+    recipe: Recipe = Recipe(),
+    writer: Engine | None = None,
+    only: Sequence[str] = STUDIES,
+) -> Report:
+    """Vectors, studies and the report of a model; whatever ``out`` already holds is used.
+
+    Args:
+        engine: The model under study.
+        concepts: A concept set, its name, or a TOML file.
+        out: Run directory.
+        stories: ``model`` to have them written, or a JSONL or parquet file or a folder of them.
+        recipe: How vectors are made.
+        writer: The model that writes stories (default: ``engine``).
+        only: Names of the studies to run.
+
+    Returns:
+        The report, which is also in ``out`` as ``report.html``, ``report.md`` and ``report.json``.
+
+    Raises:
+        UnknownName: There is no such study.
+        AffectlensError: As :func:`affectlens.discover`.
+    """
+    concepts = concepts if isinstance(concepts, ConceptSet) else ConceptSet.load(concepts)
+    source = open_stories(stories, concepts, writer or engine, recipe)
+    with open_run(out, engine, source, recipe) as run:
+        return study_run(engine, source, run, recipe, writer=writer, only=only)
+
+
+def study_run(
+    engine: Engine,
+    source: StorySource,
+    run: Run,
+    recipe: Recipe,
+    *,
+    writer: Engine | None = None,
+    only: Sequence[str] = STUDIES,
+    draws: int = 1000,
+) -> Report:
+    """What :func:`study` does in an open run directory; ``draws`` resamples and permutations lie behind intervals and nulls."""
+    studies = [load_study(name) for name in only]
+    found = make_vectors(engine, source, run, recipe, writer=writer)
+    bench = Bench(found.vectors, found.concepts, found.activations, found.neutral, engine, draws, recipe.seed)
+    outcomes: dict[str, Outcome] = {}
+    with Progress() as progress:
+        for each in studies:
+            inputs = {"vectors": found.stage_id, "version": each.version, "draws": draws, "seed": recipe.seed}
+            stage = run.stage(f"study-{each.name}", inputs)
+            if not stage.done:
+                progress.start(1, f"study: {each.name}")
+                write_json(stage.path / "outcome.json", each.run(bench).as_dict())
+                stage.finish({})
+                progress.advance()
+            outcomes[each.name] = Outcome.from_dict(read_json(stage.path / "outcome.json"))
+        progress.start(1, "report")
+        report = _report(engine, found, run, outcomes, draws)
+        report.save(run.path)
+        progress.advance()
+    return report
+
+
+def _report(engine: Engine, found: Discovery, run: Run, outcomes: Mapping[str, Outcome], draws: int) -> Report:
+    vectors = found.vectors
+    model = {key: value for key, value in asdict(engine.info).items() if key != "checks"}
+    return Report(
+        f"Emotion vectors of {engine.info.id}"
+        if found.concepts.name == "emotions"
+        else f"{found.concepts.title}: {engine.info.id}",
+        model=model,
+        vectors={
+            "concepts": len(vectors),
+            "layer": vectors.layer,
+            "stories": f"{found.stories['source']}; {len(found.activations)} read",
+            "mean residual norm at the layer": float(vectors.residual_norms[vectors.row()]),
+            **vectors.method,
+        },
+        checks=_checks(engine, found),
+        findings=[finding for outcome in outcomes.values() for finding in outcome.findings],
+        figures=[figure for name, outcome in outcomes.items() for figure in load_study(name).draw(outcome.data)],
+        tables=[table for outcome in outcomes.values() for table in outcome.tables],
+        stories=_token_view(engine, found),
+        provenance={**provenance(), "command": run.command, "seeds": vectors.method["seed"], "draws": draws},
+        resume=run.command,
+    )
+
+
+def _check(name: str, status: str, value: Any, detail: str) -> dict[str, Any]:
+    return {"name": name, "status": status, "value": value, "detail": detail}
+
+
+def _checks(engine: Engine, found: Discovery) -> list[dict[str, Any]]:
+    """Instrument checks: whether the readings mean what they say, before any finding is looked at."""
+    vectors, row = found.vectors, found.vectors.row()
+    checks = []
+    for name, outcome in engine.info.checks:
+        fell_back = "instead" in outcome or "unusable" in outcome or outcome.startswith("none")
+        checks.append(_check(name, "warn" if fell_back else "ok", outcome, "tried when the model was loaded"))
+    counts = found.stories["counts"]
+    total, kept = found.stories["total"], counts.get("kept", 0)
+    dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()) if reason != "kept") or "none dropped"
+    checks.append(_check("stories used", "ok" if kept >= 0.8 * total else "warn", f"{kept} of {total}", dropped))
+    leaks = counts.get("names the concept", 0)
+    checks.append(
+        _check(
+            "leakage",
+            "ok" if leaks <= 0.02 * total else "warn",
+            f"{leaks} of {total}",
+            "stories that name their concept; dropped",
+        )
+    )
+    tokens = found.activations.n_tokens
+    low, middle, high = np.percentile(tokens, [5, 50, 95])
+    short = kept - len(found.activations)
+    first = vectors.method["first_token"]
+    detail = f"5 % have {low:.0f} or fewer, 5 % {high:.0f} or more; {short} stories end before token {first}"
+    checks.append(
+        _check("tokens read per story", "ok" if low >= 10 and short <= 0.1 * kept else "warn", f"median {middle:.0f}", detail)
+    )
+    least = int(vectors.counts.min())
+    scarce = f"fewest: {vectors.names[int(vectors.counts.argmin())]}; most: {int(vectors.counts.max())}"
+    checks.append(_check("stories per concept", "ok" if least >= 10 else "warn", f"at least {least}", scarce))
+    components = len(vectors.neutral[row])
+    detail = f"reach {vectors.method['share']:.0%} of the variance of {len(found.neutral)} neutral texts at layer {vectors.layer}"
+    checks.append(_check("neutral components", "ok", components, detail))
+    stability = vectors.stability[row]
+    worst = vectors.names[int(stability.argmin())]
+    detail = f"cosine of refits on resampled stories; lowest {worst} {stability.min():.2f}"
+    checks.append(
+        _check("stability", "ok" if np.median(stability) >= 0.8 else "warn", f"median {np.median(stability):.2f}", detail)
+    )
+    return checks
+
+
+def _token_view(engine: Engine, found: Discovery, n: int = 6) -> list[dict[str, Any]]:
+    """A few stories with a score per token for their own concept and the showcase ones.
+
+    They were among the stories that the vectors were fitted on: the view shows where in a text a direction lights up, it is no test.
+    """
+    vectors: ConceptVectors = found.vectors
+    shown = [name for name in SHOWCASE if name in vectors] or list(vectors.names[:12])
+    first = {concept: i for i, concept in reversed(list(enumerate(found.activations.concepts.tolist())))}
+    chosen = [first[name] for name in (shown * 2)[:n] if name in first]
+    texts = _texts(found, [found.activations.ids[i] for i in chosen])
+    probes = [vectors.index(name) for name in shown]
+    readout = vectors.readout(where=Where(), pool="none")
+    out = []
+    for i, result in zip(chosen, engine.run(Request(text, readouts=(readout,)) for text in texts), strict=True):
+        layout, reading = result.layout, result.readings[0]
+        scores = np.full((len(layout), len(probes)), np.nan)
+        scores[reading.positions] = vectors.scores(reading)[:, probes]
+        out.append(
+            {
+                "concept": found.activations.concepts[i],
+                "topic": found.activations.topics[i],
+                "layer": vectors.layer,
+                "scale": float(np.nanpercentile(np.abs(scores), 99)),
+                "tokens": list(layout.tokens),
+                "scores": {name: scores[:, k] for k, name in enumerate(shown)},
+            }
+        )
+    return out
+
+
+def _texts(found: Discovery, ids: list[str]) -> list[str]:
+    import pyarrow.parquet as pq
+
+    wanted: dict[str, str] = {}
+    for path in sorted((found.activations.folder.parent / "stories").glob("*.parquet")):
+        for record in pq.read_table(path, columns=["id", "text"], filters=[("id", "in", ids)]).to_pylist():
+            wanted[record["id"]] = record["text"]
+    return [wanted[i] for i in ids]

@@ -1,0 +1,140 @@
+"""The engines that the contract is checked on, each opened once: the toy, eight tiny families, the demo model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pytest
+
+from affectlens.engine import Engine, Readout, Request, Result, Steering, Term, Where
+
+# Plain, grouped-query, sliding windows in a multimodal wrapper, learned positions, ALiBi with tuples, experts, hybrid, parallel.
+FAMILIES = ("llama", "qwen3", "gemma3", "gpt2", "bloom", "mixtral", "falcon_h1", "gpt_neox")
+DEMO = "smollm2-135m"
+ENGINES = ("toy", *FAMILIES, pytest.param(DEMO, marks=pytest.mark.real))
+
+TEXTS = ("the calm sea", "She slammed the door and shouted at everyone.", (("user", "I lost my keys."),))
+
+
+@dataclass
+class Subject:
+    """An engine under test with what the tests need to know about it.
+
+    Args:
+        name: Of the engine.
+        engine: The engine.
+        tolerance: Largest relative difference of two residuals that should be equal but for rounding.
+    """
+
+    name: str
+    engine: Engine
+    tolerance: float
+
+    @property
+    def tiny(self) -> bool:
+        """A random model that speaks bytes: of its texts few come back as the same tokens."""
+        return self.name in FAMILIES
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Every layer, the embedding included."""
+        return tuple(range(-1, self.engine.info.n_layers))
+
+    @property
+    def middle(self) -> int:
+        return self.engine.info.n_layers // 2
+
+    @cached_property
+    def everything(self) -> Readout:
+        """Every token at every layer."""
+        return Readout(self.layers, Where(), "none")
+
+    @cached_property
+    def norms(self) -> np.ndarray:
+        """Mean residual norm at layers 0 to L - 1."""
+        readout = Readout(self.layers[1:], pool="norm")
+        return np.mean([reading.values for reading in self.engine.read(TEXTS, readout)], axis=0).astype(np.float32)
+
+    @cached_property
+    def directions(self) -> np.ndarray:
+        """Three unit directions at every layer ``(3, L, D)`` that are clearly not orthogonal."""
+        info = self.engine.info
+        x = np.random.default_rng(5).normal(size=(3, info.n_layers, info.width))
+        x[1:] += 0.5 * x[0]
+        return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+    def steering(self, which: int, strength: float, *layers: int, where: Where = Where()) -> Steering:
+        """``strength`` times a mean residual norm along one of the directions."""
+        available = self.layers[1:]
+        term = Term(f"d{which}", strength, layers or (self.middle,), available, self.directions[which], self.norms, where=where)
+        return Steering((term,))
+
+    def run(self, *requests: Request) -> list[Result]:
+        return list(self.engine.run(requests))
+
+    def alone(self, requests: Sequence[Request]) -> list[Result]:
+        """Each request in a run of its own."""
+        return [self.run(request)[0] for request in requests]
+
+    def values(self, request: Request) -> np.ndarray:
+        """The first reading of a request."""
+        return self.run(request)[0].readings[0].values
+
+    def apart(self, a: np.ndarray, b: np.ndarray) -> float:
+        """Largest difference of two residuals, relative to the second."""
+        assert a.shape == b.shape, (a.shape, b.shape)
+        nothing = np.isnan(b)
+        np.testing.assert_array_equal(np.isnan(a), nothing)
+        if nothing.all():
+            return 0.0
+        # The embedding of a padding token is zero, and random models do generate it.
+        size = np.maximum(np.linalg.norm(b, axis=-1), 1e-30)
+        return float(np.nanmax(np.linalg.norm(a - b, axis=-1) / size))
+
+    def assert_same(self, a: Result, b: Result) -> None:
+        """Two results are equal: words and layout exactly, numbers up to rounding."""
+        assert (a.text, a.layout, a.finish) == (b.text, b.layout, b.finish)
+        assert len(a.readings) == len(b.readings)
+        for x, y in zip(a.readings, b.readings, strict=True):
+            np.testing.assert_array_equal(x.positions, y.positions)
+            assert self.apart(x.values, y.values) < self.tolerance
+            np.testing.assert_allclose(x.norms, y.norms, rtol=self.tolerance)
+        np.testing.assert_allclose(a.choice_logprobs, b.choice_logprobs, atol=20 * self.tolerance)
+
+
+@pytest.fixture(scope="session", params=ENGINES)
+def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
+    """Each engine in turn; pytest runs all tests of one before it opens the next."""
+    name: str = request.param
+    if name == "toy":
+        from affectlens.engines.toy import ToyEngine
+
+        yield Subject(name, ToyEngine(), 1e-5)
+        return
+    from affectlens.engines.hf import HFEngine
+
+    if name == DEMO:
+        yield Subject(name, HFEngine.load(DEMO, dtype="float32", device="cpu"), 2e-4)
+        return
+    import families
+
+    folder = families.save(name, tmp_path_factory.mktemp("model") / name)
+    import torch
+
+    # Threads that wait for each other take longer than these models.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Subject(name, HFEngine.load(str(folder), dtype="float32", device="cpu"), 1e-4)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def hf(subject: Subject) -> Any:
+    """The engine when it is one of transformers; other engines skip."""
+    if subject.name == "toy":
+        pytest.skip("only for transformers")
+    return subject.engine

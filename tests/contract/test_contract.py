@@ -1,0 +1,734 @@
+"""The contract of :class:`affectlens.engine.Engine`, checked on every backend.
+
+A backend that passes can be put under everything above the seam. Each test states one sentence of the contract; what they need to
+know about an engine is in ``conftest.Subject``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from affectlens.engine import Chat, Engine, Readout, Request, Result, Sampling, Steering, Where
+from affectlens.errors import AffectlensError, EngineError, MismatchError
+
+HELLO: Chat = (("user", "Hello there"),)
+TALK: Chat = (("system", "Be brief."), ("user", "I lost my keys."), ("assistant", "Oh no."), ("user", "Help me!"))
+PROMPTS = ("the calm sea", "A", "She slammed the door and shouted at everyone.", HELLO, TALK)
+GREEDY = Sampling(max_tokens=5, temperature=0)
+SAMPLED = Sampling(max_tokens=5, seed=3)
+
+Subject = Any  # conftest.Subject; importing a conftest would load it twice
+
+
+def response(result: Result) -> list[int]:
+    """The ids of the reply, a prefill included."""
+    return list(result.layout.ids[result.layout.n_prompt :])
+
+
+def selected(subject: Subject, prompt: str | Chat, where: Where, **kwargs: Any) -> str:
+    """The text of the tokens that ``where`` selects, as one string; the engine's reading must agree with the layout."""
+    result = subject.run(Request(prompt, readouts=(Readout((0,), where, "none"),), **kwargs))[0]
+    positions = result.readings[0].positions
+    np.testing.assert_array_equal(positions, np.flatnonzero(where.mask(result.layout)))
+    assert result.readings[0].values.shape == (1, len(positions), subject.engine.info.width)
+    return "".join(result.layout.tokens[i] for i in positions)
+
+
+def replayed(subject: Subject, request: Request) -> Iterator[tuple[Result, Result]]:
+    """Generate, then read what came out as a finished text; only texts that come back as the same tokens are comparable."""
+    seeds = range(40 if subject.tiny else 1)
+    samplings = [Sampling(max_tokens=3, seed=seed) for seed in seeds]
+    drafts = subject.run(*(replace(request, sampling=s, readouts=()) for s in samplings))
+    usable = [s for s, d in zip(samplings, drafts, strict=True) if d.text and ids_of(subject, d.text) == response(d)]
+    assert usable, "no text came back as the same tokens: use other seeds"
+    for result in subject.run(*(replace(request, sampling=s) for s in usable[:2])):
+        yield result, subject.run(replace(request, prefill=result.text))[0]
+
+
+def one_line(error: pytest.ExceptionInfo[AffectlensError]) -> None:
+    assert len(str(error.value).splitlines()) == 1
+
+
+# ── alone or together ──
+
+
+def mixed(subject: Subject) -> list[Request]:
+    """Reading, scoring and generating, plain and steered each in its own way, short and long: one of everything."""
+    steer, middle = subject.steering, subject.middle
+    steerings = [
+        Steering(),
+        steer(0, 0.4),
+        steer(1, -0.3, 0, middle) + steer(2, 0.2, where=Where("prompt")),
+        steer(2, 1.0).ablate(),
+        (steer(0, 1.0) + steer(1, 1.0)).clamp(0.3),
+        steer(1, 0.5, where=Where(last=2)),
+        steer(0, 0.0),
+    ]
+    requests = []
+    for i, steering in enumerate(steerings):
+        for j, prompt in list(enumerate(PROMPTS))[i % 2 :: 2]:
+            kind = (i + j // 2) % 3
+            requests.append(
+                Request(
+                    prompt,
+                    prefill=" I" if j == 3 else "",
+                    sampling=(None, GREEDY, replace(SAMPLED, seed=i))[kind],
+                    steering=steering,
+                    readouts=(subject.everything, Readout((middle,), Where(after=1), "mean"))[: 1 + j % 2],
+                    choices=("A", " the sea", " no") if kind == 0 else (),
+                )
+            )
+    return requests
+
+
+def test_a_batch_gives_what_each_request_gives_alone_in_order(subject: Subject) -> None:
+    requests = mixed(subject)
+    for request, together, alone in zip(requests, subject.run(*requests), subject.alone(requests), strict=True):
+        assert together.layout.text.startswith(subject.run(replace(request, sampling=None))[0].layout.text)
+        assert together.done
+        subject.assert_same(together, alone)
+
+
+def test_small_batches_give_the_same(subject: Subject, hf: Any) -> None:
+    requests = mixed(subject)
+    before = hf.token_budget
+    whole = subject.run(*requests)
+    try:
+        hf.token_budget = 40
+        parts = subject.run(*requests)
+    finally:
+        hf.token_budget = before
+    for a, b in zip(parts, whole, strict=True):
+        subject.assert_same(a, b)
+
+
+def test_choices_of_one_request_may_fall_into_different_batches(subject: Subject) -> None:
+    prompts = [f"{'the sea ' * (k % 7)}was calm" for k in range(30)]
+    requests = [Request(p, choices=(" and", " and the sea", " or a"), readouts=(subject.everything,)) for p in prompts]
+    if hasattr(subject.engine, "token_budget"):
+        before, subject.engine.token_budget = subject.engine.token_budget, 100
+    together = subject.run(*requests)
+    if hasattr(subject.engine, "token_budget"):
+        subject.engine.token_budget = before
+    for request, result in zip(requests[:7], together, strict=False):
+        subject.assert_same(result, subject.run(request)[0])
+
+
+def test_runs_are_deterministic(subject: Subject) -> None:
+    requests = mixed(subject)[:10]
+    for a, b in zip(subject.run(*requests), subject.run(*requests), strict=True):
+        assert (a.text, a.layout, a.choice_logprobs) == (b.text, b.layout, b.choice_logprobs)
+        for x, y in zip(a.readings, b.readings, strict=True):
+            np.testing.assert_array_equal(x.values, y.values)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_tokenizers_padding_side_does_not_matter(subject: Subject, hf: Any, side: str) -> None:
+    requests = [Request(p, sampling=s, readouts=(subject.everything,)) for p in PROMPTS for s in (None, GREEDY)]
+    before, whole = hf.tokenizer.padding_side, subject.run(*requests)
+    try:
+        hf.tokenizer.padding_side = side
+        for a, b in zip(subject.run(*requests), whole, strict=True):
+            subject.assert_same(a, b)
+    finally:
+        hf.tokenizer.padding_side = before
+
+
+def test_run_is_lazy(subject: Subject) -> None:
+    drawn = 0
+
+    def endless() -> Iterator[Request]:
+        nonlocal drawn
+        while True:
+            drawn += 1
+            yield Request("A", readouts=(Readout((0,)),))
+
+    assert len(list(itertools.islice(subject.engine.run(endless()), 3))) == 3
+    assert drawn <= 4096
+    assert subject.run() == []
+
+
+# ── layouts ──
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_layout_describes_its_text(subject: Subject, prompt: str | Chat) -> None:
+    result = subject.run(Request(prompt, sampling=SAMPLED, prefill=" I am"))[0]
+    layout = result.layout
+    assert len(layout.tokens) == len(layout.ids) == len(layout.offsets) == len(layout.roles) == len(layout)
+    assert [layout.text[a:b] for a, b in layout.offsets] == list(layout.tokens)
+    assert all(a <= b <= c <= d for (a, b), (c, d) in itertools.pairwise(layout.offsets))
+    assert layout.text.endswith(" I am" + result.text)
+    assert set(layout.roles[layout.n_prompt :]) == {"assistant"}
+    if isinstance(prompt, str):
+        assert set(layout.roles[: layout.n_prompt]) <= {"text", "special"}
+        assert layout.text == prompt + " I am" + result.text
+    else:
+        assert layout.roles[layout.n_prompt - 1] == "template"
+        assert set(layout.roles) - {"special"} == {"template", "assistant", *(role for role, _ in prompt)}
+
+
+def test_parts_and_roles(subject: Subject) -> None:
+    assert selected(subject, TALK, Where(role="system")).strip() == "Be brief."
+    assert selected(subject, TALK, Where(role="user")).replace(" ", "") == "Ilostmykeys.Helpme!"
+    assert selected(subject, TALK, Where(role="assistant"), prefill="Sure").replace(" ", "") == "Ohno.Sure"
+    assert selected(subject, TALK, Where("prompt", role="assistant"), prefill="Sure").strip() == "Oh no."
+    assert selected(subject, TALK, Where("response"), prefill="Sure") == "Sure"
+    assert selected(subject, "the calm sea", Where("response")) == ""
+    assert selected(subject, "the calm sea", Where(role="text")) == "the calm sea"
+    assert selected(subject, "the calm sea", Where(role="user")) == ""
+
+
+def test_a_beginning_of_sequence_token_is_never_selected(subject: Subject) -> None:
+    """The first token of a plain text is its own; a large-norm sink before it would spoil every mean."""
+    for prompt in ("the calm sea", HELLO):
+        result = subject.run(Request(prompt, readouts=(subject.everything,)))[0]
+        special = [i for i, role in enumerate(result.layout.roles) if role == "special"]
+        assert not set(special) & set(result.readings[0].positions.tolist())
+        assert len(result.readings[0].positions) == len(result.layout) - len(special)
+    assert selected(subject, "the calm sea", Where()) == "the calm sea"
+
+
+def test_text_after_and_last(subject: Subject) -> None:
+    text = "one calm day, one calm sea"
+    tokens = [t for t in subject.run(Request(text))[0].layout.tokens if t]
+    assert selected(subject, text, Where(after=2)) == "".join(tokens[2:])
+    assert selected(subject, text, Where(last=2)) == "".join(tokens[-2:])
+    assert selected(subject, text, Where(after=1, last=1)) == tokens[-1]
+    assert selected(subject, text, Where(after=len(tokens))) == ""
+    assert selected(subject, text, Where(text="calm")).replace(" ", "") == "calmcalm"
+    assert selected(subject, text, Where(text="calm", last=1)).strip() in ("calm", "m")
+    assert selected(subject, text, Where(text="storm")) == ""
+    assert selected(subject, TALK, Where(role="user", text="keys")).strip() == "keys"
+
+
+def test_the_reply_position_is_the_last_template_token(subject: Subject) -> None:
+    reply = Where("prompt", last=1)
+    plain = subject.run(Request(HELLO, readouts=(Readout((0,), reply, "none"),)))[0]
+    assert plain.readings[0].positions.tolist() == [plain.layout.n_prompt - 1] == [len(plain.layout) - 1]
+    filled = subject.run(Request(HELLO, prefill="Sure", readouts=(Readout((0,), reply, "none"),)))[0]
+    assert filled.readings[0].positions.tolist() == plain.readings[0].positions.tolist()
+    assert subject.apart(filled.readings[0].values, plain.readings[0].values) < subject.tolerance
+
+
+def test_a_finished_chat_has_its_reply_in_it(subject: Subject) -> None:
+    before = subject.run(Request(HELLO))[0].layout
+    done: Chat = (*HELLO, ("assistant", "Good day!"))
+    after = subject.run(Request(done))[0].layout
+    assert after.n_prompt == before.n_prompt
+    assert after.ids[: after.n_prompt] == before.ids
+    assert selected(subject, done, Where("response", role="assistant")).strip() == "Good day!"
+    with pytest.raises(EngineError) as error:
+        subject.run(Request(done, sampling=GREEDY))
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    "chat",
+    [
+        (("user", "user"),),
+        (("user", "a"),),
+        (("user", "assistant"), ("assistant", "user"), ("user", "s")),
+        (("system", "e"), ("user", "system"), ("assistant", "a"), ("user", "t")),
+    ],
+)
+def test_messages_that_also_occur_in_the_template_are_found(subject: Subject, chat: Chat) -> None:
+    result = subject.run(Request(chat))[0].layout
+    turns = [(role, "".join(t for _, t in group).strip()) for role, group in itertools.groupby(
+        zip(result.roles, result.tokens, strict=True), key=lambda pair: pair[0]
+    ) if role not in ("template", "special")]  # fmt: skip
+    assert turns == list(chat)
+    # The last message stands at the end, after its own header.
+    last = max(i for i, role in enumerate(result.roles) if role == "user")
+    header = result.text[: result.offsets[last][0]].rstrip(" \n")
+    assert header.removesuffix(":").endswith("user")
+
+
+# ── readouts ──
+
+
+def test_pools_are_reductions_of_every_token(subject: Subject) -> None:
+    layers = (0, subject.middle, -1)
+    for where in (Where(), Where(after=1), Where(last=2)):
+        readouts = [Readout(layers, where, pool) for pool in ("none", "mean", "last", "norm")]
+        for prompt in PROMPTS[2:]:
+            every, mean, last, norm = subject.run(Request(prompt, readouts=tuple(readouts)))[0].readings
+            assert all(r.values.dtype == r.norms.dtype == np.float32 for r in (every, mean, last, norm))
+            norms = np.linalg.norm(every.values, axis=-1)
+            np.testing.assert_allclose(every.norms, norms, rtol=1e-4)
+            np.testing.assert_allclose(norm.values, norms.mean(1), rtol=1e-4)
+            np.testing.assert_allclose(norm.norms, norm.values)
+            assert subject.apart(mean.values, every.values.mean(1)) < subject.tolerance
+            np.testing.assert_allclose(mean.norms, np.linalg.norm(mean.values, axis=-1), rtol=1e-4)
+            assert subject.apart(last.values, every.values[:, -1]) < subject.tolerance
+            np.testing.assert_allclose(last.norms, norms[:, -1], rtol=1e-4)
+            for reading in (mean, last, norm):
+                np.testing.assert_array_equal(reading.positions, every.positions)
+
+
+def test_onto_gives_dot_products_and_norms_give_cosines(subject: Subject) -> None:
+    layers = (0, subject.middle)
+    onto = subject.directions[:, list(layers)].swapaxes(0, 1)
+    for sampling in (None, GREEDY):
+        for pool in ("none", "mean", "last"):
+            readouts = (Readout(layers, pool=pool), Readout(layers, pool=pool, onto=onto))
+            whole, dots = subject.run(Request(TALK, sampling=sampling, readouts=readouts))[0].readings
+            expected = np.einsum("l...d,lkd->l...k", whole.values, onto)
+            assert dots.values.dtype == np.float32
+            np.testing.assert_allclose(dots.values, expected, atol=subject.tolerance * float(whole.norms.max()))
+            np.testing.assert_allclose(dots.norms, np.linalg.norm(whole.values, axis=-1), rtol=1e-4)
+            assert np.all(np.abs(dots.values / dots.norms[..., None]) <= 1)
+
+
+def test_nothing_selected_reads_nan_or_no_tokens(subject: Subject) -> None:
+    nothing = Where(text="there is no such text")
+    onto = subject.directions[:, :1].swapaxes(0, 1)
+    width = subject.engine.info.width
+    readouts = [Readout((0,), nothing, pool) for pool in ("none", "mean", "last", "norm")]
+    readouts.append(Readout((0,), nothing, "mean", onto))
+    shapes = [(1, 0, width), (1, width), (1, width), (1,), (1, 3)]
+    # Beside a request that does select something, and when a reply is generated.
+    other = Request("the calm sea", readouts=(Readout((0,)),))
+    for sampling in (None, GREEDY):
+        result = subject.run(other, Request("A", sampling=sampling, readouts=tuple(readouts)), other)[1]
+        for reading, shape in zip(result.readings, shapes, strict=True):
+            assert reading.values.shape == shape
+            assert np.isnan(reading.values).all()
+            assert len(reading.positions) == 0
+
+
+def test_layer_minus_one_is_the_embedding(subject: Subject) -> None:
+    """It enters block 0: no steering reaches it, and no context."""
+    readout = Readout((-1,), Where(), "none")
+    plain = subject.values(Request("the calm sea", readouts=(readout,)))
+    steered = subject.values(Request("the calm sea", readouts=(readout,), steering=subject.steering(0, 1.0, 0)))
+    np.testing.assert_array_equal(plain, steered)
+    other = subject.values(Request("she, calm sea", readouts=(readout,)))
+    assert subject.apart(other[:, -1], plain[:, -1]) < subject.tolerance or subject.name == "gpt2"  # learned positions
+    deep = subject.values(Request("the calm sea", readouts=(Readout((-1, 0), Where(), "none"),)))
+    assert subject.apart(deep[:1], plain) < subject.tolerance
+    assert subject.apart(deep[1:], plain) > 0.01
+
+
+def test_readings_are_the_models_hidden_states(subject: Subject, hf: Any) -> None:
+    """An independent oracle; the last layer is left out because transformers shows it after the final norm."""
+    import torch
+
+    for prompt in PROMPTS:
+        result = subject.run(Request(prompt, readouts=(subject.everything,)))[0]
+        with torch.no_grad():
+            states = hf.model(torch.tensor([result.layout.ids]), output_hidden_states=True).hidden_states
+        for row, layer in enumerate(subject.layers[:-1]):
+            expected = states[layer + 1][0, result.readings[0].positions].numpy()
+            assert subject.apart(result.readings[0].values[row], expected) < subject.tolerance
+
+
+# ── steering ──
+
+
+def everywhere(subject: Subject, steering: Steering, prompt: str | Chat = "the calm sea") -> np.ndarray:
+    return subject.values(Request(prompt, readouts=(subject.everything,), steering=steering))
+
+
+def test_strength_zero_is_bit_identical_to_no_steering(subject: Subject) -> None:
+    for zero in (subject.steering(0, 0.0), 0.0 * subject.steering(0, 1.0), subject.steering(0, 0.0).ablate()):
+        for sampling in (None, SAMPLED):
+            plain, steered = (
+                subject.run(Request(TALK, sampling=sampling, readouts=(subject.everything,), steering=s))[0]
+                for s in (Steering(), zero)
+            )
+            assert plain.text == steered.text
+            np.testing.assert_array_equal(plain.readings[0].values, steered.readings[0].values)
+
+
+def test_steering_leaves_nothing_behind(subject: Subject) -> None:
+    plain = Request(TALK, sampling=SAMPLED, readouts=(subject.everything,))
+    first, steered, last = subject.alone([plain, replace(plain, steering=subject.steering(0, 0.8)), plain])
+    assert first.text == last.text
+    np.testing.assert_array_equal(first.readings[0].values, last.readings[0].values)
+    assert not np.array_equal(first.readings[0].values[-1, :3], steered.readings[0].values[-1, :3])
+
+
+@pytest.mark.parametrize("where", [Where(), Where(after=1), Where(role="user"), Where(text="keys"), Where(last=1)])
+def test_a_reading_at_the_steered_layer_moves_by_what_was_added(subject: Subject, where: Where) -> None:
+    layer, row = subject.middle, subject.middle + 1
+    request = Request(TALK, readouts=(subject.everything,))
+    plain = subject.run(request)[0]
+    steered = everywhere(subject, subject.steering(1, 0.4, where=where), TALK)
+    before = plain.readings[0].values
+    mask = where.mask(plain.layout)[plain.readings[0].positions]
+    vector = 0.4 * subject.norms[layer] * subject.directions[1, layer]
+    moved = steered[row] - before[row]
+    rounding = 1e-6 * np.linalg.norm(before[row], axis=-1).max()
+    np.testing.assert_allclose(moved[mask], np.tile(vector, (mask.sum(), 1)), atol=rounding)
+    np.testing.assert_array_equal(steered[row, ~mask], before[row, ~mask])
+    np.testing.assert_array_equal(steered[:row], before[:row])
+    # A residual stream: what is added at a layer is still there in the next one.
+    assert ((steered[row + 1] - before[row + 1])[mask] @ subject.directions[1, layer]).min() > 0
+
+
+def test_negative_strength_mirrors(subject: Subject) -> None:
+    row = subject.middle + 1
+    plain, up, down = (everywhere(subject, subject.steering(0, s))[row] for s in (0.0, 0.4, -0.4))
+    np.testing.assert_allclose(up - plain, plain - down, atol=1e-6 * np.linalg.norm(plain, axis=-1).max())
+
+
+def test_mixtures_add_up(subject: Subject) -> None:
+    layer, row = subject.middle, subject.middle + 1
+    mix = 0.3 * subject.steering(0, 1.0) - 0.2 * subject.steering(1, 1.0) + subject.steering(2, 0.5, where=Where(last=1))
+    plain, steered = everywhere(subject, Steering())[row], everywhere(subject, mix)[row]
+    d = subject.directions[:, layer] * subject.norms[layer]
+    expected = plain + 0.3 * d[0] - 0.2 * d[1]
+    expected[-1] += 0.5 * d[2]
+    assert subject.apart(steered, expected) < 1e-5
+
+
+def test_layers_share_the_total(subject: Subject) -> None:
+    low, high = 0, subject.middle
+    both = everywhere(subject, subject.steering(0, 0.6).on(low, high))
+    first = everywhere(subject, subject.steering(0, 0.3).on(low))
+    assert subject.apart(both[low + 1], first[low + 1]) < subject.tolerance
+    added = 0.3 * subject.norms[high] * subject.directions[0, high]
+    assert subject.apart(both[high + 1], first[high + 1] + added) < subject.tolerance
+
+
+def test_ablation_leaves_no_component(subject: Subject) -> None:
+    layer, row = subject.middle, subject.middle + 1
+    d = subject.directions[:, layer]
+    plain = everywhere(subject, Steering())[row]
+    size = np.linalg.norm(plain, axis=-1).max()
+    single = everywhere(subject, subject.steering(0, 1.0).ablate())[row]
+    np.testing.assert_allclose(single @ d[0], 0, atol=1e-5 * size)
+    assert subject.apart(single, plain - np.outer(plain @ d[0], d[0])) < 1e-5
+    joint = everywhere(subject, (subject.steering(0, 1.0) + subject.steering(1, 1.0)).ablate())[row]
+    np.testing.assert_allclose(joint @ d[:2].T, 0, atol=1e-5 * size)
+    half = everywhere(subject, (0.5 * subject.steering(0, 1.0).ablate()))[row]
+    np.testing.assert_allclose(half @ d[0], 0.5 * plain @ d[0], atol=1e-5 * size)
+
+
+def test_clamp_holds_values_of_directions_that_are_not_orthogonal(subject: Subject) -> None:
+    layer, row = subject.middle, subject.middle + 1
+    d, norm = subject.directions[:, layer], subject.norms[layer]
+    assert abs(d[0] @ d[1]) > 0.2
+    held = subject.steering(0, 1.0).clamp(0.4) + subject.steering(1, 1.0).clamp(-0.1)
+    for steering in (held, held + subject.steering(2, 0.5)):  # additions come first and are clamped too
+        values = everywhere(subject, steering)[row]
+        expected = np.tile([0.4 * norm, -0.1 * norm], (len(values), 1))
+        np.testing.assert_allclose(values @ d[:2].T, expected, atol=1e-4 * float(norm))
+    zero = everywhere(subject, subject.steering(0, 1.0).clamp(0.0))[row]
+    np.testing.assert_allclose(zero @ d[0], 0, atol=1e-4 * float(norm))
+
+
+def test_nothing_changes_before_the_steered_words(subject: Subject) -> None:
+    text = "the calm sea and the storm"
+    plain = subject.run(Request(text, readouts=(subject.everything,)))[0]
+    where = Where(text="and")
+    first = int(np.flatnonzero(where.mask(plain.layout)[plain.readings[0].positions])[0])
+    steered = everywhere(subject, subject.steering(0, 1.0, where=where), text)
+    assert subject.apart(steered[:, :first], plain.readings[0].values[:, :first]) < 1e-5
+    assert subject.apart(steered[:, first:], plain.readings[0].values[:, first:]) > 0.01
+    # And later positions see it through the context, at deeper layers.
+    assert subject.apart(steered[-1:, -1], plain.readings[0].values[-1:, -1]) > 1e-5
+
+
+def test_steering_the_response_leaves_the_prompt_alone(subject: Subject) -> None:
+    prompt_and_reply = (Readout(subject.layers, Where("prompt"), "none"), Readout((subject.middle,), Where("response"), "none"))
+    request = Request(HELLO, sampling=GREEDY, readouts=prompt_and_reply)
+    plain = subject.run(request)[0]
+    steered = subject.run(replace(request, steering=subject.steering(0, 0.5, where=Where("response"))))[0]
+    np.testing.assert_array_equal(plain.readings[0].values, steered.readings[0].values)
+    d = subject.directions[0, subject.middle]
+    # The first token is drawn before anything is steered; from then on the residual is another.
+    assert response(plain)[0] == response(steered)[0]
+    moved = (steered.readings[1].values[0, 0] - plain.readings[1].values[0, 0]) @ d
+    assert moved == pytest.approx(0.5 * subject.norms[subject.middle], rel=1e-3)
+
+
+def test_steering_reaches_generated_words(subject: Subject) -> None:
+    """Strong enough steering changes what is said, wherever it applies."""
+    for where in (Where(), Where("response"), Where("prompt")):
+        request = Request(HELLO, sampling=GREEDY)
+        texts = {
+            tuple(response(subject.run(replace(request, steering=subject.steering(k, 4.0, where=where)))[0])) for k in range(3)
+        }
+        assert len(texts | {tuple(response(subject.run(request)[0]))}) > 1
+
+
+# ── generating ──
+
+
+@pytest.mark.parametrize(
+    "where",
+    [None, Where(), Where("prompt"), Where("response"), Where("response", after=1), Where(after=2), Where(role="assistant")],
+    ids=str,
+)
+def test_reading_while_generating_equals_reading_the_finished_text(subject: Subject, where: Where | None) -> None:
+    """Left-padded with a cache, or all at once: also when steered, and for tokens that are steered only from some point on."""
+    steering = subject.steering(0, 0.3, where=where) if where else Steering()
+    pools = [Readout((0, subject.middle, -1), where or Where("response"), pool) for pool in ("none", "mean", "last", "norm")]
+    for prompt in ("the calm sea", HELLO):
+        request = Request(prompt, steering=steering, readouts=(subject.everything, *pools))
+        for generated, read in replayed(subject, request):
+            for name in ("ids", "text", "roles", "n_prompt"):
+                assert getattr(generated.layout, name) == getattr(read.layout, name)
+            for a, b in zip(generated.readings, read.readings, strict=True):
+                np.testing.assert_array_equal(a.positions, b.positions)
+                assert a.values.shape == b.values.shape
+                if a.values.ndim > 1:
+                    assert subject.apart(a.values, b.values) < 3 * subject.tolerance
+                np.testing.assert_allclose(a.norms, b.norms, rtol=3 * subject.tolerance)
+
+
+def test_a_prefill_belongs_to_the_response(subject: Subject) -> None:
+    for prompt in ("the calm sea", HELLO):
+        plain = subject.run(Request(prompt))[0].layout
+        result = subject.run(Request(prompt, prefill=" was blue", sampling=GREEDY))[0]
+        assert result.layout.n_prompt == plain.n_prompt
+        assert result.layout.ids[: plain.n_prompt] == plain.ids
+        assert not result.text.startswith(" was blue")
+        assert result.layout.text == plain.text + " was blue" + result.text
+        # And the reply goes on from there.
+        first = response(result)[len(ids_of(subject, " was blue")) :][:1]
+        assert first in ([], [int(next_logits(subject, Request(prompt, prefill=" was blue")).argmax())])
+
+
+def test_a_seed_belongs_to_its_request(subject: Subject) -> None:
+    requests = [Request(PROMPTS[i % 4], sampling=Sampling(max_tokens=8, seed=i // 4)) for i in range(12)]
+    together = [response(r) for r in subject.run(*requests)]
+    assert [response(r) for r in subject.run(*reversed(requests))] == together[::-1]
+    assert [response(r) for r in subject.alone(requests[:4])] == together[:4]
+    assert len({tuple(ids) for ids in together[::4]}) > 1
+
+
+def test_greedy_is_top_k_one(subject: Subject) -> None:
+    variants = [GREEDY, replace(GREEDY, temperature=1, top_k=1), replace(GREEDY, temperature=1, top_p=1e-6), replace(GREEDY, seed=9)]
+    replies = [response(r) for r in subject.run(*(Request(HELLO, sampling=s) for s in variants))]
+    assert all(reply == replies[0] for reply in replies)
+
+
+def test_top_k_draws_from_the_likeliest_tokens(subject: Subject) -> None:
+    logits = next_logits(subject, Request(HELLO))
+    likely = set(np.argsort(-logits)[:5].tolist())
+    sampling = Sampling(max_tokens=1, temperature=3.0, top_k=3)
+    drawn = [response(r) for r in subject.run(*(Request(HELLO, sampling=replace(sampling, seed=s)) for s in range(24)))]
+    assert {i for ids in drawn for i in ids} <= likely
+    assert len({tuple(ids) for ids in drawn}) > 1
+
+
+def test_sampling_follows_the_models_distribution(subject: Subject) -> None:
+    """Of many first tokens, the share of the likeliest is its probability, within five standard errors."""
+    logits = next_logits(subject, Request("A")) / 0.5
+    p = np.exp(logits - logits.max())
+    p /= p.sum()
+    n = 200
+    results = subject.run(*(Request("A", sampling=Sampling(max_tokens=1, temperature=0.5, seed=s)) for s in range(n)))
+    top = int(p.argmax())
+    share = np.mean([response(r) == [top] for r in results])
+    assert abs(share - p[top]) < 5 * np.sqrt(max(p[top] * (1 - p[top]), 0.01) / n)
+
+
+def test_max_tokens_and_finish(subject: Subject) -> None:
+    requests = [Request(p, sampling=Sampling(max_tokens=n, seed=n)) for n in (1, 3, 6) for p in PROMPTS]
+    for request, result in zip(requests, subject.run(*requests), strict=True):
+        assert result.finish in ("stop", "length")
+        assert len(response(result)) <= request.sampling.max_tokens
+        assert (len(response(result)) == request.sampling.max_tokens) or result.finish == "stop"
+    assert subject.run(Request("A"))[0].finish == "read"
+
+
+def long_text(subject: Subject) -> tuple[Request, str]:
+    """A request whose reply has text to cut, and the reply."""
+    requests = [Request("the calm sea", sampling=Sampling(max_tokens=8, seed=s)) for s in range(16)]
+    for request, result in zip(requests, subject.run(*requests), strict=True):
+        if len(set(result.text)) > 3 and "\ufffd" not in result.text[1:5]:
+            return request, result.text
+    raise AssertionError("no reply has enough text: use other seeds")
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_stop_strings_cut(subject: Subject, length: int) -> None:
+    request, full = long_text(subject)
+    stop = full[2 : 2 + length]
+    for stops in ((stop,), ("never said", stop)):
+        result = subject.run(replace(request, sampling=replace(request.sampling, stop=stops)))[0]
+        assert result.text == full[: full.find(stop)]
+        assert result.finish == "stop"
+        assert result.layout.text == "the calm sea" + result.text
+    unused = subject.run(replace(request, sampling=replace(request.sampling, stop=("never said",))))[0]
+    assert unused.text == full
+
+
+@pytest.mark.parametrize("length", [0, 1, 3])
+def test_a_stream_adds_up_to_the_result(subject: Subject, length: int) -> None:
+    request, full = long_text(subject)
+    stop = (full[2 : 2 + length],) if length else ()
+    request = replace(
+        request,
+        sampling=replace(request.sampling, stop=stop),
+        readouts=(Readout((subject.middle,), Where("response"), "none"),),
+        steering=subject.steering(0, 0.1, where=Where("prompt", last=1)),
+    )
+    *partials, final = subject.engine.stream(request)
+    assert [p.done for p in partials] == [False] * len(partials) and final.done
+    assert "".join(p.text for p in partials) == final.text
+    subject.assert_same(final, subject.run(request)[0])
+    assert len(partials) >= len(response(final)) > 0
+    if final.finish == "length":
+        read = np.concatenate([p.readings[0].values for p in partials], axis=1)
+        assert subject.apart(read, final.readings[0].values) < subject.tolerance
+        positions = np.concatenate([p.readings[0].positions for p in partials])
+        np.testing.assert_array_equal(positions, final.readings[0].positions)
+    assert len(partials[0].layout) == final.layout.n_prompt + 1
+
+
+def test_streams_and_batches_mix(subject: Subject) -> None:
+    plain = Request(HELLO, sampling=GREEDY)
+    results = subject.run(plain, replace(plain, stream=True), Request("A"), plain)
+    done = [r for r in results if r.done]
+    assert [r.finish == "read" for r in done] == [False, False, True, False]
+    assert done[0].text == done[1].text == done[3].text
+    assert results[0].done and not results[1].done
+
+
+# ── choices, unembedding, vocabulary ──
+
+
+def next_logits(subject: Subject, request: Request) -> np.ndarray:
+    """Logits after a request, by way of its last residual."""
+    last = Readout((subject.layers[-1],), Where(last=1), "last")
+    return subject.engine.unembed(subject.values(replace(request, readouts=(last,))))[0].astype(np.float64)
+
+
+def ids_of(subject: Subject, text: str) -> list[int]:
+    return response(subject.run(Request("A", prefill=text))[0])
+
+
+def test_choices_are_the_models_log_probabilities(subject: Subject) -> None:
+    for request in (Request("the calm sea"), Request(HELLO, prefill=" I"), Request("A", steering=subject.steering(0, 0.5))):
+        logits = next_logits(subject, request)
+        logprobs = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+        choices = [t for t in ("A", "t", " the", ".", "7") if len(ids_of(subject, t)) == 1]
+        assert len(choices) > 2
+        scored = subject.run(replace(request, choices=tuple(choices)))[0].choice_logprobs
+        np.testing.assert_allclose(scored, [logprobs[ids_of(subject, t)[0]] for t in choices], atol=20 * subject.tolerance)
+
+
+def test_the_greedy_token_is_the_likeliest_choice(subject: Subject) -> None:
+    for prompt in ("the calm sea", HELLO):
+        first = response(subject.run(Request(prompt, sampling=replace(GREEDY, max_tokens=1)))[0])
+        assert first in ([], [int(next_logits(subject, Request(prompt)).argmax())])
+
+
+def test_a_choice_of_several_tokens_is_a_chain(subject: Subject) -> None:
+    for steering in (Steering(), subject.steering(0, 0.5), subject.steering(0, 0.5, where=Where("response", after=1))):
+        base = Request(HELLO, steering=steering)
+        first, second = " the", " sea"
+        assert ids_of(subject, first + second) == ids_of(subject, first) + ids_of(subject, second)
+        whole = subject.run(replace(base, choices=(first + second,)))[0].choice_logprobs[0]
+        one = subject.run(replace(base, choices=(first,)))[0].choice_logprobs[0]
+        two = subject.run(replace(base, prefill=first, choices=(second,)))[0].choice_logprobs[0]
+        assert whole == pytest.approx(one + two, abs=40 * subject.tolerance)
+
+
+def test_choose_gives_one_row_for_each_prompt(subject: Subject) -> None:
+    table = subject.engine.choose(PROMPTS, ["A", " the sea"], prefill=" I")
+    assert table.shape == (len(PROMPTS), 2)
+    alone = subject.run(Request(PROMPTS[2], prefill=" I", choices=("A", " the sea")))[0].choice_logprobs
+    np.testing.assert_allclose(table[2], alone, atol=20 * subject.tolerance)
+
+
+def test_the_vocabulary_names_every_id(subject: Subject) -> None:
+    vocabulary = subject.engine.vocabulary
+    logits = next_logits(subject, Request("A"))
+    assert len(vocabulary) == len(logits)
+    for text in ("A", ".", "the"):
+        assert [vocabulary[i] for i in ids_of(subject, text)] == [text] or len(ids_of(subject, text)) > 1
+    assert vocabulary[ids_of(subject, "A")[0]] == "A"
+
+
+def test_generate_gives_every_prompt_a_seed_of_its_own(subject: Subject) -> None:
+    texts = subject.engine.generate(["A"] * 3, sampling=SAMPLED)
+    alone = [subject.run(Request("A", sampling=replace(SAMPLED, seed=SAMPLED.seed + i)))[0].text for i in range(3)]
+    assert texts == alone
+
+
+def test_the_info_says_what_was_loaded(subject: Subject) -> None:
+    info = subject.engine.info
+    assert info.n_layers > 0 and info.width > 0 and info.context > 0 and info.n_parameters > 0
+    assert info.fingerprint and info.dtype == "float32" and info.device == "cpu"
+    assert 0 <= info.default_layer < info.n_layers
+    assert info.template
+    assert info.reply_token == subject.run(Request(HELLO))[0].layout.tokens[-1]
+
+
+# ── refusals ──
+
+
+def retermed(subject: Subject, **changes: Any) -> Steering:
+    return Steering((replace(subject.steering(0, 1.0).terms[0], **changes),))
+
+
+def wide(subject: Subject) -> np.ndarray:
+    return np.ones((subject.engine.info.n_layers, 3, subject.engine.info.width + 1), dtype=np.float32)
+
+
+REFUSED: dict[str, tuple[type[AffectlensError], Callable[[Subject], Request]]] = {
+    "too long": (EngineError, lambda s: Request("A", sampling=Sampling(max_tokens=s.engine.info.context))),
+    "layer to read": (EngineError, lambda s: Request("A", readouts=(Readout((s.engine.info.n_layers,)),))),
+    "layer below": (EngineError, lambda s: Request("A", readouts=(Readout((-2,)),))),
+    "layer without direction": (MismatchError, lambda s: Request("A", steering=s.steering(0, 1.0).on(s.engine.info.n_layers))),
+    "embedding to steer": (EngineError, lambda s: Request("A", steering=retermed(s, layers=(-1,), available=s.layers[:-1]))),
+    "layer to steer": (EngineError, lambda s: Request("A", steering=retermed(s, layers=(len(s.norms),), available=(len(s.norms),)))),
+    "width to read": (MismatchError, lambda s: Request("A", readouts=(Readout((0,), onto=wide(s)[:1]),))),
+    "width to steer": (MismatchError, lambda s: Request("A", steering=retermed(s, directions=wide(s)[:, 0]))),
+    "endless strength": (EngineError, lambda s: Request("A", steering=s.steering(0, float("nan")))),
+    "empty chat": (EngineError, lambda s: Request(())),
+    "broken turn": (EngineError, lambda s: Request((("user",),))),  # type: ignore[arg-type]
+    "empty text": (EngineError, lambda s: Request("")),
+    "empty choice": (EngineError, lambda s: Request("A", choices=("",))),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_run_is_refused_and_harms_nothing(subject: Subject, what: str) -> None:
+    kind, make = REFUSED[what]
+    good = Request(HELLO, sampling=GREEDY, steering=subject.steering(0, 0.3), readouts=(subject.everything,))
+    before = subject.run(good)[0]
+    with pytest.raises(kind) as error:
+        subject.run(good, make(subject), good)
+    one_line(error)
+    after = subject.run(good)[0]
+    assert after.text == before.text
+    np.testing.assert_array_equal(after.readings[0].values, before.readings[0].values)
+
+
+def test_a_model_without_a_template_refuses_chats(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    if subject.name == "toy":
+        from affectlens.engines.toy import ToyEngine
+
+        engine: Engine = ToyEngine(template=False)
+    else:
+        engine = subject.engine
+        monkeypatch.setattr(subject.engine.tokenizer, "chat_template", None)
+    with pytest.raises(EngineError, match="template") as error:
+        list(engine.run([Request(HELLO)]))
+    one_line(error)
+    assert list(engine.run([Request("A")]))
+
+
+def test_an_abandoned_run_leaves_nothing_behind(subject: Subject) -> None:
+    """Whoever stops listening to a stream must not leave steering in the model."""
+    plain = Request(HELLO, sampling=GREEDY, readouts=(subject.everything,))
+    before = subject.run(plain)[0]
+    stream = subject.engine.stream(replace(plain, steering=subject.steering(0, 2.0)))
+    next(stream)
+    if hasattr(stream, "close"):
+        stream.close()
+    after = subject.run(plain)[0]
+    np.testing.assert_array_equal(after.readings[0].values, before.readings[0].values)
