@@ -459,7 +459,7 @@ def test_push_failures(hub: FakeHub) -> None:
     assert login in refused(tiny(), "me/x", endpoint=hub.url, call=push_to_hub)
     assert login in refused(tiny(), "me/x", token="hf_wrong", endpoint=hub.url, call=push_to_hub)
     assert "write org/name" in refused(tiny(), "a/b/c", token=TOKEN, endpoint=hub.url, call=push_to_hub)
-    for status, says in [(403, login), (404, "the Hub answered 404 about me/x"), (500, "answered 500 about me/x: try again later")]:
+    for status, says in [(403, login), (404, "answered 404 about me/x"), (500, "answered 500 about me/x: try again later")]:
         hub.broken = (status, "")
         assert says in refused(tiny(), "me/x", token=TOKEN, endpoint=hub.url, call=push_to_hub), status
     assert hub.commits == {}

@@ -219,9 +219,7 @@ def push_to_hub(
         return str(api.create_commit(target, files, commit_message=summary).commit_url)
 
 
-def from_hub(
-    repo: str, *, revision: str | None = None, token: str | None = None, endpoint: str | None = None
-) -> ConceptVectors:
+def from_hub(repo: str, *, revision: str | None = None, token: str | None = None, endpoint: str | None = None) -> ConceptVectors:
     """Download vectors from the Hugging Face Hub, or take them from its cache; without a network the cache will do.
 
     Only the three files of :data:`FILES` are downloaded, whatever else is there.

@@ -47,8 +47,9 @@ _PARTS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "findings": {"study": str, "id": str, "claim": str, "verdict": str, "rule": str},
     "tables": {"id": str, "title": str, "caption": str, "columns": Sequence, "rows": Sequence},
     "figures": {"id": str, "title": str, "caption": str, "plotly": Mapping},
-    "stories": {"concept": str, "topic": str, "layer": int, "scale": (int, float, type(None)), "tokens": Sequence, "scores": Mapping},
-}
+    "stories": {"concept": str, "topic": str, "layer": int, "scale": (int, float, type(None)), "tokens": Sequence,
+                "scores": Mapping},
+}  # fmt: skip
 _FIX = "write it again with `affectlens study`"
 
 
@@ -469,13 +470,12 @@ def _formatted(table: Table) -> list[list[str]]:
         sizes = [abs(value) for value in column if isinstance(value, float)]
         decimals = 0 if max(sizes, default=0) >= 1000 else 1 if max(sizes, default=0) >= 100 else 3
         formats.append(decimals if max(sizes, default=1) >= 0.01 else None)  # None: too small for fixed decimals
-    return [
-        [
-            _minus(f"{round(value, decimals) + 0.0:,.{decimals}f}") if isinstance(value, float) and decimals is not None else _cell(value)
-            for value, decimals in zip(row, formats, strict=True)
-        ]
-        for row in table.rows
-    ]
+
+    def text(value: Any, decimals: int | None) -> str:
+        fixed = isinstance(value, float) and decimals is not None
+        return _minus(f"{round(value, decimals) + 0.0:,.{decimals}f}") if fixed else _cell(value)
+
+    return [list(map(text, row, formats)) for row in table.rows]
 
 
 def _embedded(value: Any) -> str:

@@ -20,7 +20,7 @@ from scipy.sparse import csc_array
 from affectlens.activations import Activations
 from affectlens.engine import Engine, ModelInfo, Reading, Readout, Steering, Term, Where
 from affectlens.errors import FormatError, MismatchError, UnknownName
-from affectlens.runs import atomic_write, sha256_file, write_json
+from affectlens.runs import atomic_write, read_json, sha256_file, write_json
 from affectlens.stats import explained_components
 
 FORMAT = 1
@@ -357,8 +357,11 @@ class ConceptVectors:
                 "sha256": sha256_file(tensors),
             },
         )
+        # The card of what load() returns: JSON turns tuples into lists and sorts keys.
+        written = read_json(folder / "config.json")
+        card = replace(self, model=written["model"], method=written["method"]).card()
         with atomic_write(folder / "README.md") as temporary:
-            temporary.write_text(self.card(), encoding="utf-8")
+            temporary.write_text(card, encoding="utf-8")
         return folder
 
     @classmethod
