@@ -378,7 +378,7 @@ def test_push_keeps_other_files(hub: FakeHub) -> None:
 def test_push_does_not_publish_by_accident(hub: FakeHub) -> None:
     hub.put("me/open", {}, private=False)
     says = refused(tiny(), "me/open", token=TOKEN, endpoint=hub.url, call=push_to_hub)
-    assert says == "me/open is public: give private=False to publish there, or name another repository"
+    assert says == "me/open is public: give private=False (--public) to publish there, or name another"
     assert hub.commits["me/open"] == [{}]
     push_to_hub(tiny(), "me/open", private=False, token=TOKEN, endpoint=hub.url)
     push_to_hub(tiny(), "me/new", private=False, token=TOKEN, endpoint=hub.url)

@@ -53,7 +53,8 @@ class Scripted(Engine):
             norms = np.linalg.norm(seen, axis=-1)
         if readout.onto is not None:
             seen = np.einsum("l...d,lkd->l...k", seen, readout.onto)
-        return Reading(seen.astype(np.float32), norms.astype(np.float32), positions)
+        # In memory as torch has it: (layers, tokens, width), nothing transposed.
+        return Reading(np.ascontiguousarray(seen, np.float32), norms.astype(np.float32), positions)
 
     def unembed(self, residuals: np.ndarray) -> np.ndarray:
         return residuals

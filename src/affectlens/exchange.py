@@ -212,7 +212,7 @@ def push_to_hub(
         target = api.create_repo(repo, private=private, exist_ok=True).repo_id
         # An existing repository keeps its visibility without a word: nobody should publish by accident.
         if private and not api.model_info(target).private:
-            raise AffectlensError(f"{target} is public: give private=False to publish there, or name another repository")
+            raise AffectlensError(f"{target} is public: give private=False (--public) to publish there, or name another")
         # One commit for all three: nobody ever downloads new vectors with an old description.
         files = [CommitOperationAdd(name, Path(folder) / name) for name in FILES]
         summary = message or f"Vectors of {len(vectors)} concepts of {vectors.model.get('id')}"

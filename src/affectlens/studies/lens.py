@@ -1,0 +1,284 @@
+"""Logit lens: does a direction promote the words that name its concept?
+
+Declared before any data is seen:
+
+* **Readout.** ``direction x mean residual norm of its layer`` through the model's own final norm and unembedding. The paper does
+  not say whether the norm is applied; applied, it is what the model itself would do with such a residual.
+* **Own tokens.** Tokens whose text, stripped and in lower case, equals one of the concept's forms or is a prefix of one: of four
+  letters at least, half of the form at least ("desper"), and not itself a form of another concept ("hope" for hopeful).
+* **Statistics.** The logits are turned into z-scores over the vocabulary. A concept's *lift* is the largest z of its own tokens;
+  its *percentile* is the share of the vocabulary below that token; its AUROC compares all own tokens with all others.
+* **Null.** Isotropic random directions of equal length, read at the same own tokens: they share what the unembedding does to
+  every direction (frequent tokens, many own tokens). A concept's p is the share of them with at least its lift, corrected over
+  concepts (Benjamini and Hochberg).
+* **Control.** Directions exchanged between concepts: any emotional direction may promote any emotional word; only the right
+  direction should promote the right one.
+* **Intervals.** Over concepts (bootstrap); the directions are taken as given.
+* **Conditions.** An engine, and three concepts with own tokens. The layer is the vectors' own; others are drawn, not tested.
+
+Source: method 6 (paper, Table 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from affectlens import stats
+from affectlens.concepts import Concept
+from affectlens.stats import Estimate, Null
+from affectlens.studies import Bench, Figure, Finding, Outcome, Table, Verdict
+
+NAME = "lens"
+ALPHA = 0.05
+FEW = 3
+PREFIX = 4
+PERCENTILE, AUROC, SHARE = 95.0, 0.75, 0.5
+"""What the lower end of the interval must reach for the percentile, the AUROC and the share of concepts to hold."""
+CURVE = 6
+"""Layers on the curve, evenly spaced."""
+BATCH = 64
+SHOWCASE = (
+    "happy", "inspired", "loving", "proud", "calm", "desperate", "angry", "guilty", "sad", "afraid", "nervous", "surprised",
+)  # fmt: skip
+"""The paper's twelve come first in tables."""
+
+_RULE = "holds: p <= {} and the lower end of the interval is at least {}; weak: p <= {} only; fails: otherwise"
+CLAIMS: dict[str, tuple[str, str]] = {
+    "percentile": ("Each direction promotes a word for its concept above almost all of the vocabulary", _RULE.format(ALPHA, PERCENTILE, ALPHA)),
+    "share": ("Directions promote words for their concept more than random directions do", _RULE.format(ALPHA, SHARE, ALPHA)),
+    "auroc": ("All words for a concept read higher than the rest of the vocabulary", _RULE.format(ALPHA, AUROC, ALPHA)),
+    "own_direction": (
+        "Words for a concept are promoted by its own direction more than by those of other concepts",
+        f"holds: p <= {ALPHA} and the interval above 0; weak: p <= {ALPHA} only; fails: otherwise",
+    ),
+}
+
+
+def own_tokens(concept: Concept, vocabulary: Sequence[str], *, taken: frozenset[str] = frozenset()) -> list[int]:
+    """Token ids that write a concept or the beginning of it.
+
+    Args:
+        concept: Its ``forms`` are looked for.
+        vocabulary: Text of each token; space marks (U+0120, U+2581) and case do not matter.
+        taken: Forms of other concepts, which do not count as a beginning of this one.
+
+    Returns:
+        Ids, in order. Source: the pieces in the paper's Table 1 (method 6).
+
+    Example:
+        >>> own_tokens(Concept("desperate", ""), ["Ġdesper", "desk", " Desperate", "des"])
+        [0, 2]
+    """
+    return _own(concept, _by_text(vocabulary), taken)
+
+
+def _by_text(vocabulary: Sequence[str]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for i, token in enumerate(vocabulary):
+        found.setdefault(token.strip("\u0120\u2581 \t\r\n").lower(), []).append(i)
+    return found
+
+
+def _own(concept: Concept, by_text: Mapping[str, list[int]], taken: frozenset[str]) -> list[int]:
+    forms = {form.lower() for form in concept.forms}
+    beginnings = {form[:end] for form in forms for end in range(max(PREFIX, -(-len(form) // 2)), len(form))}
+    return sorted(i for text in forms | (beginnings - taken) for i in by_text.get(text, []))
+
+
+def _read(bench: Bench, directions: np.ndarray, own: Sequence[Sequence[int]]) -> np.ndarray:
+    """Lift, percentile and AUROC ``(directions, concepts, 3)`` of every concept's own tokens under every direction."""
+    assert bench.engine is not None
+    out = np.empty((len(directions), len(own), 3))
+    each = np.concatenate([np.asarray(ids) for ids in own])
+    starts = np.cumsum([0, *(len(ids) for ids in own)])[:-1]
+    counts = np.array([len(ids) for ids in own])
+    for start in range(0, len(directions), BATCH):
+        logits = np.asarray(bench.engine.unembed(directions[start : start + BATCH].astype(np.float32)), dtype=np.float32)
+        z = (logits - logits.mean(axis=1, keepdims=True)) / np.maximum(logits.std(axis=1, keepdims=True), 1e-30)
+        for row, values in enumerate(z, start):
+            mine, ordered = values[each], np.sort(values)
+            below = (ordered.searchsorted(mine, "left") + ordered.searchsorted(mine, "right")) / 2  # of ties one half
+            out[row, :, 0] = np.maximum.reduceat(mine, starts)
+            out[row, :, 1] = 100 * np.maximum.reduceat(below, starts) / len(values)
+            wins = np.add.reduceat(below, starts) - counts**2 / 2  # minus the comparisons among own tokens
+            out[row, :, 2] = wins / (counts * (len(values) - counts))
+    return out
+
+
+class Lens:
+    """Words that directions promote; see the module's docstring for what is fixed beforehand."""
+
+    name = NAME
+    title = "Logit lens"
+    question = "Does each direction promote the words that name its concept?"
+    version = 1
+
+    def run(self, bench: Bench) -> Outcome:
+        """Measure.
+
+        Args:
+            bench: Needs ``engine``; ``draws`` is the number of random directions and of resamples.
+
+        Returns:
+            Findings, a table of promoted tokens, one of own tokens, and the data of two figures.
+        """
+        if bench.engine is None:
+            return _nothing("There is no engine: the lens reads through the model's own final norm and unembedding.")
+        words = bench.engine.vocabulary
+        forms = {concept.name: frozenset(form.lower() for form in concept.forms) for concept in bench.concepts}
+        by_text = _by_text(words)
+        own = {}
+        for name in _ordered(bench.vectors.names):
+            if name in bench.concepts:
+                taken = frozenset().union(*(theirs for other, theirs in forms.items() if other != name))
+                if ids := _own(bench.concepts[name], by_text, taken):
+                    own[name] = ids
+        if len(own) < FEW:
+            return _nothing(f"{len(own)} concepts have a token that writes them: {FEW} are needed.")
+        return _measure(bench, own)
+
+    def draw(self, data: Mapping[str, Any]) -> list[Figure]:
+        """Draw the lift of each concept against random directions, and the percentile over layers."""
+        return _figures(data) if "concepts" in data else []
+
+
+def _ordered(names: Sequence[str]) -> list[str]:
+    return [name for name in SHOWCASE if name in names] + [name for name in names if name not in SHOWCASE]
+
+
+def _nothing(reason: str) -> Outcome:
+    findings = (Finding(NAME, id, claim, None, None, None, "untestable", rule, reason) for id, (claim, rule) in CLAIMS.items())
+    return Outcome(tuple(findings), (), {"reason": reason})
+
+
+def _finding(id: str, estimate: Estimate, null: Null, needed: float, note: str) -> Finding:
+    verdict: Verdict = "fails"
+    if null.p <= ALPHA:
+        verdict = "holds" if estimate.low >= needed else "weak"
+    return Finding(NAME, id, CLAIMS[id][0], estimate, null, None, verdict, CLAIMS[id][1], note)
+
+
+def _measure(bench: Bench, own: Mapping[str, list[int]]) -> Outcome:
+    assert bench.engine is not None
+    vectors = bench.vectors
+    options: dict[str, Any] = {"draws": bench.draws, "seed": bench.seed}
+    names, tokens, n = list(own), list(own.values()), len(own)
+    columns = [vectors.index(name) for name in names]
+
+    def directions(layer: int) -> np.ndarray:
+        return vectors.at(layer)[columns] * vectors.residual_norms[vectors.row(layer)]
+
+    every = _read(bench, directions(vectors.layer), tokens)  # (directions, concepts, 3)
+    real = every[np.arange(n), np.arange(n)]
+    rng = np.random.default_rng([bench.seed, 3])
+    random = rng.normal(size=(bench.draws, directions(vectors.layer).shape[1]))
+    random *= vectors.residual_norms[vectors.row()] / np.linalg.norm(random, axis=1, keepdims=True)
+    chance = _read(bench, random, tokens)  # (draws, concepts, 3)
+    p = (1 + (chance[:, :, 0] >= real[:, 0]).sum(axis=0)) / (1 + len(chance))
+    q = stats.benjamini_hochberg(p)
+    thresholds = np.quantile(chance[:, :, 0], 0.95, axis=0)
+    above, above_by_chance = real[:, 0] > thresholds, chance[:, :, 0] > thresholds
+    where = f"{n} of {len(vectors)} concepts have tokens of their own; layer {vectors.layer}"
+
+    def against_random(drawn: np.ndarray, observed: float, reduce: Callable[[np.ndarray], Any] = np.mean) -> Null:
+        """Every concept gets a random direction of its own: one for all would make concepts move together."""
+        return stats.permutation_null(
+            lambda rows: float(reduce(drawn[rows, np.arange(n)])),
+            observed,
+            permute=lambda rng: rng.integers(0, len(drawn), size=n),
+            side="greater",
+            kind="random directions",
+            **options,
+        )
+
+    middle = stats.bootstrap(lambda index: float(np.median(real[index, 1])), n, **options)
+    null = against_random(chance[:, :, 1], middle.value, np.median)
+    findings = [_finding("percentile", middle, null, PERCENTILE, f"Median over concepts, best own token; {where}.")]
+    rate = stats.wilson(int(above.sum()), n)
+    note = f"Share of concepts above 95 % of {len(chance)} random directions; {int((q <= ALPHA).sum())} with q <= {ALPHA}; {where}."
+    findings.append(_finding("share", rate, against_random(above_by_chance, rate.value), SHARE, note))
+    area = stats.bootstrap(lambda index: float(real[index, 2].mean()), n, **options)
+    findings.append(_finding("auroc", area, against_random(chance[:, :, 2], area.value), AUROC, f"Mean over concepts; {where}."))
+    # Lift of each concept's tokens under each direction, minus the mean under all other directions.
+    lift = every[:, :, 0]
+    gains = lift - (lift.sum(axis=0) - lift) / (n - 1)
+    gain = stats.bootstrap(lambda index: float(gains[index, index].mean()), n, **options)
+    null = stats.permutation_null(
+        lambda order: float(gains[order, np.arange(n)].mean()),
+        gain.value,
+        permute=lambda rng: rng.permutation(n),
+        side="greater",
+        kind="directions exchanged between concepts",
+        **options,
+    )
+    note = f"Lift (z over the vocabulary) under the own direction minus the mean under the others; {where}."
+    findings.append(_finding("own_direction", gain, null, np.nextafter(0, 1), note))
+    some = np.unique(np.linspace(0, len(vectors.layers) - 1, CURVE).round().astype(int))
+    layers = sorted({vectors.layer, *(vectors.layers[i] for i in some)})
+    curve = []
+    for layer in layers:
+        values = np.diagonal(_read(bench, directions(layer), tokens)[:, :, 1])
+        curve.append(stats.bootstrap(lambda index, values=values: float(np.median(values[index])), n, **options))
+    words = bench.engine.vocabulary
+    top = vectors.top_tokens(bench.engine, _ordered(vectors.names))
+    data = {
+        "layer": vectors.layer,
+        "concepts": [
+            [name, _shown(words[i] for i in own[name][:6]), *_round(real[c]), *_round(np.quantile(lifts, (0.5, 0.95))), *_round([p[c], q[c]])]
+            for c, (name, lifts) in enumerate(zip(names, chance[:, :, 0].T, strict=True))
+        ],
+        "tokens": [[name, _shown(up), _shown(down)] for name, (up, down) in top.items()],
+        "layers": layers,
+        "curve": [_round(getattr(e, end) for e in curve) for end in ("value", "low", "high")],
+        # A norm that divides by the length makes random directions alike at every layer: one level serves the whole curve.
+        "chance": round(float(np.median(chance[:, :, 1])), 3),
+    }
+    return Outcome(tuple(findings), _tables(data), data)
+
+
+def _round(values: Any) -> list[float]:
+    return [float(f"{value:.5g}") for value in values]
+
+
+def _shown(tokens: Iterable[str]) -> str:
+    """Tokens in a row, with their white space made visible."""
+    marks = {" ": "\u2423", "\u0120": "\u2423", "\u2581": "\u2423", "\n": "\u23ce", "\t": "\u21e5", "\r": "\u240d"}
+    return ", ".join("".join(marks.get(letter, letter) for letter in token) for token in tokens)
+
+
+def _tables(data: Mapping[str, Any]) -> tuple[Table, ...]:
+    promoted = "The five tokens with the highest and the lowest logit, best first; \u2423 is a space. The paper's twelve come first."
+    lifts = (
+        "Lift: largest z-score over the vocabulary among the concept's own tokens (the first six are listed), beside the median and "
+        "95 % of random directions of equal length; q is corrected for the number of concepts (Benjamini and Hochberg)."
+    )
+    head = ("concept", "own tokens", "lift", "percentile", "AUROC", "random", "random 95 %", "p", "q")
+    return (
+        Table("tokens", f"Tokens promoted at layer {data['layer']}", promoted, ("concept", "up", "down"), tuple(map(tuple, data["tokens"]))),
+        Table("own", f"Own tokens at layer {data['layer']}", lifts, head, tuple(map(tuple, data["concepts"]))),
+    )
+
+
+def _figures(data: Mapping[str, Any]) -> list[Figure]:
+    from affectlens.figures import GREY, PALETTE, blank, layer_curves, to_figure
+
+    rows = sorted(data["concepts"], key=lambda row: row[2])
+    shown = rows if len(rows) <= 40 else rows[:20] + rows[-20:]
+    dots = blank(x="lift (z over the vocabulary)", height=90 + 17 * len(shown)).update_yaxes(type="category", showgrid=False)
+    names = [row[0] for row in shown]
+    dots.add_scatter(x=[row[2] for row in shown], y=names, mode="markers", name="own direction", marker={"color": PALETTE[0], "size": 8})
+    bar = {"color": GREY, "size": 9, "symbol": "line-ns-open"}
+    dots.add_scatter(x=[row[6] for row in shown], y=names, mode="markers", name="95 % of random directions", marker=bar)
+    which = "The 20 lowest and the 20 highest concepts." if len(shown) < len(rows) else "All concepts with tokens of their own."
+    along = layer_curves(data["layers"], {"median percentile": data["curve"]}, y="percentile", chance=data["chance"], mark=data["layer"])
+    caption = "Percentile of the best own token in the vocabulary: median over concepts with a 95 % interval over concepts."
+    return [
+        to_figure("lift", f"How much directions promote their own words at layer {data['layer']}", which, dots),
+        to_figure("layers", "Own words over layers", caption, along),
+    ]
+
+
+STUDY = Lens()
