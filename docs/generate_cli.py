@@ -28,12 +28,13 @@ can fix (one line says what; see [errors](errors/README.md)), 2 when the command
 def page() -> str:
     """The whole page as Markdown: the help of ``affectlens`` and of each of its commands, in the order of the program."""
     # Given here and not taken from the terminal: the page must be the same on every machine.
-    outer = click.Context(main, info_name="affectlens", terminal_width=WIDTH, max_content_width=WIDTH)
+    settings = {**main.context_settings, "terminal_width": WIDTH, "max_content_width": WIDTH}
+    outer = click.Context(main, info_name="affectlens", **settings)
     parts = [HEAD, _section("affectlens", main.get_help(outer))]
     for name in main.list_commands(outer):
         command = main.get_command(outer, name)
         assert command is not None
-        inner = click.Context(command, parent=outer, info_name=name, terminal_width=WIDTH, max_content_width=WIDTH)
+        inner = click.Context(command, parent=outer, info_name=name, **settings)
         parts.append(_section(f"affectlens {name}", command.get_help(inner)))
     return "\n".join(parts)
 

@@ -115,20 +115,20 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
         yield Subject(name, ToyEngine(), 1e-5)
         return
-    from affectlens.engines.hf import HFEngine
-
-    if name == DEMO:
-        yield Subject(name, HFEngine.load(DEMO, dtype="float32", device="cpu"), 2e-4)
-        return
-    import families
-
-    folder = families.save(name, tmp_path_factory.mktemp("model") / name)
     import torch
 
-    # Threads that wait for each other take longer than these models.
+    from affectlens.engines.hf import HFEngine
+
+    # Threads that wait for each other, or for whatever else runs, take longer than these models.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield Subject(name, HFEngine.load(str(folder), dtype="float32", device="cpu"), 1e-4)
+    if name == DEMO:
+        yield Subject(name, HFEngine.load(DEMO, dtype="float32", device="cpu"), 2e-4)
+    else:
+        import families
+
+        folder = families.save(name, tmp_path_factory.mktemp("model") / name)
+        yield Subject(name, HFEngine.load(str(folder), dtype="float32", device="cpu"), 1e-4)
     torch.set_num_threads(threads)
 
 

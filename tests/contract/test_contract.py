@@ -429,12 +429,13 @@ def test_nothing_changes_before_the_steered_words(subject: Subject) -> None:
     text = "the calm sea and the storm"
     plain = subject.run(Request(text, readouts=(subject.everything,)))[0]
     where = Where(text="and")
-    first = int(np.flatnonzero(where.mask(plain.layout)[plain.readings[0].positions])[0])
+    chosen = np.flatnonzero(where.mask(plain.layout)[plain.readings[0].positions])
+    first, after = chosen[0], chosen[-1] + 1
     steered = everywhere(subject, subject.steering(0, 1.0, where=where), text)
     assert subject.apart(steered[:, :first], plain.readings[0].values[:, :first]) < 1e-5
     assert subject.apart(steered[:, first:], plain.readings[0].values[:, first:]) > 0.01
-    # And later positions see it through the context, at deeper layers.
-    assert subject.apart(steered[-1:, -1], plain.readings[0].values[-1:, -1]) > 1e-5
+    # And the words after see it through the context, at deeper layers.
+    assert subject.apart(steered[-1:, after], plain.readings[0].values[-1:, after]) > 1e-5
 
 
 def test_steering_the_response_leaves_the_prompt_alone(subject: Subject) -> None:
@@ -516,7 +517,7 @@ def test_top_k_draws_from_the_likeliest_tokens(subject: Subject) -> None:
     logits = next_logits(subject, Request(HELLO))
     likely = set(np.argsort(-logits)[:5].tolist())
     sampling = Sampling(max_tokens=1, temperature=3.0, top_k=3)
-    drawn = [response(r) for r in subject.run(*(Request(HELLO, sampling=replace(sampling, seed=s)) for s in range(24)))]
+    drawn = [response(r) for r in subject.run(*(Request(HELLO, sampling=replace(sampling, seed=s)) for s in range(16)))]
     assert {i for ids in drawn for i in ids} <= likely
     assert len({tuple(ids) for ids in drawn}) > 1
 
@@ -526,7 +527,7 @@ def test_sampling_follows_the_models_distribution(subject: Subject) -> None:
     logits = next_logits(subject, Request("A")) / 0.5
     p = np.exp(logits - logits.max())
     p /= p.sum()
-    n = 200
+    n = 200 if subject.name != "smollm2-135m" else 48
     results = subject.run(*(Request("A", sampling=Sampling(max_tokens=1, temperature=0.5, seed=s)) for s in range(n)))
     top = int(p.argmax())
     share = np.mean([response(r) == [top] for r in results])
@@ -542,19 +543,21 @@ def test_max_tokens_and_finish(subject: Subject) -> None:
     assert subject.run(Request("A"))[0].finish == "read"
 
 
-def long_text(subject: Subject) -> tuple[Request, str]:
-    """A request whose reply has text to cut, and the reply."""
-    requests = [Request("the calm sea", sampling=Sampling(max_tokens=8, seed=s)) for s in range(16)]
+def long_text(subject: Subject, length: int) -> tuple[Request, str, str]:
+    """A request whose reply has a run of ``length`` characters to stop at, the reply, and the run."""
+    requests = [Request("the calm sea", sampling=Sampling(max_tokens=8, seed=s)) for s in range(40 if subject.tiny else 2)]
     for request, result in zip(requests, subject.run(*requests), strict=True):
-        if len(set(result.text)) > 3 and "\ufffd" not in result.text[1:5]:
-            return request, result.text
+        for start in range(2, len(result.text) - length):
+            stop = result.text[start : start + length]
+            # Random models speak bytes, not characters, and what is half a character changes with what follows.
+            if "\ufffd" not in stop and result.finish == "length" and not stop.isspace():
+                return request, result.text, stop
     raise AssertionError("no reply has enough text: use other seeds")
 
 
 @pytest.mark.parametrize("length", [1, 3])
 def test_stop_strings_cut(subject: Subject, length: int) -> None:
-    request, full = long_text(subject)
-    stop = full[2 : 2 + length]
+    request, full, stop = long_text(subject, length)
     for stops in ((stop,), ("never said", stop)):
         result = subject.run(replace(request, sampling=replace(request.sampling, stop=stops)))[0]
         assert result.text == full[: full.find(stop)]
@@ -566,17 +569,15 @@ def test_stop_strings_cut(subject: Subject, length: int) -> None:
 
 @pytest.mark.parametrize("length", [0, 1, 3])
 def test_a_stream_adds_up_to_the_result(subject: Subject, length: int) -> None:
-    request, full = long_text(subject)
-    stop = (full[2 : 2 + length],) if length else ()
+    request, full, stop = long_text(subject, max(length, 1))
     request = replace(
         request,
-        sampling=replace(request.sampling, stop=stop),
+        sampling=replace(request.sampling, stop=(stop,) if length else ()),
         readouts=(Readout((subject.middle,), Where("response"), "none"),),
-        steering=subject.steering(0, 0.1, where=Where("prompt", last=1)),
     )
     *partials, final = subject.engine.stream(request)
     assert [p.done for p in partials] == [False] * len(partials) and final.done
-    assert "".join(p.text for p in partials) == final.text
+    assert "".join(p.text for p in partials) == final.text == (full[: full.find(stop)] if length else full)
     subject.assert_same(final, subject.run(request)[0])
     assert len(partials) >= len(response(final)) > 0
     if final.finish == "length":

@@ -43,7 +43,13 @@ def examine(engine: HFEngine) -> tuple[list[tuple[str, str]], str | None]:
     requests = [Request(text, readouts=(everything,)) for text in _TEXTS]
     checks = [("residual stream", f"{info.n_layers} blocks ({type(engine.blocks[0]).__name__}), width {info.width}")]
     # Texts of three different lengths, one at a time: the plain way that everything else is held against.
-    alone = [_read(engine, [request])[0] for request in requests]
+    try:
+        alone = [_read(engine, [request])[0] for request in requests]
+    except EngineError as error:
+        why = str(error).partition(":")[0]
+        raise ModelSupportError(
+            f"{info.id} cannot be read ({why}): affectlens reads models that run every block on every text"
+        ) from None
     checks.append(("hooks", f"each of {info.n_layers} blocks fired once a pass"))
     checks.append(("residual norm", _sane(alone, info.id)))
     checks.append(("causal", _causal(engine, everything, alone, limit)))
@@ -168,7 +174,9 @@ def _try_packing(engine: HFEngine, requests: list[Request], alone: list[tuple[La
     # A window or chunk shows only in texts longer than it: those are never packed.
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     engine.pack_limit = min([engine.token_budget, *(w for w in windows if w)])
-    difference = _difference(lambda: _read(engine, requests), alone)
+    # Texts longer than the limit are padded, not packed: with fewer than two others nothing would be tried.
+    tried = sum(len(layout) <= engine.pack_limit for layout, _ in alone) > 1
+    difference = _difference(lambda: _read(engine, requests), alone) if tried else float("inf")
     if not difference <= limit:
         engine.pack_limit = 0
         config._attn_implementation = before

@@ -116,7 +116,11 @@ def decode(engine: HFEngine, batch: list[Row]) -> Iterator[tuple[Row, Result]]:
     layers = {layer for row in batch for layer in row.request.steering.layers}
     layers |= {layer for row in batch for readout in row.request.readouts for layer in readout.layers}
     config = GenerationConfig(
-        do_sample=False, max_new_tokens=max(r.sampling.max_tokens for r in replies) + 1, pad_token_id=pad, eos_token_id=None
+        do_sample=False,
+        use_cache=True,  # checkpoints saved in training often say False, and without a cache a single token has no past
+        max_new_tokens=max(r.sampling.max_tokens for r in replies) + 1,
+        pad_token_id=pad,
+        eos_token_id=None,
     )
     plans = _Plans(engine, batch)
     with torch.inference_mode(), Taps(engine.blocks, layers) as taps:
@@ -302,24 +306,26 @@ def _partial(reply: Reply, readings: tuple[Reading, ...]) -> Result:
 
 def _reduce(readout: Readout, seen: list[tuple[int, np.ndarray, np.ndarray]], layout: Layout) -> Reading:
     """Select and pool what was recorded, now that the whole text is known."""
-    positions = np.flatnonzero(readout.where.mask(layout))
     by_position = {p: (values, norms) for p, values, norms in seen}
-    positions = np.array([p for p in positions if p in by_position], dtype=np.int64)
-    n_layers = len(readout.layers)
-    if not len(positions):
+    chosen = [int(p) for p in np.flatnonzero(readout.where.mask(layout)) if int(p) in by_position]
+    positions = np.array(chosen, dtype=np.int64)
+    if not chosen:
+        n_layers = len(readout.layers)
         width = readout.onto.shape[1] if readout.onto is not None else seen[0][1].shape[-1] if seen else 0
-        shape = {"none": (n_layers, 0, width), "norm": (n_layers,)}.get(readout.pool, (n_layers, width))
-        norms = (n_layers, 0) if readout.pool == "none" else (n_layers,)
-        return Reading(np.full(shape, np.nan, np.float32), np.full(norms, np.nan, np.float32), positions)
-    values = np.stack([by_position[p][0] for p in positions], axis=1)
-    norms = np.stack([by_position[p][1] for p in positions], axis=1)
+        shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+            "none": ((n_layers, 0, width), (n_layers, 0)),
+            "norm": ((n_layers,), (n_layers,)),
+        }
+        of_values, of_norms = shapes.get(readout.pool, ((n_layers, width), (n_layers,)))
+        return Reading(np.full(of_values, np.nan, np.float32), np.full(of_norms, np.nan, np.float32), positions)
+    values = np.stack([by_position[p][0] for p in chosen], axis=1)
+    norms = np.stack([by_position[p][1] for p in chosen], axis=1)
     if readout.pool == "none":
         return Reading(values, norms, positions)
     if readout.pool == "last":
         return Reading(values[:, -1], norms[:, -1], positions)
     if readout.pool == "norm":
-        mean = norms.mean(1)
-        return Reading(mean, mean, positions)
+        return Reading(norms.mean(1), norms.mean(1), positions)
     mean = values.mean(1, dtype=np.float32)
     projected = mean if readout.onto is None else np.einsum("ld,lnd->ln", mean, readout.onto)
     return Reading(projected.astype(np.float32), np.linalg.norm(mean, axis=-1), positions)

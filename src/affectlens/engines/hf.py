@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from affectlens.engine import (
+    Chat,
     Engine,
     Layout,
     ModelInfo,
@@ -267,12 +268,12 @@ class HFEngine(Engine):
             while len(ids) > 1 and roles[-1] == "special":  # an end-of-sequence token would stand between prompt and reply
                 ids, offsets, roles = ids[:-1], offsets[:-1], roles[:-1]
         else:
-            text = self._render(request)
+            text = self._render(request.prompt, request)
             ids, offsets = self._encode(text, special=False)
             roles = chat_roles(text, request.prompt, offsets)
             if ids and ids[0] == self.tokenizer.bos_token_id and roles[0] == "template":
                 roles[0] = "special"  # the attention sink, whether the tokenizer or the template put it there
-            n_reply = self._start_of_reply(request, text, offsets)
+            n_reply = _start_of_reply(request.prompt, text, offsets)
         n_prompt = len(ids) if n_reply is None else n_reply
         if request.prefill:
             more, spans = self._encode(request.prefill, special=False)
@@ -288,11 +289,11 @@ class HFEngine(Engine):
         encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
         return list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
 
-    def _render(self, request: Request) -> str:
+    def _render(self, chat: Chat, request: Request) -> str:
         if not self.tokenizer.chat_template:
             raise EngineError(f"{self.info.id} has no chat template: give a plain text, or a chat model")
-        turns = [{"role": role, "content": content} for role, content in request.prompt]
-        answered = request.prompt[-1][0] == "assistant"
+        turns = [{"role": role, "content": content} for role, content in chat]
+        answered = chat[-1][0] == "assistant"
         try:
             text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=not answered)
             bare = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False)
@@ -305,13 +306,6 @@ class HFEngine(Engine):
                 "the chat template has no reply position (no generation prompt): give a plain text transcript instead"
             )
         return text
-
-    def _start_of_reply(self, request: Request, text: str, offsets: Sequence[tuple[int, int]]) -> int | None:
-        role, content = request.prompt[-1][0], str(request.prompt[-1][1])
-        if role != "assistant":
-            return None
-        start = text.rfind(content.strip())
-        return next((i for i, (_, b) in enumerate(offsets) if b > start), len(offsets))
 
     def _rows(self, job: int, request: Request, layout: Layout) -> list[Row]:
         """The request's own row, and one more for each choice of several tokens."""
@@ -439,6 +433,15 @@ class HFEngine(Engine):
             batch.append(row)
         if batch:
             yield batch
+
+
+def _start_of_reply(chat: Chat, text: str, offsets: Sequence[tuple[int, int]]) -> int | None:
+    """First token of the last turn's words when the assistant has already spoken it; None when the reply is still to come."""
+    role, content = chat[-1]
+    if role != "assistant":
+        return None
+    start = text.rfind(content.strip())
+    return next((i for i, (_, b) in enumerate(offsets) if b > start), len(offsets))
 
 
 def grown(layout: Layout, ids: Sequence[int], pieces: Sequence[str]) -> Layout:

@@ -47,7 +47,7 @@ SHOWCASE = (
 
 _RULE = "holds: p <= {} and the lower end of the interval is at least {}; weak: p <= {} only; fails: otherwise"
 CLAIMS: dict[str, tuple[str, str]] = {
-    "percentile": ("Each direction promotes a word for its concept above almost all of the vocabulary", _RULE.format(ALPHA, PERCENTILE, ALPHA)),
+    "percentile": ("Directions promote a word for their concept above almost all others", _RULE.format(ALPHA, PERCENTILE, ALPHA)),
     "share": ("Directions promote words for their concept more than random directions do", _RULE.format(ALPHA, SHARE, ALPHA)),
     "auroc": ("All words for a concept read higher than the rest of the vocabulary", _RULE.format(ALPHA, AUROC, ALPHA)),
     "own_direction": (
@@ -194,11 +194,14 @@ def _measure(bench: Bench, own: Mapping[str, list[int]]) -> Outcome:
             **options,
         )
 
-    middle = stats.bootstrap(lambda index: float(np.median(real[index, 1])), n, **options)
+    def median(values: np.ndarray) -> Estimate:
+        return stats.bootstrap(lambda index: float(np.median(values[index])), n, **options)
+
+    middle = median(real[:, 1])
     null = against_random(chance[:, :, 1], middle.value, np.median)
     findings = [_finding("percentile", middle, null, PERCENTILE, f"Median over concepts, best own token; {where}.")]
     rate = stats.wilson(int(above.sum()), n)
-    note = f"Share of concepts above 95 % of {len(chance)} random directions; {int((q <= ALPHA).sum())} with q <= {ALPHA}; {where}."
+    note = f"Share of concepts above 95 % of random directions; {int((q <= ALPHA).sum())} with q <= {ALPHA}; {where}."
     findings.append(_finding("share", rate, against_random(above_by_chance, rate.value), SHARE, note))
     area = stats.bootstrap(lambda index: float(real[index, 2].mean()), n, **options)
     findings.append(_finding("auroc", area, against_random(chance[:, :, 2], area.value), AUROC, f"Mean over concepts; {where}."))
@@ -218,18 +221,16 @@ def _measure(bench: Bench, own: Mapping[str, list[int]]) -> Outcome:
     findings.append(_finding("own_direction", gain, null, np.nextafter(0, 1), note))
     some = np.unique(np.linspace(0, len(vectors.layers) - 1, CURVE).round().astype(int))
     layers = sorted({vectors.layer, *(vectors.layers[i] for i in some)})
-    curve = []
-    for layer in layers:
-        values = np.diagonal(_read(bench, directions(layer), tokens)[:, :, 1])
-        curve.append(stats.bootstrap(lambda index, values=values: float(np.median(values[index])), n, **options))
+    curve = [median(np.diagonal(_read(bench, directions(layer), tokens)[:, :, 1])) for layer in layers]
     words = bench.engine.vocabulary
     top = vectors.top_tokens(bench.engine, _ordered(vectors.names))
+    rows = []
+    for c, name in enumerate(names):
+        numbers = [*real[c], *np.quantile(chance[:, c, 0], (0.5, 0.95)), p[c], q[c]]
+        rows.append([name, _shown(words[i] for i in own[name][:6]), *_round(numbers)])
     data = {
         "layer": vectors.layer,
-        "concepts": [
-            [name, _shown(words[i] for i in own[name][:6]), *_round(real[c]), *_round(np.quantile(lifts, (0.5, 0.95))), *_round([p[c], q[c]])]
-            for c, (name, lifts) in enumerate(zip(names, chance[:, :, 0].T, strict=True))
-        ],
+        "concepts": rows,
         "tokens": [[name, _shown(up), _shown(down)] for name, (up, down) in top.items()],
         "layers": layers,
         "curve": [_round(getattr(e, end) for e in curve) for end in ("value", "low", "high")],
@@ -250,15 +251,16 @@ def _shown(tokens: Iterable[str]) -> str:
 
 
 def _tables(data: Mapping[str, Any]) -> tuple[Table, ...]:
-    promoted = "The five tokens with the highest and the lowest logit, best first; \u2423 is a space. The paper's twelve come first."
+    promoted = "The five tokens with the highest and with the lowest logit; \u2423 is a space. The paper's twelve come first."
     lifts = (
         "Lift: largest z-score over the vocabulary among the concept's own tokens (the first six are listed), beside the median and "
         "95 % of random directions of equal length; q is corrected for the number of concepts (Benjamini and Hochberg)."
     )
     head = ("concept", "own tokens", "lift", "percentile", "AUROC", "random", "random 95 %", "p", "q")
+    promotes, at = ("concept", "up", "down"), f"at layer {data['layer']}"
     return (
-        Table("tokens", f"Tokens promoted at layer {data['layer']}", promoted, ("concept", "up", "down"), tuple(map(tuple, data["tokens"]))),
-        Table("own", f"Own tokens at layer {data['layer']}", lifts, head, tuple(map(tuple, data["concepts"]))),
+        Table("tokens", f"Tokens promoted {at}", promoted, promotes, tuple(map(tuple, data["tokens"]))),
+        Table("own", f"Own tokens {at}", lifts, head, tuple(map(tuple, data["concepts"]))),
     )
 
 
@@ -269,11 +271,13 @@ def _figures(data: Mapping[str, Any]) -> list[Figure]:
     shown = rows if len(rows) <= 40 else rows[:20] + rows[-20:]
     dots = blank(x="lift (z over the vocabulary)", height=90 + 17 * len(shown)).update_yaxes(type="category", showgrid=False)
     names = [row[0] for row in shown]
-    dots.add_scatter(x=[row[2] for row in shown], y=names, mode="markers", name="own direction", marker={"color": PALETTE[0], "size": 8})
-    bar = {"color": GREY, "size": 9, "symbol": "line-ns-open"}
-    dots.add_scatter(x=[row[6] for row in shown], y=names, mode="markers", name="95 % of random directions", marker=bar)
+    series = ((2, "own direction", PALETTE[0], "circle"), (6, "95 % of random directions", GREY, "line-ns-open"))
+    for column, label, color, symbol in series:
+        marker = {"color": color, "size": 8, "symbol": symbol}
+        dots.add_scatter(x=[row[column] for row in shown], y=names, mode="markers", name=label, marker=marker)
     which = "The 20 lowest and the 20 highest concepts." if len(shown) < len(rows) else "All concepts with tokens of their own."
-    along = layer_curves(data["layers"], {"median percentile": data["curve"]}, y="percentile", chance=data["chance"], mark=data["layer"])
+    curve = {"median percentile": data["curve"]}
+    along = layer_curves(data["layers"], curve, y="percentile", chance=data["chance"], mark=data["layer"])
     caption = "Percentile of the best own token in the vocabulary: median over concepts with a 95 % interval over concepts."
     return [
         to_figure("lift", f"How much directions promote their own words at layer {data['layer']}", which, dots),

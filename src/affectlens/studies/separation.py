@@ -2,11 +2,10 @@
 
 Declared before any data is seen:
 
-* **Design.** Whole topics are dealt into at most five folds. On all folds but one, vectors are fitted as in method 4 (class
-  means, minus their mean, neutral components projected out); the held-out texts are scored. Without at least three topics the
-  folds are dealt over texts, stratified by concept, and every finding says so.
-* **Readout.** Cosine between a text's pooled residual minus the *training* centre and each direction, at every layer; layer -1
-  (the mean token embedding) is the baseline that any account of the deeper layers has to beat.
+* **Design.** Whole topics are dealt into at most five folds; vectors are fitted (method 4) without a fold and score its texts.
+  Without at least three topics the folds are dealt over texts, stratified by concept, and every finding says so.
+* **Readout.** Cosine between a text's pooled residual minus the *training* centre and each direction, at every layer; layer -1,
+  the mean token embedding, is the baseline that deeper layers have to beat.
 * **Statistic.** Top-k accuracy and AUROC, both macro: the mean over concepts of the mean over a concept's texts, so that chance
   is k / N and 0.5 however unequal the counts are. The AUROC compares texts of one fold only, because scores of different folds
   come from different vectors.
@@ -53,24 +52,23 @@ _ACCURACY = (
     f"holds: p <= {ALPHA} and the lower end of the interval is at least {GAIN:.0%} of the way from chance to 1; "
     f"weak: p <= {ALPHA} only; fails: otherwise"
 )
-RULES = {
-    "top1": _ACCURACY,
-    "top3": _ACCURACY,
-    "top5": _ACCURACY,
-    "auroc": f"holds: p <= {ALPHA}, lower end of the interval at least {AUROC}; weak: p <= {ALPHA} only; fails: otherwise",
-    "best_layer": _ACCURACY,
-    "beats_embedding": f"holds: p <= {ALPHA} and the interval above 0; weak: above 0 but not both; fails: 0 or below",
-}
-CLAIMS = {
-    "top1": "The vectors name the concept of a text on a new topic",
-    "top3": "The concept of a text on a new topic is among the three strongest readings",
-    "top5": "The concept of a text on a new topic is among the five strongest readings",
-    "auroc": "Texts on new topics read higher on their own concept than texts of other concepts do",
-    "best_layer": "At the best layer the vectors name the concept of a text on a new topic",
-    "beats_embedding": "The residual stream separates concepts better than the mean token embedding does",
+_AREA = f"holds: p <= {ALPHA}, lower end of the interval at least {AUROC}; weak: p <= {ALPHA} only; fails: otherwise"
+_GAIN = f"holds: p <= {ALPHA} and the interval above 0; weak: above 0 but not both; fails: 0 or below"
+CLAIMS: dict[str, tuple[str, str]] = {
+    "top1": ("The vectors name the concept of a text on a new topic", _ACCURACY),
+    "top3": ("The concept of a text on a new topic is among the three strongest readings", _ACCURACY),
+    "top5": ("The concept of a text on a new topic is among the five strongest readings", _ACCURACY),
+    "auroc": ("Texts on new topics read higher on their own concept than texts of other concepts do", _AREA),
+    "best_layer": ("At the best layer the vectors name the concept of a text on a new topic", _ACCURACY),
+    "beats_embedding": ("The residual stream separates concepts better than the mean token embedding does", _GAIN),
 }
 _REPLICATIONS = "not in the paper; replications with 5 to 20 concepts report 0.64 to 0.92 with probes and splits of their own"
 _COLUMNS = (*(f"top {k}" for k in KS), "AUROC")
+_DEALT = {
+    "within topics": "whole topics",
+    "between topics": "whole topics (each topic has one concept)",
+    "between texts": "texts (fewer than three topics: a concept may be told by its topic)",
+}
 
 
 @dataclass(frozen=True)
@@ -86,10 +84,6 @@ class _Design:
     stratum: np.ndarray
     exchanged: str
 
-    @property
-    def members(self) -> list[np.ndarray]:
-        return [np.flatnonzero(self.fold == f) for f in range(self.fold.max() + 1)]
-
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:
         """Labels after an exchange; how often each occurs outside a fold stays above zero."""
         first = np.unique(self.block, return_index=True)[1]
@@ -97,12 +91,6 @@ class _Design:
         new = np.empty_like(labels)
         new[np.argsort(stratum, kind="stable")] = labels[np.lexsort((rng.random(len(labels)), stratum))]
         return new[self.block]
-
-    def describe(self) -> str:
-        folds = "texts (fewer than three topics: a concept may be told by its topic)"
-        if self.exchanged != "between texts":
-            folds = "whole topics" + (" (each topic has one concept)" if self.exchanged == "between topics" else "")
-        return f"{len(self.rows)} texts, {len(self.names)} concepts, {self.fold.max() + 1} folds of {folds}"
 
 
 def _plan(bench: Bench) -> _Design | str:
@@ -142,8 +130,7 @@ def held_out_scores(values: np.ndarray, labels: np.ndarray, *, fold: np.ndarray,
 
     Args:
         values: Residuals at one layer, ``(n, D)``.
-        labels: Concept of each text as a number, ``(n,)``; each occurs in three folds or more.
-        fold: Fold of each text, ``(n,)``.
+        labels, fold: Concept and fold of each text as numbers, ``(n,)``; each concept occurs in three folds or more.
         basis: Orthonormal neutral components to project out, ``(k, D)``.
 
     Returns:
@@ -171,8 +158,8 @@ def _scored(
     """Score each fold with all vectors fitted without it, for several labellings ``(B, n)`` at once.
 
     Yields the fold; its rows; their centred cosines ``(rows, B, N)`` with the vectors fitted without it; and their dot products
-    ``(rows, B, folds, N)`` with the vectors fitted without it and another fold, which rank concepts just as cosines do. There
-    is one large product for each fold: hundreds of small ones cost ten times as much on a busy machine.
+    ``(rows, B, folds, N)`` with those fitted without it and one more fold, which rank concepts just as cosines do. The products
+    are few and large: hundreds of small ones cost ten times as much on a busy machine.
     """
     folds, n, width = int(fold.max()) + 1, int(labels.max()) + 1, x.shape[1]
     pairs = [(f, g) for f in range(folds) for g in range(f, folds)]
@@ -225,21 +212,6 @@ def _placements(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return out
 
 
-@dataclass(frozen=True)
-class _Runs:
-    """All labellings at all layers; the first labelling is the real one, the others are exchanged.
-
-    Args:
-        texts: Statistics of each text, real labels only, ``(L, n, S)``: a hit or not for each of ``KS``, and the placement.
-        parts: What each fold adds to the macro means, ``(1 + SHUFFLES, L, folds, S)``: they add up to the macro mean.
-        inner: Accuracy among the other folds, which chooses a fold's layer, ``(1 + SHUFFLES, L, folds)``.
-    """
-
-    texts: np.ndarray
-    parts: np.ndarray
-    inner: np.ndarray
-
-
 def _basis(bench: Bench, layer: int) -> np.ndarray:
     """Neutral components as in the vectors; computed here because the vectors keep none for the embedding."""
     share = float(bench.vectors.method.get("share", 0.5))
@@ -248,7 +220,13 @@ def _basis(bench: Bench, layer: int) -> np.ndarray:
     return stats.explained_components(bench.neutral.layer(layer), share)[0]
 
 
-def _measure_layers(bench: Bench, design: _Design, choice: int) -> _Runs:
+def _measure_layers(bench: Bench, design: _Design, choice: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every layer under the real labels and, after these, under SHUFFLES exchanges of them.
+
+    Returns:
+        Hits for each of ``KS`` and placement of each text, real labels only, ``(L, n, S)``; what each fold adds to their macro
+        means ``(1 + SHUFFLES, L, folds, S)``; and the accuracy among the other folds, which chooses a fold's layer.
+    """
     assert bench.activations is not None  # _plan gives a reason otherwise
     rng = np.random.default_rng([bench.seed, 1])
     labels = np.stack([design.labels, *(design.shuffled(rng) for _ in range(SHUFFLES))])
@@ -275,7 +253,7 @@ def _measure_layers(bench: Bench, design: _Design, choice: int) -> _Runs:
                 for g in range(folds):
                     others = labels[b, design.fold != g]
                     inner[b, i, g] = (np.bincount(others, hits[s, g, design.fold != g]) / np.bincount(others)).mean()
-    return _Runs(texts, parts, inner)
+    return texts, parts, inner
 
 
 class Separation:
@@ -307,13 +285,10 @@ class Separation:
 
 
 def best_layer(data: Mapping[str, Any]) -> int:
-    """The layer to read at: the best held-out accuracy over all folds, of the layers that have vectors.
+    """The layer to read at: the one with vectors whose held-out accuracy over all folds is best.
 
     Args:
-        data: The outcome's data.
-
-    Returns:
-        The layer; the vectors' own default when the study was untestable.
+        data: The outcome's data; when the study was untestable they name the vectors' own layer.
 
     Example:
         >>> best_layer({"layer": 18})
@@ -323,7 +298,8 @@ def best_layer(data: Mapping[str, Any]) -> int:
 
 
 def _untestable(id: str, reason: str) -> Finding:
-    return Finding(NAME, id, CLAIMS[id], None, None, None, "untestable", RULES[id], f"{reason[0].upper()}{reason[1:]}.")
+    claim, rule = CLAIMS[id]
+    return Finding(NAME, id, claim, None, None, None, "untestable", rule, f"{reason[0].upper()}{reason[1:]}.")
 
 
 def _tested(id: str, estimate: Estimate, null: Null, note: str, *, chance: float, published: str | None = None) -> Finding:
@@ -331,15 +307,13 @@ def _tested(id: str, estimate: Estimate, null: Null, note: str, *, chance: float
     verdict: Verdict = "fails"
     if null.p <= ALPHA or (id == "beats_embedding" and estimate.value > 0):
         verdict = "holds" if null.p <= ALPHA and estimate.low >= needed else "weak"
-    return Finding(NAME, id, CLAIMS[id], estimate, null, published, verdict, RULES[id], note)
+    return Finding(NAME, id, CLAIMS[id][0], estimate, null, published, verdict, CLAIMS[id][1], note)
 
 
 def _drawn(values: np.ndarray, kind: str) -> Null:
     """Null from values that were computed beforehand, the observed one first."""
     rest = iter(values[1:])
-    return stats.permutation_null(
-        float, values[0], permute=lambda _: next(rest), draws=len(values) - 1, side="greater", kind=kind
-    )
+    return stats.permutation_null(float, values[0], permute=lambda _: next(rest), draws=SHUFFLES, side="greater", kind=kind)
 
 
 def _measure(bench: Bench, design: _Design) -> Outcome:
@@ -347,11 +321,11 @@ def _measure(bench: Bench, design: _Design) -> Outcome:
     layers, n, folds = np.array(bench.activations.layers), len(design.names), np.arange(design.fold.max() + 1)
     choice = KS[-1] if n > MANY else 1
     column, chance = KS.index(choice), choice / n
-    runs = _measure_layers(bench, design, choice)
+    texts, parts, inner = _measure_layers(bench, design, choice)
     blocks = np.flatnonzero(layers >= 0)
-    picked = blocks[runs.inner[:, blocks].argmax(axis=1)]  # (1 + SHUFFLES, folds): each fold's layer, chosen without it
-    nested = np.stack([part[own, folds].sum(axis=0) for part, own in zip(runs.parts, picked, strict=True)])
-    macro = runs.parts.sum(axis=2)
+    picked = blocks[inner[:, blocks].argmax(axis=1)]  # (1 + SHUFFLES, folds): each fold's layer, chosen without it
+    nested = np.stack([part[own, folds].sum(axis=0) for part, own in zip(parts, picked, strict=True)])
+    macro = parts.sum(axis=2)
     best = int(blocks[macro[0, blocks, column].argmax()])
     weights = 1 / (n * np.bincount(design.labels))[design.labels]
     options: dict[str, Any] = {"draws": bench.draws, "seed": bench.seed}
@@ -362,13 +336,13 @@ def _measure(bench: Bench, design: _Design) -> Outcome:
 
     def over_topics(index: np.ndarray) -> np.ndarray:
         drawn = np.bincount(index, minlength=len(index))[design.topics]
-        texts = np.bincount(design.labels, drawn)
-        return np.asarray((drawn / np.maximum(texts, 1)[design.labels]) @ held_out / np.count_nonzero(texts))
+        count = np.bincount(design.labels, drawn)
+        return np.asarray((drawn / np.maximum(count, 1)[design.labels]) @ held_out / np.count_nonzero(count))
 
-    held_out = runs.texts[picked[0][design.fold], np.arange(len(design.fold))]
+    held_out = texts[picked[0][design.fold], np.arange(len(design.fold))]
     estimates = over_texts(held_out)
     across = [] if design.exchanged == "between texts" else stats.bootstrap_each(over_topics, design.topics.max() + 1, **options)
-    where = design.describe()
+    where = f"{len(design.rows)} texts, {n} concepts, {len(folds)} folds of {_DEALT[design.exchanged]}"
     chosen = ", ".join(str(layers[i]) for i in picked[0])
     findings = []
     for id, j in (("top1", 0), ("top3", 1), ("top5", 2), ("auroc", 3)):
@@ -382,13 +356,13 @@ def _measure(bench: Bench, design: _Design) -> Outcome:
         note += f"; interval over topics {across[j].low:.2f} to {across[j].high:.2f}." if across else "."
         null = _drawn(nested[:, j], f"{kind}, layer chosen again")
         findings.append(_tested(id, estimates[j], null, note, chance=level, published=_REPLICATIONS if id == "top1" else None))
-    curves = [over_texts(values) for values in runs.texts]
+    curves = [over_texts(values) for values in texts]
     # Every relabelling looks for its own best layer, so the null is of the best of all.
     null = _drawn(macro[:, blocks, column].max(axis=1), f"{kind}, best of all layers")
     note = f"Top {choice} at layer {layers[best]}; chosen by looking at these texts, so the value is a little high; {where}."
     findings.append(_tested("best_layer", curves[best][column], null, note, chance=chance))
     if -1 in layers:
-        gain = held_out[:, [column]] - runs.texts[layers == -1][0][:, [column]]
+        gain = held_out[:, [column]] - texts[layers == -1][0][:, [column]]
         null = stats.permutation_null(
             lambda sign: float((weights * sign) @ gain[:, 0]),
             float(weights @ gain[:, 0]),
@@ -401,23 +375,24 @@ def _measure(bench: Bench, design: _Design) -> Outcome:
         findings.append(_tested("beats_embedding", over_texts(gain)[0], null, note, chance=0))
     else:
         findings.append(_untestable("beats_embedding", "the activations were collected without the embedding, layer -1"))
-    values, basis = bench.activations.layer(int(layers[best]))[design.rows], _basis(bench, int(layers[best]))
-    scores = held_out_scores(values, design.labels, fold=design.fold, basis=basis)
-    low, centre, high = np.quantile(macro[1:], [0.025, 0.5, 0.975], axis=0)
+    layer = int(layers[best])
+    values = bench.activations.layer(layer)[design.rows]
+    scores = held_out_scores(values, design.labels, fold=design.fold, basis=_basis(bench, layer))
+    band = np.quantile(macro[1:], [0.5, 0.025, 0.975], axis=0)
     data = {
-        "layer": int(layers[best]),
+        "layer": layer,
         "choice": _COLUMNS[column],
         "layers": layers.tolist(),
         "chosen": [int(layers[i]) for i in picked[0]],
         "names": list(design.names),
         "curves": {
             label: {
-                "real": [_round([getattr(row[j], end) for row in curves]) for end in ("value", "low", "high")],
-                "shuffled": [_round(end[:, j]) for end in (centre, low, high)],
+                "real": [_round(getattr(row[j], end) for row in curves) for end in ("value", "low", "high")],
+                "shuffled": [_round(end[:, j]) for end in band],
             }
             for j, label in enumerate(_COLUMNS)
         },
-        "concepts": _concepts(design, runs.texts[best], scores, options),
+        "concepts": _concepts(design, texts[best], scores, options),
         "readings": [_round(scores[design.labels == c].mean(axis=0)) for c in range(n)],
     }
     return Outcome(tuple(findings), _tables(data), data)
@@ -426,9 +401,8 @@ def _measure(bench: Bench, design: _Design) -> Outcome:
 def _concepts(design: _Design, texts: np.ndarray, scores: np.ndarray, options: dict[str, Any]) -> list[list[Any]]:
     """Each concept with n, accuracy, AUROC, its interval, q, and what it is mistaken for; worst AUROC first.
 
-    p is of a Mann-Whitney test stratified by fold (normal approximation): held-out texts know nothing of the vectors, so it
-    needs no refits, and 20 exchanges could not carry a correction for 171 tests. The interval resamples the concept's own
-    texts; the far more numerous others add little to it, except with very few concepts, where it is too narrow.
+    p is of a Mann-Whitney test stratified by fold (normal approximation), as 20 exchanges cannot carry a correction for 171
+    tests. The interval resamples the concept's own texts only, and is too narrow where others are not far more numerous.
     """
     labels, n, placements = design.labels, len(design.names), texts[:, -1].astype(np.float64)
     counts = np.bincount(labels)
@@ -452,20 +426,14 @@ def _round(values: Any) -> list[float]:
 
 
 def _tables(data: Mapping[str, Any]) -> tuple[Table, ...]:
-    curves, band = data["curves"], data["curves"][data["choice"]]["shuffled"][2]
-    rows = [(layer, *(curves[label]["real"][0][i] for label in _COLUMNS), band[i]) for i, layer in enumerate(data["layers"])]
-    by_layer = (
-        "Held-out accuracy and AUROC, means over concepts. Layer -1 is the mean token embedding. 97.5 % of "
-        f"{SHUFFLES} relabellings stay below the last column in {data['choice']}."
-    )
-    by_concept = (
-        "Worst first. AUROC with a 95 % interval over the concept's texts; q is corrected for the number of concepts "
-        "(Benjamini and Hochberg); the last column is the other concept that its texts read highest on."
-    )
+    curves, above = data["curves"], data["curves"][data["choice"]]["shuffled"][2]
+    rows = [(layer, *(curves[label]["real"][0][i] for label in _COLUMNS), above[i]) for i, layer in enumerate(data["layers"])]
+    layers = f"Means over concepts; layer -1 is the mean token embedding. 97.5 % of relabellings are below the last ({data['choice']})."
+    concepts = "Worst first; 95 % interval over texts; q after Benjamini and Hochberg; the other concept that they read highest on."
     head = ("concept", "texts", "top 1", "AUROC", "low", "high", "q", "reads like")
     return (
-        Table("layers", "Separation at every layer", by_layer, ("layer", *_COLUMNS, "relabelled"), tuple(rows)),
-        Table("concepts", f"Each concept at layer {data['layer']}", by_concept, head, tuple(map(tuple, data["concepts"]))),
+        Table("layers", "Separation at every layer", layers, ("layer", *_COLUMNS, "relabelled"), tuple(rows)),
+        Table("concepts", f"Each concept at layer {data['layer']}", concepts, head, tuple(map(tuple, data["concepts"]))),
     )
 
 
@@ -475,14 +443,13 @@ def _figures(data: Mapping[str, Any]) -> list[Figure]:
     from affectlens.figures import GREY, PALETTE, blank, heat_map, layer_curves, to_figure
 
     def curves(*labels: str) -> dict[str, Any]:
-        shown: dict[str, Any] = {}
-        for label in labels:
-            shown |= {label: data["curves"][label]["real"], f"{label}, labels exchanged": data["curves"][label]["shuffled"]}
-        return shown
+        real = {label: data["curves"][label]["real"] for label in labels}
+        return real | {f"{label}, relabelled": data["curves"][label]["shuffled"] for label in labels}
 
+    layer = data["layer"]
     second = "top 3" if data["choice"] == "top 1" else data["choice"]
-    accuracy = layer_curves(data["layers"], curves("top 1", second), y="held-out accuracy", mark=data["layer"])
-    auroc = layer_curves(data["layers"], curves("AUROC"), y="held-out AUROC", chance=0.5, mark=data["layer"])
+    accuracy = layer_curves(data["layers"], curves("top 1", second), y="held-out accuracy", mark=layer)
+    auroc = layer_curves(data["layers"], curves("AUROC"), y="held-out AUROC", chance=0.5, mark=layer)
     rows = data["concepts"] if len(data["concepts"]) <= 40 else data["concepts"][:20] + data["concepts"][-20:]
     values, lows, highs = np.array([row[3:6] for row in rows]).T
     dots = blank(x="held-out AUROC", height=90 + 17 * len(rows)).update_yaxes(type="category", showgrid=False)
@@ -491,14 +458,14 @@ def _figures(data: Mapping[str, Any]) -> list[Figure]:
     readings = np.array(data["readings"])
     order = leaves_list(average(readings)) if len(readings) > 2 else np.arange(len(readings))  # what reads alike stands together
     matrix = heat_map(readings[np.ix_(order, order)], [data["names"][i] for i in order], unit="centred cosine")
-    bands = f"Mean over concepts with 95 % intervals over texts; the lower curves have their labels exchanged ({SHUFFLES} times)."
+    bands = f"Means over concepts, 95 % intervals over texts; the lower curves have their labels exchanged ({SHUFFLES} times)."
     which = "The 20 worst and the 20 best concepts" if len(rows) < len(data["concepts"]) else "All concepts"
     read = "Mean centred cosine of held-out texts of a concept (row) with each vector (column), fitted without their topics."
     return [
         to_figure("accuracy", "Held-out accuracy over layers", f"{bands} Layer -1 is the mean token embedding.", accuracy),
         to_figure("auroc", "Held-out AUROC over layers", bands, auroc),
-        to_figure("concepts", f"AUROC of each concept at layer {data['layer']}", f"{which}, with 95 % intervals.", dots),
-        to_figure("readings", f"What held-out texts read at layer {data['layer']}", read, matrix),
+        to_figure("concepts", f"AUROC of each concept at layer {layer}", f"{which}, with 95 % intervals.", dots),
+        to_figure("readings", f"What held-out texts read at layer {layer}", read, matrix),
     ]
 
 
