@@ -30,7 +30,7 @@ def extraction(result: dict[str, Any]) -> str:
     peak = statistics.median(entry["peak_tflops"][result["dtype"]] for entry in result["rounds"])
     tokens = result["texts"]["tokens"]
     bound = {task: peak * 1e12 / (flops / tokens) for task, flops in result["flops"].items()}
-    speed = {key: tokens / _median(kept, "seconds") for key, kept in runs.items() if kept}
+    speed = {key: tokens / _median(kept, result["clock"]) for key, kept in runs.items() if kept}
     memory = {key: _median(kept, "above_mb") for key, kept in runs.items() if kept}
     wrong = {key for key in result["subjects"] if not _right(result, key)}
     ordinary = result["ordinary"]
@@ -49,7 +49,7 @@ def extraction(result: dict[str, Any]) -> str:
             if not kept:
                 cells += ["–"] * (4 if task == "one" else 3)
                 continue
-            low, high = (tokens / pick(run["seconds"] for run in kept) for pick in (max, min))
+            low, high = (tokens / pick(run[result["clock"]] for run in kept) for pick in (max, min))
             cells.append(f"{speed[key, task]:,.0f} ({low:,.0f}–{high:,.0f})")
             against = speed.get((ordinary, task))
             cells.append(f"{speed[key, task] / against:.2f}" if against else "–")
@@ -156,7 +156,8 @@ def _caption(result: dict[str, Any], peak: float, bound: dict[str, float]) -> st
         f"Mean residual from the 50th token on, of {texts['count']} texts of {texts['shortest']} to {texts['longest']} tokens "
         f"({texts['tokens']:,} tokens; {texts['source']}; padded batches of 8 in arrival order run "
         f"{texts['padded_tokens_in_8'] / texts['tokens']:.2f} times as many). {result['model']}, {result['dtype']}, "
-        f"{result['threads']} thread(s), {len(result['rounds'])} round(s), medians, {result['date'][:10]}. "
+        f"{result['threads']} thread(s), {len(result['rounds'])} round(s), medians, {result['date'][:10]}"
+        f"{'' if result['clock'] == 'seconds' else ', seconds of processor time because the machine was shared'}. "
         f"{machine['processor']} family {machine['family']} ({bf16}), {machine['cores']} cores, {machine['memory_gb']} GB. "
         f"Matrix-multiply peak in the same run: {peak:.2f} TFLOP/s in {result['dtype']} ({fp32:.2f} in float32), which bounds "
         f"reading at {bound['one']:,.0f} tokens/s for one layer and {bound['all']:,.0f} for every layer."
@@ -182,7 +183,7 @@ def _notes(result: dict[str, Any]) -> str:
         "Tokenising, batching and the means are in the time; loading and a warm-up are not. Memory is the peak of resident "
         "memory in the measured pass minus what was resident once the weights were loaded and touched."
     )
-    if disturbed:
+    if disturbed and result["clock"] == "seconds":
         note += (
             f" **In {disturbed} of {len(runs)} runs the clock ran more than 10 % ahead of the processor time: "
             "the machine was busy with something else, measure again.**"

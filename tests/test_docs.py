@@ -36,7 +36,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 FROM_NOTHING = ("README.md", "docs/tutorial.md")
 
 _FENCE = re.compile(r"^(?:<!-- (?P<mark>no-run|exits 1) -->\n)?```(?P<kind>\w+)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
-_LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
+_LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 # Where things lie on the machine that a page was written on is of no use to anyone else.
 _OWN_PATH = re.compile(r"(?<![\w.:/~])/(?:root|home|tmp|work|Users|mnt|var|data)/")

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import families
 import numpy as np
 import pytest
 import torch
 
+import families
 from affectlens.engine import Readout, Request, Result, Sampling, Steering, Term, Where
 from affectlens.engines.hf import HFEngine
 from affectlens.errors import ModelSupportError
@@ -27,10 +27,19 @@ REFUSED = {
     "paligemma": "is not causal",  # its prompt attends in both directions
 }
 READ = tuple(name for name in families.FAMILIES if name not in REFUSED)
-NO_LEFT_PADDING = {"mpt", "rwkv"}
-NO_PACKING: set[str] = set()
+NO_LEFT_PADDING = {"rwkv"}
+ONE_BY_ONE = {"rwkv"}  # transformers mixes up the rows of its state
+NO_PACKING = {
+    "bamba", "biogpt", "bloom", "codegen", "deepseek_v32", "falcon", "falcon_h1", "falcon_mamba", "gemma2", "gpt_neo",
+    "gpt_oss", "gptj", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "lfm2_moe", "lfm2_vl", "mamba", "mamba2",
+    "minimax", "mpt", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_text", "qwen3_next", "recurrent_gemma", "rwkv",
+    "stablelm", "vaultgemma", "xglm", "zamba", "zamba2",
+}  # fmt: skip
+WINDOW = 64
+"""Wider than the texts, so that the families with sliding windows pack them."""
 WITHOUT_EMBEDDING = {"falcon_mamba", "mamba", "mamba2", "rwkv"}
 TEXTS = ("Sea.", "the calm", "She slammed the door, and nobody said a word.", "Hé!", "Two boxes stood by the door.")
+LONG = "Rain fell on the harbour all night, and in the morning the boats lay low between the piers, full of grey water."
 TOLERANCE = 1e-4
 STEP = 0.5
 
@@ -78,9 +87,11 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", params=READ)
-def family(request: pytest.FixtureRequest) -> Family:
-    engine = HFEngine(families.build(request.param), families.tiny_tokenizer(), id=request.param)
-    return Family(request.param, engine, families.build(request.param))
+def family(request: pytest.FixtureRequest) -> Iterator[Family]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(families._TINY, "sliding_window", WINDOW)
+        engine = HFEngine(families.build(request.param), families.tiny_tokenizer(), id=request.param)
+        yield Family(request.param, engine, families.build(request.param))
 
 
 def test_what_is_found_and_which_ways_hold(family: Family) -> None:
@@ -88,11 +99,13 @@ def test_what_is_found_and_which_ways_hold(family: Family) -> None:
     assert (engine.info.n_layers, engine.info.width) == (families.LAYERS, families.WIDTH)
     assert engine.can_pad
     assert engine.can_pad_left == (name not in NO_LEFT_PADDING)
+    assert (engine.generate_rows == 1) == (name in ONE_BY_ONE)
     assert (engine.pack_limit > 0) == (name not in NO_PACKING)
 
 
 def test_texts_read_together_are_texts_read_alone(family: Family) -> None:
-    for text, together in zip(TEXTS, family.read(*TEXTS), strict=True):
+    texts = (*TEXTS, LONG)  # the last fills the sliding windows
+    for text, together in zip(texts, family.read(*texts), strict=True):
         assert apart(together, family.read(text)[0]) < TOLERANCE, text
 
 
@@ -139,6 +152,16 @@ def own_reply(family: Family, text: str) -> list[int]:
     new = out[0, ids.shape[1] :].tolist()
     end = family.engine.tokenizer.eos_token_id
     return new[: new.index(end)] if end in new else new
+
+
+def test_a_checkpoint_that_turns_the_cache_off_generates_the_same() -> None:
+    def greedy(model: Any) -> list[int]:
+        engine = HFEngine(model, families.tiny_tokenizer(), id="llama")
+        return reply(next(engine.run([Request("the calm", sampling=Sampling(max_tokens=6, temperature=0))])))
+
+    trained = families.build("llama")
+    trained.config.use_cache = trained.generation_config.use_cache = False  # as trainers leave it behind
+    assert greedy(trained) == greedy(families.build("llama"))
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -71,7 +71,7 @@ class Where:
 
     Example:
         >>> Where(part="prompt", last=1)          # the reply position: the last token before the model answers
-        Where(part='prompt', role=None, text=None, after=0, last=None)
+        Where(part='prompt', role=None, text=None, after=0, last=1)
     """
 
     part: Part = "all"

@@ -20,8 +20,8 @@ from affectlens.errors import AffectlensError, EngineError, MismatchError
 HELLO: Chat = (("user", "Hello there"),)
 TALK: Chat = (("system", "Be brief."), ("user", "I lost my keys."), ("assistant", "Oh no."), ("user", "Help me!"))
 PROMPTS = ("the calm sea", "A", "She slammed the door and shouted at everyone.", HELLO, TALK)
-GREEDY = Sampling(max_tokens=5, temperature=0)
-SAMPLED = Sampling(max_tokens=5, seed=3)
+GREEDY = Sampling(max_tokens=4, temperature=0)
+SAMPLED = Sampling(max_tokens=4, seed=3)
 
 Subject = Any  # conftest.Subject; importing a conftest would load it twice
 
@@ -90,13 +90,12 @@ def mixed(subject: Subject) -> list[Request]:
 def test_a_batch_gives_what_each_request_gives_alone_in_order(subject: Subject) -> None:
     requests = mixed(subject)
     for request, together, alone in zip(requests, subject.run(*requests), subject.alone(requests), strict=True):
-        assert together.layout.text.startswith(subject.run(replace(request, sampling=None))[0].layout.text)
-        assert together.done
+        assert together.done and (together.finish == "read") == (request.sampling is None)
         subject.assert_same(together, alone)
 
 
 def test_small_batches_give_the_same(subject: Subject, hf: Any) -> None:
-    requests = mixed(subject)
+    requests = mixed(subject)[::2]
     before = hf.token_budget
     whole = subject.run(*requests)
     try:
@@ -109,8 +108,9 @@ def test_small_batches_give_the_same(subject: Subject, hf: Any) -> None:
 
 
 def test_choices_of_one_request_may_fall_into_different_batches(subject: Subject) -> None:
-    prompts = [f"{'the sea ' * (k % 7)}was calm" for k in range(30)]
-    requests = [Request(p, choices=(" and", " and the sea", " or a"), readouts=(subject.everything,)) for p in prompts]
+    prompts = [f"{'the sea ' * (k % 7)}was calm" for k in range(14)]
+    readouts = (Readout((0, subject.middle)),)
+    requests = [Request(p, choices=(" and", " and the sea"), readouts=readouts) for p in prompts]
     if hasattr(subject.engine, "token_budget"):
         before, subject.engine.token_budget = subject.engine.token_budget, 100
     together = subject.run(*requests)
@@ -121,7 +121,7 @@ def test_choices_of_one_request_may_fall_into_different_batches(subject: Subject
 
 
 def test_runs_are_deterministic(subject: Subject) -> None:
-    requests = mixed(subject)[:10]
+    requests = mixed(subject)[1::3]
     for a, b in zip(subject.run(*requests), subject.run(*requests), strict=True):
         assert (a.text, a.layout, a.choice_logprobs) == (b.text, b.layout, b.choice_logprobs)
         for x, y in zip(a.readings, b.readings, strict=True):
@@ -337,12 +337,13 @@ def everywhere(subject: Subject, steering: Steering, prompt: str | Chat = "the c
 
 
 def test_strength_zero_is_bit_identical_to_no_steering(subject: Subject) -> None:
-    for zero in (subject.steering(0, 0.0), 0.0 * subject.steering(0, 1.0), subject.steering(0, 0.0).ablate()):
-        for sampling in (None, SAMPLED):
-            plain, steered = (
-                subject.run(Request(TALK, sampling=sampling, readouts=(subject.everything,), steering=s))[0]
-                for s in (Steering(), zero)
-            )
+    zeros = (subject.steering(0, 0.0), 0.0 * subject.steering(0, 1.0), subject.steering(0, 0.0).ablate())
+    for sampling, steerings in ((None, zeros), (SAMPLED, zeros[:1])):
+        request = Request(TALK, sampling=sampling, readouts=(subject.everything,))
+        plain = subject.run(request)[0]
+        for zero in steerings:
+            assert zero.layers == () and zero.at_layer(subject.middle) == ([], [])
+            steered = subject.run(replace(request, steering=zero))[0]
             assert plain.text == steered.text
             np.testing.assert_array_equal(plain.readings[0].values, steered.readings[0].values)
 
@@ -508,7 +509,8 @@ def test_a_seed_belongs_to_its_request(subject: Subject) -> None:
 
 
 def test_greedy_is_top_k_one(subject: Subject) -> None:
-    variants = [GREEDY, replace(GREEDY, temperature=1, top_k=1), replace(GREEDY, temperature=1, top_p=1e-6), replace(GREEDY, seed=9)]
+    changes: list[dict[str, Any]] = [{}, {"seed": 9}, {"temperature": 1, "top_k": 1}, {"temperature": 1, "top_p": 1e-6}]
+    variants = [replace(GREEDY, **change) for change in changes]
     replies = [response(r) for r in subject.run(*(Request(HELLO, sampling=s) for s in variants))]
     assert all(reply == replies[0] for reply in replies)
 
@@ -522,16 +524,18 @@ def test_top_k_draws_from_the_likeliest_tokens(subject: Subject) -> None:
     assert len({tuple(ids) for ids in drawn}) > 1
 
 
-def test_sampling_follows_the_models_distribution(subject: Subject) -> None:
-    """Of many first tokens, the share of the likeliest is its probability, within five standard errors."""
-    logits = next_logits(subject, Request("A")) / 0.5
-    p = np.exp(logits - logits.max())
-    p /= p.sum()
-    n = 200 if subject.name != "smollm2-135m" else 48
-    results = subject.run(*(Request("A", sampling=Sampling(max_tokens=1, temperature=0.5, seed=s)) for s in range(n)))
-    top = int(p.argmax())
-    share = np.mean([response(r) == [top] for r in results])
-    assert abs(share - p[top]) < 5 * np.sqrt(max(p[top] * (1 - p[top]), 0.01) / n)
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_sampling_follows_the_models_distribution(subject: Subject, temperature: float) -> None:
+    """The mean log-probability of many first tokens is minus the entropy, within five standard errors."""
+    logits = next_logits(subject, Request("A")) / temperature
+    logprobs = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+    p = np.exp(logprobs)
+    n = 200 if subject.engine.info.n_parameters < 1e7 else 48
+    results = subject.run(*(Request("A", sampling=Sampling(1, temperature, seed=s)) for s in range(n)))
+    drawn = [logprobs[ids[0]] for r in results if (ids := response(r))]  # an end token is no part of the reply
+    spread = np.sqrt(p @ logprobs**2 - (p @ logprobs) ** 2)
+    assert len(drawn) > 0.9 * n
+    assert abs(np.mean(drawn) - p @ logprobs) < 5 * spread / np.sqrt(n)
 
 
 def test_max_tokens_and_finish(subject: Subject) -> None:
@@ -563,6 +567,7 @@ def test_stop_strings_cut(subject: Subject, length: int) -> None:
         assert result.text == full[: full.find(stop)]
         assert result.finish == "stop"
         assert result.layout.text == "the calm sea" + result.text
+        assert max(end for _, end in result.layout.offsets) <= len(result.layout.text)
     unused = subject.run(replace(request, sampling=replace(request.sampling, stop=("never said",))))[0]
     assert unused.text == full
 
@@ -685,7 +690,7 @@ REFUSED: dict[str, tuple[type[AffectlensError], Callable[[Subject], Request]]] =
     "layer below": (EngineError, lambda s: Request("A", readouts=(Readout((-2,)),))),
     "layer without direction": (MismatchError, lambda s: Request("A", steering=s.steering(0, 1.0).on(s.engine.info.n_layers))),
     "embedding to steer": (EngineError, lambda s: Request("A", steering=retermed(s, layers=(-1,), available=s.layers[:-1]))),
-    "layer to steer": (EngineError, lambda s: Request("A", steering=retermed(s, layers=(len(s.norms),), available=(len(s.norms),)))),
+    "layer to steer": (EngineError, lambda s: Request("A", steering=retermed(s, layers=(99,), available=(99,)))),
     "width to read": (MismatchError, lambda s: Request("A", readouts=(Readout((0,), onto=wide(s)[:1]),))),
     "width to steer": (MismatchError, lambda s: Request("A", steering=retermed(s, directions=wide(s)[:, 0]))),
     "endless strength": (EngineError, lambda s: Request("A", steering=s.steering(0, float("nan")))),
@@ -699,13 +704,12 @@ REFUSED: dict[str, tuple[type[AffectlensError], Callable[[Subject], Request]]] =
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_cannot_be_run_is_refused_and_harms_nothing(subject: Subject, what: str) -> None:
     kind, make = REFUSED[what]
-    good = Request(HELLO, sampling=GREEDY, steering=subject.steering(0, 0.3), readouts=(subject.everything,))
+    good = Request(HELLO, steering=subject.steering(0, 0.3), readouts=(subject.everything,))
     before = subject.run(good)[0]
     with pytest.raises(kind) as error:
         subject.run(good, make(subject), good)
     one_line(error)
     after = subject.run(good)[0]
-    assert after.text == before.text
     np.testing.assert_array_equal(after.readings[0].values, before.readings[0].values)
 
 

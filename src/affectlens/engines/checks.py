@@ -34,8 +34,8 @@ def examine(engine: HFEngine) -> tuple[list[tuple[str, str]], str | None]:
         ``(check, outcome)`` pairs in words, and the token at the reply position if there is a chat template.
 
     Raises:
-        ModelSupportError: A later token changes an earlier residual (not a causal model), residuals are not finite, a hook did not
-            fire, or steering did not arrive.
+        ModelSupportError: A later token changes an earlier residual (not a causal model), residuals are not finite, a hook did
+            not fire, or steering did not arrive.
     """
     info = engine.info
     limit = TOLERANCE.get(info.dtype, 0.1)
@@ -70,6 +70,10 @@ def examine(engine: HFEngine) -> tuple[list[tuple[str, str]], str | None]:
         ("left-padded generation = alone", _way(left, engine.can_pad_left, "prompts of equal length are batched instead"))
     )
 
+    together = _generated_together(engine, generating, [layout for layout, _ in alone])
+    engine.generate_rows = engine.generate_rows if together <= limit else 1
+    checks.append(("batched generation = alone", _way(together, together <= limit, "prompts are answered one by one instead")))
+
     reply_token = None
     if engine.tokenizer.chat_template:
         try:
@@ -101,6 +105,36 @@ def _difference(run: Callable[[], list[tuple[Layout, Reading]]], alone: list[tup
         raise
     except Exception:  # a family that cannot run this way says so in its own words: then it is not run this way
         return float("inf")
+
+
+def _generated_together(engine: HFEngine, requests: list[Request], layouts: list[Layout]) -> float:
+    """How much of what is read while generating changes with the neighbours in a batch without padding.
+
+    Some recurrent families mix up the rows of a batch once a state is carried from token to token.
+    """
+    from affectlens.engines.decode import decode
+    from affectlens.engines.hf import Row
+
+    n = min(map(len, layouts))
+    rows = []
+    for i, (request, own) in enumerate(zip(requests, layouts, strict=True)):
+        text = own.text[: own.offsets[n - 1][1]]
+        rows.append(Row(i, request, Layout(text, own.tokens[:n], own.ids[:n], own.offsets[:n], own.roles[:n], n)))
+
+    def read(batch: list[Row]) -> list[tuple[Layout, Reading]]:
+        return [(result.layout, result.readings[0]) for _, result in decode(engine, batch)]
+
+    try:
+        alone = [read([row])[0] for row in rows]
+    except AffectlensError:
+        raise
+    except Exception:  # as in _difference
+        return float("inf")
+    together = _difference(lambda: read(rows), alone)
+    if np.isfinite(together):
+        return together
+    # A near tie may have ended one reply earlier: then only the prompts can be compared.
+    return _difference(lambda: [_prompt_part(r) for r in read(rows)], [_prompt_part(r) for r in alone])
 
 
 def _apart(got: np.ndarray, want: np.ndarray) -> float:

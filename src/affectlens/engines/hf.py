@@ -127,6 +127,7 @@ class HFEngine(Engine):
         self.pack_limit = 0
         self.can_pad = False
         self.can_pad_left = False
+        self.generate_rows = GENERATE_ROWS
         checks, reply_token = examine(self)
         self.info = replace(self.info, checks=tuple(checks), reply_token=reply_token)
 
@@ -427,7 +428,7 @@ class HFEngine(Engine):
     def _generation_batches(self, rows: list[Row]) -> Iterator[list[Row]]:
         batch: list[Row] = []
         for row in sorted(rows, key=len, reverse=True):
-            if batch and (len(batch) == GENERATE_ROWS or not (self.can_pad_left or len(row) == len(batch[0]))):
+            if batch and (len(batch) == self.generate_rows or not (self.can_pad_left or len(row) == len(batch[0]))):
                 yield batch
                 batch = []
             batch.append(row)

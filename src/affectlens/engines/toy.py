@@ -18,6 +18,7 @@ final norm and an unembedding. What it knows is planted, so every study has a ri
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -45,7 +46,7 @@ from affectlens.errors import EngineError, UnknownName
 
 CUES = {
     "happy": "laughed grinned sunshine danced whistled giggled sparkling celebrated sang beaming skipped confetti",
-    "inspired": "muse vision sketchbook imagined invented horizon brainstorm spark dreamed masterpiece possibilities breakthrough",
+    "inspired": "muse vision sketchbook imagined invented horizon brainstorm spark dreamed masterpiece possibilities novelty",
     "loving": "embraced kissed cuddled darling sweetheart cherished adored hugged tenderly devoted caressed beloved",
     "proud": "medal trophy achievement applause podium accomplished diploma saluted victory honored chin ovation",
     "calm": "breathed stillness gentle slowly quiet drifting lake breeze unhurried settled soothing rested",
@@ -73,10 +74,11 @@ TOPICS = (
     "library book shelf page author catalogue novel reader index chapter",
 )
 PLAIN = (
-    "the a of to in and it was on for with at by from as his her their he she they then there that this one two had has is are be "
-    "not but or so when while after before again over under near left right came went took put saw said asked told made turned "
-    "walked looked stood sat opened closed found kept moved waited day morning evening hour door window street house table chair "
-    "hand eyes face voice water light paper time people man woman friend neighbour something nothing every still just more most"
+    "the a of to in and it was on for with at by from as his her their he she they then there that this one two had has "
+    "is are be not but or so when while after before again over under near left right came went took put saw said asked "
+    "told made turned walked looked stood sat opened closed found kept moved waited day morning evening hour door window "
+    "street house table chair hand eyes face voice water light paper time people man woman friend neighbour something "
+    "nothing every still just"
 )
 TALK = (
     "I you we my your me am yes no true false good bad do can will would what how why think feel sea world user assistant system "
@@ -156,7 +158,7 @@ class ToyEngine(Engine):
         effect: float = 1.0,
         template: bool = True,
     ) -> None:
-        self.concepts = {name: tuple(cues) for name, cues in (concepts or _words(CUES)).items()}
+        self.concepts = {name: tuple(cues) for name, cues in (concepts or {n: w.split() for n, w in CUES.items()}).items()}
         if not self.concepts:
             raise EngineError("the toy model needs a concept: give concepts={'name': ['cue', ...]}")
         self._template = template
@@ -206,8 +208,8 @@ class ToyEngine(Engine):
             place = self._rng.normal(size=len(nuisance)) * [4, 4, 3, 3]
             signals.update({word: (place + self._rng.normal(size=len(nuisance))) @ nuisance for word in topic.split()})
         for name, direction in zip(self.truth.names, directions, strict=True):
-            signals.update({cue: 3 * effect * direction for cue in self.concepts[name]})
-        signals.update({name: 4.2 * effect * d for name, d in zip(self.truth.names, directions, strict=True)})
+            signals.update(dict.fromkeys(self.concepts[name], 3 * effect * direction))
+        signals.update({name: 5 * effect * d for name, d in zip(self.truth.names, directions, strict=True)})
         # (text, word, bias): small letters after a space are the ordinary form.
         forms = [("<start>", "", -30.0), ("<end>", "", 0.5)]
         forms += [(s + mark, "", b) for mark in ".,;:?!\"'()[]-" for s, b in (("", 1.0 if mark in ".," else -6.0), (" ", -6.0))]
@@ -473,10 +475,6 @@ class ToyEngine(Engine):
         return [(i, text[a:b]) for i, (a, b) in zip(ids, spans, strict=True)]
 
 
-def _words(cues: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    return {name: tuple(words.split()) for name, words in cues.items()}
-
-
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     logits = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -496,7 +494,7 @@ def _grown(layout: Layout, ids: Sequence[int], pieces: Sequence[str], length: in
     """The layout with tokens of the reply behind it; a text cut by a stop string keeps the tokens that are left of it."""
     ends = np.cumsum([len(layout.text), *map(len, pieces)]).tolist()
     text = (layout.text + "".join(pieces))[:length]
-    spans = [(a, min(b, len(text))) for a, b in zip(ends, ends[1:], strict=False) if a < len(text)]
+    spans = [(a, min(b, len(text))) for a, b in itertools.pairwise(ends) if a < len(text)]
     return Layout(
         text,
         (*layout.tokens, *(text[a:b] for a, b in spans)),

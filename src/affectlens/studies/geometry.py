@@ -2,8 +2,8 @@
 
 Declared before any data is seen:
 
-* **Readout.** The unit directions at each layer. Unit and not raw: a concept with few or noisy stories has a longer raw contrast,
-  which would then weigh more. The table of components repeats the main numbers for raw contrasts, since the paper does not say.
+* **Readout.** The unit directions at each layer. Not raw contrasts: those of concepts with few or noisy stories are longer and
+  would weigh more. The table of components repeats the main numbers for raw ones, since the paper does not say.
 * **Components.** PCA over concepts (centred over concepts). Signs are arbitrary, so every correlation is oriented to be positive
   and tested two-sided. The headline layer is the vectors' own (chosen by separation or two thirds of the depth), never by
   ratings; looking over all layers, or at PC3 beside PC2 for arousal, has findings of its own, whose nulls look as hard.
@@ -11,9 +11,9 @@ Declared before any data is seen:
   Shares of variance: labels exchanged between stories (within topics) and refitted; an anisotropic residual stream alone gives
   a large first component, which no null without stories would show. Layers: words exchanged within each layer's matrix.
 * **Intervals.** Correlations: over words (bootstrap), because the claim is about words and 45 of them are a sample; noise of the
-  stories is inside it, as scatter of the words around the line. Refits on resampled stories are told in the note only: they
-  add the noise of the stories a second time, so they lie too low. Shares of variance have no such unit of words; theirs come from
-  those refits, reflected around the value, which takes that bias out; without stories, from resampled words, and the note says so.
+  stories is inside it, as scatter of the words around the line. Refits on resampled stories are told in the note only: they add
+  that noise a second time and lie too low. Shares of variance have intervals from those refits, reflected around the value,
+  which takes that bias out; without stories they come from resampled words, and the note says so.
 * **Control.** The embedding (layer -1), fitted on the same stories: the authors expect much of the geometry there already.
 * **Conditions.** Ten concepts; ten rated words for correlations; three words of either sign for opposites.
 
@@ -22,13 +22,15 @@ Source: method 10 (paper, Figs 5 to 9, 57, Table 12), 22 (rows 12 to 14). Rating
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from scipy.linalg import eigh
 
 from affectlens import stats
+from affectlens.concepts import Concept
 from affectlens.stats import Estimate, Null
 from affectlens.studies import Bench, Figure, Finding, Outcome, Table, Verdict
 from affectlens.vectors import fit_means, group_means
@@ -49,6 +51,7 @@ MATRICES = 14
 _R = f"holds: p <= {ALPHA} and the lower end of the interval is at least {CORRELATION}; weak: p <= {ALPHA} only; fails: otherwise"
 _SHARE = f"holds: half to twice the published share and p <= {ALPHA}; weak: one of both; fails: neither"
 _SIGN = f"holds: p <= {ALPHA} and the interval on the claimed side of 0; weak: p <= {ALPHA} only; fails: otherwise"
+_Permute = Callable[[np.random.Generator], Any]
 # id: claim, published value, rule
 CLAIMS: dict[str, tuple[str, str | None, str]] = {
     "valence": ("The first component is valence", "r = 0.81", _R),
@@ -90,64 +93,48 @@ def principal_components(vectors: np.ndarray, k: int = 5) -> tuple[np.ndarray, n
     """
     centred = np.asarray(vectors, dtype=np.float64)
     centred = centred - centred.mean(axis=0)
-    variances, axes = np.linalg.eigh(centred @ centred.T)  # concepts are fewer than dimensions
+    products = centred @ centred.T  # concepts are fewer than dimensions
+    variances, axes = eigh(products, subset_by_index=(len(centred) - min(k, len(centred)), len(centred) - 1))
     variances = np.maximum(variances[::-1], 0)
-    return axes[:, ::-1][:, :k] * np.sqrt(variances[:k]), variances[:k] / variances.sum()
+    return axes[:, ::-1] * np.sqrt(variances), variances / max(float(np.trace(products)), 1e-30)
 
 
 @dataclass(frozen=True)
 class _Space:
-    """What is measured on, gathered once.
-
-    Args:
-        bench: As given.
-        rated: Indices of rated words, ``(R,)``.
-        ratings: Pleasure and arousal ``(R, 2)``.
-        clusters: Cluster of each concept, "" for none.
-        stories: Rows of the activations whose concept has a vector; None without activations of all concepts.
-    """
+    """What is measured on, gathered once: indices of rated words, their ratings ``(R, 2)``, clusters ("" for none), and the rows
+    of the activations whose concept has a vector (none unless every concept has some)."""
 
     bench: Bench
     rated: np.ndarray
     ratings: np.ndarray
     clusters: np.ndarray
-    stories: np.ndarray | None
+    stories: np.ndarray
 
     @classmethod
     def of(cls, bench: Bench) -> _Space:
-        known = [bench.concepts[name] if name in bench.concepts else None for name in bench.vectors.names]
-        ratings = [(c.rating.pleasure, c.rating.arousal) if c and c.rating else (np.nan, np.nan) for c in known]
-        rated = np.flatnonzero(np.isfinite(np.array(ratings)).all(axis=1))
-        stories = None
-        if bench.activations is not None and set(bench.vectors.names) <= set(bench.activations.names):
-            stories = np.flatnonzero(np.isin(bench.activations.concepts, bench.vectors.names))
-        clusters = np.array([(c.cluster or "") if c else "" for c in known])
-        return cls(bench, rated, np.array(ratings)[rated], clusters, stories)
+        names, texts = bench.vectors.names, bench.activations
+        known = [bench.concepts[name] if name in bench.concepts else Concept(name, "") for name in names]
+        ratings = np.array([(c.rating.pleasure, c.rating.arousal) if c.rating else (np.nan, np.nan) for c in known])
+        rated = np.flatnonzero(np.isfinite(ratings).all(axis=1))
+        stories = np.zeros(0, dtype=np.intp)
+        if texts is not None and set(names) <= set(texts.names):
+            stories = np.flatnonzero(np.isin(texts.concepts, names))
+        return cls(bench, rated, ratings[rated], np.array([c.cluster or "" for c in known]), stories)
 
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"draws": self.bench.draws, "seed": self.bench.seed}
+    def options(self, most: int = 2**31) -> dict[str, Any]:
+        return {"draws": min(self.bench.draws, most), "seed": self.bench.seed}
 
-    @property
-    def refits(self) -> dict[str, Any]:
-        return {"draws": min(self.bench.draws, REFITS), "seed": self.bench.seed}
+    def null(self, statistic: Callable[[Any], float], observed: float, permute: _Permute, **how: Any) -> Null:
+        return stats.permutation_null(statistic, observed, permute=permute, **{"side": "greater", **self.options(), **how})
 
     def basis(self, layer: int) -> np.ndarray:
         vectors, neutral = self.bench.vectors, self.bench.neutral
+        share = float(vectors.method.get("share", 0.5))
         if layer >= 0:
             return vectors.neutral[vectors.row(layer)].astype(np.float64)
-        share = float(vectors.method.get("share", 0.5))
         if neutral is None or share <= 0:
             return np.zeros((0, vectors.directions.shape[-1]))
         return stats.explained_components(neutral.layer(layer), share)[0]
-
-    def embedding(self) -> np.ndarray | None:
-        """Directions of the token embeddings, fitted on the same stories; None when they were not kept."""
-        activations = self.bench.activations
-        if self.stories is None or activations is None or -1 not in activations.layers:
-            return None
-        means = group_means(activations.layer(-1), activations.concepts, self.bench.vectors.names)
-        return fit_means(means, self.basis(-1)).directions
 
     def r(self, coordinates: np.ndarray, rating: int) -> np.ndarray:
         """Absolute correlation of each column of coordinates with a rating, over the rated words."""
@@ -198,10 +185,11 @@ class Geometry:
         if len(bench.vectors) < FEW:
             reason = f"{len(bench.vectors)} concepts are too few for a geometry: {FEW} are needed."
             return Outcome(tuple(_untestable(id, reason) for id in CLAIMS), (), {"reason": reason})
-        space = _Space.of(bench)
+        space, texts = _Space.of(bench), bench.activations
         by_layer = {layer: bench.vectors.at(layer).astype(np.float64) for layer in bench.vectors.layers}
-        if (embedding := space.embedding()) is not None:
-            by_layer = {-1: embedding, **by_layer}
+        if texts is not None and len(space.stories) and -1 in texts.layers:
+            means = group_means(texts.layer(-1), texts.concepts, bench.vectors.names)
+            by_layer = {-1: fit_means(means, space.basis(-1)).directions, **by_layer}
         pca = {layer: principal_components(vectors) for layer, vectors in by_layer.items()}
         refits = _refit(space)
         found, curves = _correlations(space, pca, refits)
@@ -211,7 +199,7 @@ class Geometry:
         found.append(layers)
         order = {id: i for i, id in enumerate(CLAIMS)}
         data = _data(space, pca) | {"curves": curves, "likeness": likeness, "matrix": [int(layer) for layer in matrix]}
-        return Outcome(tuple(sorted(found, key=lambda f: order[f.id])), _tables(space, pca, data), data)
+        return Outcome(tuple(sorted(found, key=lambda f: order[f.id])), (_table(space, pca),), data)
 
     def draw(self, data: Mapping[str, Any]) -> list[Figure]:
         """Draw the circumplex, similarities, ratings against components, components over layers and the likeness of layers."""
@@ -224,11 +212,11 @@ def _refit(space: _Space) -> dict[str, Any]:
     Each is ``(draws, 4)``: correlations of PC1 with pleasure and PC2 with arousal (nan without ratings), shares of PC1 and PC2.
     """
     bench, activations = space.bench, space.bench.activations
-    if space.stories is None or activations is None:
+    if activations is None or not len(space.stories):
         return {}
     names, layer = bench.vectors.names, bench.vectors.layer
-    x = activations.layer(layer)[space.stories].astype(np.float64)
-    x -= x.mean(axis=0)
+    x = activations.layer(layer)[space.stories]
+    x = (x - x.mean(axis=0, dtype=np.float64)).astype(np.float32)  # without the common offset float32 sums are exact enough
     labels = np.array([names.index(concept) for concept in activations.concepts[space.stories]])
     topics = np.unique(activations.topics[space.stories].astype(str), return_inverse=True)[1]
     basis, counts = space.basis(layer), np.bincount(labels)[:, None]
@@ -246,12 +234,13 @@ def _refit(space: _Space) -> dict[str, Any]:
         topics = np.zeros_like(topics)  # each topic has one concept: nothing could be exchanged within it
     rng = np.random.default_rng([bench.seed, 2])
     relabelled = []
-    for _ in range(space.refits["draws"]):
+    for _ in range(space.options(REFITS)["draws"]):
         rows = np.empty_like(labels)
         rows[np.argsort(topics, kind="stable")] = np.lexsort((rng.random(len(labels)), topics))
         relabelled.append(measure(rows))
     kind = "labels exchanged between stories" + (" of a topic" if topics.any() else "") + ", refitted"
-    return {"stories": stats.bootstrap_each(measure, labels, **space.refits), "relabelled": np.array(relabelled), "kind": kind}
+    resampled = stats.bootstrap_each(measure, labels, **space.options(REFITS))
+    return {"stories": resampled, "relabelled": np.array(relabelled), "kind": kind}
 
 
 def _correlations(space: _Space, pca: Mapping[int, Any], refits: Mapping[str, Any]) -> tuple[list[Finding], dict[str, Any]]:
@@ -266,15 +255,7 @@ def _correlations(space: _Space, pca: Mapping[int, Any], refits: Mapping[str, An
         return _oriented(pca[layer][0][space.rated, component], space.ratings[:, rating])
 
     def pearson(layer: int, component: int, rating: int) -> tuple[Estimate, Null]:
-        return stats.correlation_with_null(coordinate(layer, component, rating), space.ratings[:, rating], **space.options)
-
-    def best_of(candidates: Sequence[tuple[int, int]], rating: int, kind: str) -> tuple[tuple[int, int], Estimate, Null]:
-        matrix = np.stack([_standard(coordinate(*candidate, rating)) for candidate in candidates]) / len(space.rated)
-        y = _standard(space.ratings[:, rating])
-        best, null = stats.selection_adjusted_null(
-            lambda y: matrix @ y, matrix @ y, permute=lambda rng: rng.permutation(y), kind=kind, **space.options
-        )
-        return candidates[best], pearson(*candidates[best], rating)[0], null
+        return stats.correlation_with_null(coordinate(layer, component, rating), space.ratings[:, rating], **space.options())
 
     found = []
     for rating, (id, what) in enumerate((("valence", "pleasure"), ("arousal", "arousal"))):
@@ -284,13 +265,19 @@ def _correlations(space: _Space, pca: Mapping[int, Any], refits: Mapping[str, An
             again = refits["stories"][rating]
             note += f"; refits on resampled stories give {again.low:.2f} to {again.high:.2f}"
         found.append(_finding(id, estimate, null, estimate.low >= CORRELATION, f"{note}."))
-    searches: list[tuple[str, int, list[tuple[int, int]], str]] = [
-        ("arousal_component", 1, [(default, 1), (default, 2)], "ratings exchanged, better of two components"),
-        ("valence_best_layer", 0, [(layer, 0) for layer in blocks], "ratings exchanged, best of all layers"),
-        ("arousal_best_layer", 1, [(layer, c) for layer in blocks for c in (1, 2)], "ratings exchanged, best of layers and PCs"),
-    ]
-    for id, rating, candidates, kind in searches:
-        (layer, component), estimate, null = best_of(candidates, rating, kind)
+    searches: dict[str, tuple[int, list[tuple[int, int]]]] = {
+        "arousal_component": (1, [(default, 1), (default, 2)]),
+        "valence_best_layer": (0, [(layer, 0) for layer in blocks]),
+        "arousal_best_layer": (1, [(layer, component) for layer in blocks for component in (1, 2)]),
+    }
+    for id, (rating, candidates) in searches.items():
+        matrix = np.stack([_standard(coordinate(*candidate, rating)) for candidate in candidates]) / len(space.rated)
+        y, kind = _standard(space.ratings[:, rating]), f"ratings exchanged, best of {len(candidates)}"
+        best, null = stats.selection_adjusted_null(
+            matrix.__matmul__, matrix @ y, permute=_exchange(y), kind=kind, **space.options()
+        )
+        layer, component = candidates[best]
+        estimate, _ = pearson(layer, component, rating)
         note = f"PC{component + 1} at layer {layer}, the best of {len(candidates)}; the value is optimistic, p is corrected."
         found.append(_finding(id, estimate, null, estimate.low >= CORRELATION, note))
     if -1 in pca:
@@ -302,15 +289,9 @@ def _correlations(space: _Space, pca: Mapping[int, Any], refits: Mapping[str, An
             return float(np.corrcoef(here, pleasure[rows])[0, 1] - np.corrcoef(there, pleasure[rows])[0, 1])
 
         rows, keep = np.arange(len(pleasure)), np.zeros(len(pleasure), dtype=bool)
-        estimate = stats.bootstrap(lambda index: gain(index, keep), len(pleasure), **space.options)
-        null = stats.permutation_null(
-            lambda swap: gain(rows, swap),
-            estimate.value,
-            permute=lambda rng: rng.random(len(rows)) < 0.5,
-            side="greater",
-            kind="layer and embedding exchanged for each word",
-            **space.options,
-        )
+        estimate = stats.bootstrap(lambda index: gain(index, keep), len(pleasure), **space.options())
+        kind = "layer and embedding exchanged for each word"
+        null = space.null(lambda swap: gain(rows, swap), estimate.value, lambda rng: rng.random(len(rows)) < 0.5, kind=kind)
         note = f"r at layer {default} minus r = {space.r(pca[-1][0], 0)[0]:.2f} of the mean token embeddings, over words."
         found.append(_finding("beyond_embedding", estimate, null, estimate.low > 0, note))
     else:
@@ -322,6 +303,16 @@ def _correlations(space: _Space, pca: Mapping[int, Any], refits: Mapping[str, An
     return found, curves
 
 
+def _exchange(values: np.ndarray) -> _Permute:
+    return lambda rng: rng.permutation(values)
+
+
+def _recorded(values: np.ndarray) -> _Permute:
+    """Arrangements that were measured beforehand, one after the other."""
+    rest = iter(values)
+    return lambda rng: next(rest)
+
+
 def _shares(space: _Space, pca: Mapping[int, Any], refits: Mapping[str, Any]) -> list[Finding]:
     found = []
     layer = space.bench.vectors.layer
@@ -330,7 +321,8 @@ def _shares(space: _Space, pca: Mapping[int, Any], refits: Mapping[str, Any]) ->
         raw, where = refits["stories"][2:], "interval from refits on resampled stories"
     else:
         vectors = space.bench.vectors.at(layer)
-        raw = stats.bootstrap_each(lambda rows: 100 * principal_components(vectors[rows], 2)[1], len(vectors), **space.refits)
+        options = space.options(REFITS)
+        raw = stats.bootstrap_each(lambda rows: 100 * principal_components(vectors[rows], 2)[1], len(vectors), **options)
         where = "interval over words and no null, since there are no stories to refit on: at most weak"
     for j, (id, published) in enumerate((("pc1_share", 26.0), ("pc2_share", 15.0))):
         # Resampling adds noise once more and shifts the share; reflecting its distribution around the value undoes the shift.
@@ -338,15 +330,8 @@ def _shares(space: _Space, pca: Mapping[int, Any], refits: Mapping[str, Any]) ->
         estimate = replace(raw[j], value=float(value[j]), low=min(ends[0], value[j]), high=max(ends[1], value[j]), unit="%")
         null = None
         if refits:
-            drawn = iter(refits["relabelled"][:, 2 + j])
-            null = stats.permutation_null(
-                float,
-                estimate.value,
-                permute=lambda _, drawn=drawn: next(drawn),  # type: ignore[misc]
-                draws=len(refits["relabelled"]),
-                side="greater",
-                kind=refits["kind"],
-            )
+            drawn = refits["relabelled"][:, 2 + j]
+            null = space.null(float, estimate.value, _recorded(drawn), draws=len(drawn), kind=refits["kind"])
         near = published / 2 <= estimate.value <= published * 2
         found.append(_finding(id, estimate, null, near, f"Layer {layer}; {where}."))
     return found
@@ -365,15 +350,9 @@ def _opposites(space: _Space) -> Finding:
         return float(cosines[np.ix_(rows[sign], rows[~sign])].mean())
 
     every = np.arange(len(rows))
-    estimate = stats.bootstrap(lambda index: across(index, sign), sign, **space.options)
-    null = stats.permutation_null(
-        lambda sign: across(every, sign),
-        estimate.value,
-        permute=lambda rng: rng.permutation(sign),
-        side="less",
-        kind="signs exchanged between words",
-        **space.options,
-    )
+    estimate = stats.bootstrap(lambda index: across(index, sign), sign, **space.options())
+    how = {"side": "less", "kind": "signs exchanged between words"}
+    null = space.null(lambda sign: across(every, sign), estimate.value, _exchange(sign), **how)
     same = (sign[:, None] == sign) & ~np.eye(len(sign), dtype=bool)
     note = f"Mean cosine of {sign.sum()} pleasant with {(~sign).sum()} unpleasant words at layer {space.bench.vectors.layer}; "
     return _finding("opposites", estimate, null, estimate.high < 0, f"{note}within a sign it is {cosines[same].mean():.2f}.")
@@ -393,9 +372,9 @@ def _families(space: _Space) -> list[Finding]:
     directions = space.bench.vectors.at().astype(np.float64)[rows]
     tries = [KMeans(k, n_init=10, random_state=seed + i).fit(directions) for i in range(5)]
     best = min(tries, key=lambda made: made.inertia_)
-    estimate, null = stats.adjusted_rand_with_null(best.labels_, clusters, **space.options)
+    estimate, null = stats.adjusted_rand_with_null(best.labels_, clusters, **space.options())
     others = [stats.adjusted_rand_with_null(made.labels_, clusters, draws=1)[0].value for made in tries]
-    note = f"Adjusted Rand index of k-means (k = {k}, best of 50 starts) with the published clusters at layer {layer}; five seeds "
+    note = f"Adjusted Rand index of k-means (k = {k}, best of 50 starts) with published clusters at layer {layer}; five seeds "
     found = [_finding("clusters", estimate, null, estimate.value >= ARI, f"{note}give {min(others):.2f} to {max(others):.2f}.")]
     cosines = directions @ directions.T
 
@@ -405,15 +384,9 @@ def _families(space: _Space) -> list[Finding]:
         return float(values[same & other].mean() - values[~same].mean())
 
     every = np.arange(len(rows))
-    estimate = stats.bootstrap(lambda index: difference(index, clusters[index]), clusters, **space.options)
-    null = stats.permutation_null(
-        lambda own: difference(every, own),
-        estimate.value,
-        permute=lambda rng: rng.permutation(clusters),
-        side="greater",
-        kind="clusters exchanged between words",
-        **space.options,
-    )
+    estimate = stats.bootstrap(lambda index: difference(index, clusters[index]), clusters, **space.options())
+    how = "clusters exchanged between words"
+    null = space.null(lambda own: difference(every, own), estimate.value, _exchange(clusters), kind=how)
     note = f"Mean cosine within clusters minus between them, {len(rows)} words, layer {layer}."
     return [*found, _finding("cohesion", estimate, null, estimate.low > 0, note)]
 
@@ -440,15 +413,10 @@ def _likeness(space: _Space, by_layer: Mapping[int, np.ndarray]) -> tuple[Findin
     if len(late) < 2:
         return _untestable("layers", "Needs vectors at two layers or more beyond a third of the depth."), layers, table
     chosen = cosines[late]
-    estimate = stats.bootstrap(lambda rows: mean_off(alike(chosen, np.tile(rows, (len(late), 1)))), n, **space.refits)
-    null = stats.permutation_null(
-        lambda rows: mean_off(alike(chosen, rows)),
-        estimate.value,
-        permute=lambda rng: rng.permuted(np.tile(np.arange(n), (len(late), 1)), axis=1),
-        side="greater",
-        kind="words exchanged within each layer",
-        **space.refits,
-    )
+    estimate = stats.bootstrap(lambda rows: mean_off(alike(chosen, np.tile(rows, (len(late), 1)))), n, **space.options(REFITS))
+    each = np.tile(np.arange(n), (len(late), 1))
+    how = space.options(REFITS) | {"kind": "words exchanged within each layer"}
+    null = space.null(lambda rows: mean_off(alike(chosen, rows)), estimate.value, lambda rng: rng.permuted(each, axis=1), **how)
     note = f"Mean correlation between the cosine matrices of layers {', '.join(map(str, layers[late]))}; interval over words"
     if layers[0] == -1:
         note += f"; with the token embeddings' matrix theirs correlate {matrix[0, late].mean():.2f}"
@@ -482,15 +450,13 @@ def _data(space: _Space, pca: Mapping[int, Any]) -> dict[str, Any]:
         "x": _round(plane[order, 0]),
         "y": _round(plane[order, 1]),
         "cosines": [_round(row) for row in vectors.similarity()[np.ix_(order, order)]],
-        "rated": [
-            [vectors.names[i], *map(float, ratings), *_round(plane[i])] for i, ratings in zip(space.rated, space.ratings, strict=True)
-        ],
+        "rated": [[vectors.names[i], *_round(space.ratings[j]), *_round(plane[i])] for j, i in enumerate(space.rated)],
         "layers": list(pca),
         "shares": [_round(100 * share[:5]) for _, share in pca.values()],
     }
 
 
-def _tables(space: _Space, pca: Mapping[int, Any], data: dict[str, Any]) -> tuple[Table, ...]:
+def _table(space: _Space, pca: Mapping[int, Any]) -> Table:
     vectors = space.bench.vectors
     raw = vectors.at().astype(np.float64) * vectors.norms[vectors.row()][:, None]
     (unit, share), (long, long_share) = pca[vectors.layer], principal_components(raw)
@@ -503,49 +469,27 @@ def _tables(space: _Space, pca: Mapping[int, Any], data: dict[str, Any]) -> tupl
     rows = [(f"PC{i + 1}", *(None if c[i] is None else round(float(c[i]), 4) for c in columns)) for i in range(unit.shape[1])]
     head = ("component", "%", "|r| pleasure", "|r| arousal", "% (raw)", "|r| pleasure (raw)", "|r| arousal (raw)")
     caption = "Share of variance and absolute correlation with human ratings; raw: contrasts that were not scaled to unit length."
-    made = [Table("components", f"Components at layer {vectors.layer}", caption, head, tuple(rows))]
-    curves = data["curves"]
-    made.append(
-        Table(
-            "layers",
-            "Components at every layer",
-            "Shares of the first two components, and |r| with human ratings. Layer -1 is the mean token embedding.",
-            ("layer", "PC1 %", "PC2 %", *curves),
-            tuple(
-                (layer, *data["shares"][i][:2], *(curve[0][i] for curve in curves.values())) for i, layer in enumerate(data["layers"])
-            ),
-        )
-    )
-    return tuple(made)
+    return Table("components", f"Components at layer {vectors.layer}", caption, head, tuple(rows))
 
 
 def _figures(data: Mapping[str, Any]) -> list[Figure]:
     from affectlens.figures import PALETTE, blank, circumplex, heat_map, layer_curves, to_figure
 
-    names, clusters, layer = data["names"], data["clusters"], data["layer"]
-    groups = clusters if len(set(clusters)) > 1 else None
+    names, layer, rated = data["names"], data["layer"], data["rated"]
+    groups = data["clusters"] if len(set(data["clusters"])) > 1 else None
     titles = ("PC1, towards pleasant", "PC2, towards aroused") if data["curves"] else ("PC1", "PC2")
-    plane = circumplex(names, data["x"], data["y"], groups, titles=titles)
-    cosines = heat_map(data["cosines"], names, groups)
+    plane, cosines = circumplex(names, data["x"], data["y"], groups, titles=titles), heat_map(data["cosines"], names, groups)
     made = [
         to_figure("circumplex", f"The first two components at layer {layer}", "Each point is a concept.", plane),
         to_figure("similarity", f"Cosines between vectors at layer {layer}", "Clusters from unpleasant to pleasant.", cosines),
     ]
-    for j, (what, component) in enumerate((("pleasure", "PC1"), ("arousal", "PC2"))):
-        if not data["curves"]:
-            break
-        dots = blank(x=f"human {what} rating", y=component)
-        dots.add_scatter(
-            x=[row[1 + j] for row in data["rated"]],
-            y=[row[3 + j] for row in data["rated"]],
-            text=[row[0] for row in data["rated"]],
-            mode="markers",
-            marker={"color": PALETTE[j], "size": 8},
-            hovertemplate="%{text}<br>%{x:.2f}, %{y:.2f}<extra></extra>",
-        )
-        caption = f"{len(data['rated'])} words rated by people, layer {layer}."
-        made.append(to_figure(what, f"{component} and human {what}", caption, dots))
     if data["curves"]:
+        text, hover = [row[0] for row in rated], "%{text}<br>%{x:.2f}, %{y:.2f}<extra></extra>"
+        for j, (what, component) in enumerate((("pleasure", "PC1"), ("arousal", "PC2"))):
+            dots, marker = blank(x=f"human {what} rating", y=component), {"color": PALETTE[j], "size": 8}
+            x, y = [row[1 + j] for row in rated], [row[3 + j] for row in rated]
+            dots.add_scatter(x=x, y=y, text=text, mode="markers", marker=marker, hovertemplate=hover)
+            made.append(to_figure(what, f"{component} and human {what}", f"{len(rated)} rated words, layer {layer}.", dots))
         along = layer_curves(data["layers"], data["curves"], y="|r| with human ratings", mark=layer)
         caption = "95 % intervals over words. Layer -1 is the mean token embedding."
         made.append(to_figure("along", "Components and ratings over layers", caption, along))

@@ -253,7 +253,7 @@ def _shown(tokens: Iterable[str]) -> str:
 def _tables(data: Mapping[str, Any]) -> tuple[Table, ...]:
     promoted = "The five tokens with the highest and with the lowest logit; \u2423 is a space. The paper's twelve come first."
     lifts = (
-        "Lift: largest z-score over the vocabulary among the concept's own tokens (the first six are listed), beside the median and "
+        "Lift: largest z-score over the vocabulary among the concept's own tokens (six are listed), beside the median and "
         "95 % of random directions of equal length; q is corrected for the number of concepts (Benjamini and Hochberg)."
     )
     head = ("concept", "own tokens", "lift", "percentile", "AUROC", "random", "random 95 %", "p", "q")

@@ -19,7 +19,7 @@ Declared before any data is seen:
   wider where topics differ in difficulty.
 * **Conditions.** Every concept occurs in at least three folds: one is held out, one chooses, one trains.
 
-Source: ours; the paper gives no such number. Method 4 (vectors), 22 (row 10, centring), 23.1 (replications' accuracies).
+Source: ours, the paper gives no such number; method 4, 22 (row 10, centring), 23.1 (replications).
 """
 
 from __future__ import annotations
@@ -43,24 +43,22 @@ ALPHA = 0.05
 KS = (1, 3, 5)
 MANY = 50
 """Above so many concepts top 5 is reported too and chooses the layer: among near-synonyms the first place is luck."""
-GAIN = 0.2
-"""Part of the way from chance to 1 that the lower end of the interval must have covered for an accuracy to hold."""
-AUROC = 0.75
-"""What the lower end of the interval must reach for the AUROC to hold."""
+GAIN, AUROC = 0.2, 0.75
+"""What the lower end of the interval must reach: so much of the way from chance to 1 for an accuracy; this for the AUROC."""
 
 _ACCURACY = (
     f"holds: p <= {ALPHA} and the lower end of the interval is at least {GAIN:.0%} of the way from chance to 1; "
     f"weak: p <= {ALPHA} only; fails: otherwise"
 )
 _AREA = f"holds: p <= {ALPHA}, lower end of the interval at least {AUROC}; weak: p <= {ALPHA} only; fails: otherwise"
-_GAIN = f"holds: p <= {ALPHA} and the interval above 0; weak: above 0 but not both; fails: 0 or below"
+_MORE = f"holds: p <= {ALPHA} and the interval above 0; weak: above 0 but not both; fails: 0 or below"
 CLAIMS: dict[str, tuple[str, str]] = {
     "top1": ("The vectors name the concept of a text on a new topic", _ACCURACY),
     "top3": ("The concept of a text on a new topic is among the three strongest readings", _ACCURACY),
     "top5": ("The concept of a text on a new topic is among the five strongest readings", _ACCURACY),
     "auroc": ("Texts on new topics read higher on their own concept than texts of other concepts do", _AREA),
     "best_layer": ("At the best layer the vectors name the concept of a text on a new topic", _ACCURACY),
-    "beats_embedding": ("The residual stream separates concepts better than the mean token embedding does", _GAIN),
+    "beats_embedding": ("The residual stream separates concepts better than the mean token embedding does", _MORE),
 }
 _REPLICATIONS = "not in the paper; replications with 5 to 20 concepts report 0.64 to 0.92 with probes and splits of their own"
 _COLUMNS = (*(f"top {k}" for k in KS), "AUROC")
@@ -224,8 +222,8 @@ def _measure_layers(bench: Bench, design: _Design, choice: int) -> tuple[np.ndar
     """Every layer under the real labels and, after these, under SHUFFLES exchanges of them.
 
     Returns:
-        Hits for each of ``KS`` and placement of each text, real labels only, ``(L, n, S)``; what each fold adds to their macro
-        means ``(1 + SHUFFLES, L, folds, S)``; and the accuracy among the other folds, which chooses a fold's layer.
+        Hits for each of ``KS`` and placement of each text, real labels, ``(L, n, S)``; what each fold adds to their macro means
+        ``(1 + SHUFFLES, L, folds, S)``; the accuracy among the other folds, which chooses a fold's layer.
     """
     assert bench.activations is not None  # _plan gives a reason otherwise
     rng = np.random.default_rng([bench.seed, 1])
@@ -271,7 +269,7 @@ class Separation:
             bench: Needs ``activations``; ``neutral`` is projected out as in the vectors; ``draws`` is for intervals.
 
         Returns:
-            Findings, a table over layers, one over concepts, and the data of four figures.
+            Findings, a table over concepts, and the data of four figures.
         """
         plan = _plan(bench)
         if isinstance(plan, str):
@@ -285,10 +283,9 @@ class Separation:
 
 
 def best_layer(data: Mapping[str, Any]) -> int:
-    """The layer to read at: the one with vectors whose held-out accuracy over all folds is best.
+    """The layer to read at, from the outcome's data: the one whose held-out accuracy over all folds is best.
 
-    Args:
-        data: The outcome's data; when the study was untestable they name the vectors' own layer.
+    When the study was untestable it is the vectors' own layer.
 
     Example:
         >>> best_layer({"layer": 18})
@@ -298,15 +295,14 @@ def best_layer(data: Mapping[str, Any]) -> int:
 
 
 def _untestable(id: str, reason: str) -> Finding:
-    claim, rule = CLAIMS[id]
-    return Finding(NAME, id, claim, None, None, None, "untestable", rule, f"{reason[0].upper()}{reason[1:]}.")
+    return Finding(NAME, id, CLAIMS[id][0], None, None, None, "untestable", CLAIMS[id][1], f"{reason[0].upper()}{reason[1:]}.")
 
 
-def _tested(id: str, estimate: Estimate, null: Null, note: str, *, chance: float, published: str | None = None) -> Finding:
-    needed = {"auroc": AUROC, "beats_embedding": np.nextafter(0, 1)}.get(id, chance + GAIN * (1 - chance))
-    verdict: Verdict = "fails"
-    if null.p <= ALPHA or (id == "beats_embedding" and estimate.value > 0):
-        verdict = "holds" if null.p <= ALPHA and estimate.low >= needed else "weak"
+def _tested(id: str, estimate: Estimate, null: Null, note: str, *, needed: float) -> Finding:
+    verdict: Verdict = "holds" if null.p <= ALPHA and estimate.low >= needed else "weak"
+    if null.p > ALPHA and (id != "beats_embedding" or estimate.value <= 0):
+        verdict = "fails"
+    published = _REPLICATIONS if id == "top1" else None
     return Finding(NAME, id, CLAIMS[id][0], estimate, null, published, verdict, CLAIMS[id][1], note)
 
 
@@ -320,7 +316,7 @@ def _measure(bench: Bench, design: _Design) -> Outcome:
     assert bench.activations is not None
     layers, n, folds = np.array(bench.activations.layers), len(design.names), np.arange(design.fold.max() + 1)
     choice = KS[-1] if n > MANY else 1
-    column, chance = KS.index(choice), choice / n
+    column = KS.index(choice)
     texts, parts, inner = _measure_layers(bench, design, choice)
     blocks = np.flatnonzero(layers >= 0)
     picked = blocks[inner[:, blocks].argmax(axis=1)]  # (1 + SHUFFLES, folds): each fold's layer, chosen without it
@@ -345,41 +341,38 @@ def _measure(bench: Bench, design: _Design) -> Outcome:
     where = f"{len(design.rows)} texts, {n} concepts, {len(folds)} folds of {_DEALT[design.exchanged]}"
     chosen = ", ".join(str(layers[i]) for i in picked[0])
     findings = []
-    for id, j in (("top1", 0), ("top3", 1), ("top5", 2), ("auroc", 3)):
-        level = 0.5 if id == "auroc" else KS[j] / n
-        if id == "top5" and n <= MANY:
-            continue
+    asked = [("top1", 0, 1 / n), ("top3", 1, 3 / n), ("top5", 2, 5 / n), ("auroc", 3, 0.5)]
+    for id, j, level in asked if n > MANY else [asked[0], asked[1], asked[3]]:
         if level >= 1:
-            findings.append(_untestable(id, f"with {n} concepts, top {KS[j]} is always right"))
+            findings.append(_untestable(id, f"with {n} concepts, {_COLUMNS[j]} is always right"))
             continue
         note = f"At the layer chosen on the training folds ({chosen}); {where}; chance {level:.3g}"
         note += f"; interval over topics {across[j].low:.2f} to {across[j].high:.2f}." if across else "."
-        null = _drawn(nested[:, j], f"{kind}, layer chosen again")
-        findings.append(_tested(id, estimates[j], null, note, chance=level, published=_REPLICATIONS if id == "top1" else None))
+        needed = AUROC if id == "auroc" else GAIN + (1 - GAIN) * level
+        findings.append(_tested(id, estimates[j], _drawn(nested[:, j], f"{kind}, layer chosen again"), note, needed=needed))
     curves = [over_texts(values) for values in texts]
     # Every relabelling looks for its own best layer, so the null is of the best of all.
     null = _drawn(macro[:, blocks, column].max(axis=1), f"{kind}, best of all layers")
     note = f"Top {choice} at layer {layers[best]}; chosen by looking at these texts, so the value is a little high; {where}."
-    findings.append(_tested("best_layer", curves[best][column], null, note, chance=chance))
+    findings.append(_tested("best_layer", curves[best][column], null, note, needed=GAIN + (1 - GAIN) * choice / n))
     if -1 in layers:
         gain = held_out[:, [column]] - texts[layers == -1][0][:, [column]]
         null = stats.permutation_null(
-            lambda sign: float((weights * sign) @ gain[:, 0]),
+            lambda sign: float(sign @ gain[:, 0]),
             float(weights @ gain[:, 0]),
-            permute=lambda rng: rng.choice((-1.0, 1.0), size=len(gain)),
-            side="greater",
+            permute=lambda rng: rng.choice((-1, 1), size=len(gain)) * weights,
             kind="layer and embedding exchanged for each text",
-            **options,
+            **options | {"side": "greater"},
         )
         note = f"Top {choice} at the layer chosen on the training folds minus top {choice} of the mean token embedding; {where}."
-        findings.append(_tested("beats_embedding", over_texts(gain)[0], null, note, chance=0))
+        findings.append(_tested("beats_embedding", over_texts(gain)[0], null, note, needed=np.nextafter(0, 1)))
     else:
         findings.append(_untestable("beats_embedding", "the activations were collected without the embedding, layer -1"))
     layer = int(layers[best])
-    values = bench.activations.layer(layer)[design.rows]
-    scores = held_out_scores(values, design.labels, fold=design.fold, basis=_basis(bench, layer))
+    x, basis = bench.activations.layer(layer)[design.rows], _basis(bench, layer)
+    scores = held_out_scores(x, design.labels, fold=design.fold, basis=basis)
     band = np.quantile(macro[1:], [0.5, 0.025, 0.975], axis=0)
-    data = {
+    data: dict[str, Any] = {
         "layer": layer,
         "choice": _COLUMNS[column],
         "layers": layers.tolist(),
@@ -395,7 +388,10 @@ def _measure(bench: Bench, design: _Design) -> Outcome:
         "concepts": _concepts(design, texts[best], scores, options),
         "readings": [_round(scores[design.labels == c].mean(axis=0)) for c in range(n)],
     }
-    return Outcome(tuple(findings), _tables(data), data)
+    head = ("concept", "texts", "top 1", "AUROC", "low", "high", "q", "reads like")
+    caption = "Worst first; 95 % interval over texts; q after Benjamini and Hochberg; last: the other concept read highest."
+    table = Table("concepts", f"Each concept at layer {layer}", caption, head, tuple(map(tuple, data["concepts"])))
+    return Outcome(tuple(findings), (table,), data)
 
 
 def _concepts(design: _Design, texts: np.ndarray, scores: np.ndarray, options: dict[str, Any]) -> list[list[Any]]:
@@ -425,18 +421,6 @@ def _round(values: Any) -> list[float]:
     return [round(float(value), 5) for value in values]
 
 
-def _tables(data: Mapping[str, Any]) -> tuple[Table, ...]:
-    curves, above = data["curves"], data["curves"][data["choice"]]["shuffled"][2]
-    rows = [(layer, *(curves[label]["real"][0][i] for label in _COLUMNS), above[i]) for i, layer in enumerate(data["layers"])]
-    layers = f"Means over concepts; layer -1 is the mean token embedding. 97.5 % of relabellings are below the last ({data['choice']})."
-    concepts = "Worst first; 95 % interval over texts; q after Benjamini and Hochberg; the other concept that they read highest on."
-    head = ("concept", "texts", "top 1", "AUROC", "low", "high", "q", "reads like")
-    return (
-        Table("layers", "Separation at every layer", layers, ("layer", *_COLUMNS, "relabelled"), tuple(rows)),
-        Table("concepts", f"Each concept at layer {data['layer']}", concepts, head, tuple(map(tuple, data["concepts"]))),
-    )
-
-
 def _figures(data: Mapping[str, Any]) -> list[Figure]:
     from scipy.cluster.hierarchy import average, leaves_list
 
@@ -446,8 +430,7 @@ def _figures(data: Mapping[str, Any]) -> list[Figure]:
         real = {label: data["curves"][label]["real"] for label in labels}
         return real | {f"{label}, relabelled": data["curves"][label]["shuffled"] for label in labels}
 
-    layer = data["layer"]
-    second = "top 3" if data["choice"] == "top 1" else data["choice"]
+    layer, second = data["layer"], "top 3" if data["choice"] == "top 1" else data["choice"]
     accuracy = layer_curves(data["layers"], curves("top 1", second), y="held-out accuracy", mark=layer)
     auroc = layer_curves(data["layers"], curves("AUROC"), y="held-out AUROC", chance=0.5, mark=layer)
     rows = data["concepts"] if len(data["concepts"]) <= 40 else data["concepts"][:20] + data["concepts"][-20:]

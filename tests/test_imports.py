@@ -1,0 +1,165 @@
+"""The arrows of the design, read from the source: who may import whom, what is never loaded early, what is never used at all."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import affectlens
+
+SOURCE = Path(affectlens.__file__).parent
+MODULES = {
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(SOURCE.rglob("*.py"))
+    if path != SOURCE / "__init__.py"
+}
+NOUNS = ("concepts", "activations", "vectors", "stats", "runs", "models", "exchange", "figures")
+VERBS = ("discovery", "pipeline", "studies")
+DOORS = ("cli", "report")
+ENGINES = tuple(name for name in MODULES if name.startswith("engines."))
+STUDIES = tuple(name for name in MODULES if name.startswith("studies."))
+HEAVY = ("torch", "transformers", "accelerate", "safetensors", "pandas", "pyarrow", "plotly", "scipy", "sklearn", "rich", "gguf")
+VAGUE = ("utils", "util", "helpers", "helper", "common", "manager", "factory", "misc", "base", "core")
+
+
+def imports(path: Path, *, lazy: bool = True, typing: bool = False) -> Iterator[str]:
+    """The full name of every module (or name in a module) that a file imports.
+
+    Args:
+        path: The file.
+        lazy: Also imports inside functions.
+        typing: Also what stands under ``if TYPE_CHECKING``.
+    """
+
+    def walk(node: ast.AST) -> Iterator[str]:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide where a module comes from"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not lazy:
+            return
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not typing:
+            for child in node.orelse:
+                yield from walk(child)
+        else:
+            for child in ast.iter_child_nodes(node):
+                yield from walk(child)
+
+    yield from walk(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def ours(module: str, *, lazy: bool = True, typing: bool = False) -> set[str]:
+    """Which of our modules a module imports, ``engines.toy`` or ``vectors``."""
+    found = set()
+    for name in imports(MODULES[module], lazy=lazy, typing=typing):
+        parts = name.split(".")
+        if parts[0] == "affectlens":
+            found |= {inner for n in range(2, len(parts) + 1) if (inner := ".".join(parts[1:n])) in MODULES}
+            assert len(parts) > 1, f"{module} imports all of affectlens: name the module"
+    return found
+
+
+def test_the_rings_are_complete() -> None:
+    """A new module has to be put into a ring, or nothing guards it."""
+    known = {"engine", "errors", "engines", *NOUNS, *VERBS, *DOORS, *ENGINES, *STUDIES}
+    assert set(MODULES) == known
+
+
+def test_errors_import_nothing_of_ours() -> None:
+    assert ours("errors", typing=True) == set()
+
+
+def test_the_seam_imports_only_errors() -> None:
+    assert ours("engine", lazy=False, typing=True) == {"errors"}
+    # open_engine alone knows the backends, when it is called.
+    assert ours("engine") == {"errors", "engines", "engines.toy", "engines.hf"}
+
+
+@pytest.mark.parametrize("noun", NOUNS)
+def test_nouns_import_nouns(noun: str) -> None:
+    allowed = {"engine", "errors", *NOUNS}
+    if noun == "figures":
+        allowed.add("studies")  # the plain Figure that it fills
+    assert ours(noun, typing=True) - {noun} <= allowed
+    assert ours(noun) & {*VERBS, *DOORS, *ENGINES, *STUDIES} <= allowed
+
+
+@pytest.mark.parametrize("verb", ["discovery", "pipeline", "studies"])
+def test_verbs_import_no_backend_and_no_door(verb: str) -> None:
+    doors = {"report"} if verb == "pipeline" else set()  # the main job ends in a report
+    assert ours(verb, typing=True) & {"engines", *ENGINES, *DOORS} <= doors
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engines_import_the_seam_and_each_other(engine: str) -> None:
+    assert ours(engine, typing=True) - {engine} <= {"engine", "errors", "models", "engines", *ENGINES}
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_study_imports_no_other_study_no_backend_and_no_verb(study: str) -> None:
+    assert ours(study, typing=True) <= {"engine", "errors", "studies", *NOUNS}
+
+
+def test_no_module_has_a_name_that_says_nothing() -> None:
+    assert not {part for name in MODULES for part in name.split(".")} & set(VAGUE)
+
+
+def loaded(statement: str) -> set[str]:
+    """Top-level packages in ``sys.modules`` of a new process after a statement."""
+    code = f"{statement}\nimport json, sys\nprint(json.dumps(sorted({{name.partition('.')[0] for name in sys.modules}})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("statement", ["import affectlens", "import affectlens.cli"])
+def test_importing_loads_nothing_heavy(statement: str) -> None:
+    assert loaded(statement) & {*HEAVY, "numpy"} == set()
+
+
+def test_nouns_and_verbs_do_without_torch() -> None:
+    """Vectors can be read, compared and exported where no torch is loaded."""
+    modules = ", ".join(f"affectlens.{name}" for name in (*NOUNS, *VERBS, *DOORS, "engine", "engines.toy"))
+    assert loaded(f"import {modules}") & {"torch", "transformers", "accelerate"} == set()
+
+
+def test_every_exported_name_resolves() -> None:
+    assert affectlens.__all__ == sorted(affectlens.__all__)
+    assert {name: getattr(affectlens, name).__name__ for name in affectlens.__all__} == {
+        name: name for name in affectlens.__all__
+    }
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = affectlens.nothing
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_that_runs_strangers_code(module: str) -> None:
+    text = MODULES[module].read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    banned = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "pandas"}
+    assert {name.partition(".")[0] for name in imports(MODULES[module], typing=True)} & banned == set()
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        called = ast.unparse(call.func)
+        assert called not in ("eval", "exec", "compile", "__import__", "os.system", "torch.load", "np.load"), (
+            f"{module}: {called}"
+        )
+        for keyword in call.keywords:
+            risky = keyword.arg in ("trust_remote_code", "shell", "allow_pickle", "weights_only")
+            assert not risky, f"{module}: {called}({keyword.arg}=...)"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_is_printed_or_patched_on_import(module: str) -> None:
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'":
+            continue
+        assert not isinstance(node, ast.Global | ast.For | ast.While | ast.With), f"{module}:{node.lineno}"
+        if isinstance(node, ast.Expr):
+            assert isinstance(node.value, ast.Constant), f"{module}:{node.lineno} runs {ast.unparse(node)[:60]}"
