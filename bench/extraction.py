@@ -291,8 +291,8 @@ class Bench:
         say(f"  {subject.key:24} float32 error {error:.1e}{'' if error < EXACT_ERROR else ': WRONG'}")
         return {"error_float32": error, "right": error < EXACT_ERROR, "versions": answer["versions"]}
 
-    def peak(self) -> dict[str, float]:
-        """The machine's matrix-multiply peak now, in 10^12 operations per second, by dtype."""
+    def peak(self) -> dict[str, dict[str, float]]:
+        """The machine's matrix-multiply peak now, in 10^12 operations per second, by dtype and clock."""
         job = {"threads": self.threads, "width": self.shapes.width, "hidden": self.shapes.hidden}
         done = self._process(sys.executable, "peak.py", job)
         done.check_returncode()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from affectlens.vectors import ConceptVectors
 
 QUICK = {"per_concept": 5, "max_tokens": 160}
-"""``--quick``: a first look at the rated and showcase words, from few and short stories."""
+"""``--quick`` where stories are written: few and short ones."""
 
 
 class Commands(click.Group):
@@ -31,7 +31,8 @@ class Commands(click.Group):
             click.echo(f"affectlens: {error}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
-            click.echo("affectlens: interrupted; run the same command again to go on", err=True)
+            resumable = ctx.invoked_subcommand in ("study", "discover")
+            click.echo(f"affectlens: interrupted{'; the same command goes on' if resumable else ''}", err=True)
             ctx.exit(1)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -57,7 +58,9 @@ def shared(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
             "--concepts", default="emotions", show_default=True, help="Bundled set, or a TOML file of your own."
         ),
         "stories": click.option(
-            "--stories", default="model", show_default=True, help="model (it writes them), or a JSONL or parquet file or folder."
+            "--stories",
+            help="model (it writes them), bundled (50 words), or a JSONL or parquet file or folder.  "
+            "[default: model; bundled with --quick]",
         ),
         "writer": click.option("--writer", metavar="MODEL", help="Another model to write the stories."),
         "neutral": click.option(
@@ -78,9 +81,11 @@ def shared(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         ),
         "per_token": click.option("--per-token", is_flag=True, help="Neutral components over tokens instead of texts."),
         "seed": click.option(
-            "--seed", type=int, default=0, show_default=True, help="Of writing, topics, resamples and permutations."
+            "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of writing, topics, resamples and permutations."
         ),
-        "quick": click.option("--quick", is_flag=True, help="A first look: 50-odd words, five short stories each."),
+        "quick": click.option(
+            "--quick", is_flag=True, help="A first look: the 50 words that are rated or shown in the paper, five stories each."
+        ),
         "fresh": click.option("--fresh", is_flag=True, help="Discard what the run directory holds."),
         "layer": click.option("--layer", type=int, help="Layer.  [default: that of the vectors]"),
         "json": click.option("--json", "as_json", is_flag=True, help="Print JSON."),
@@ -114,7 +119,7 @@ def study(model: str, only: str | None, draws: int, **options: Any) -> None:
     from affectlens.pipeline import study_run
     from affectlens.studies import STUDIES, load_study
 
-    names = tuple(name.strip() for name in only.split(",")) if only else STUDIES
+    names = tuple(name.strip() for name in only.split(",") if name.strip()) if only else STUDIES
     for name in names:
         load_study(name)
     engine, source, run, recipe, writer = _open(model, **options)
@@ -137,7 +142,7 @@ def discover(model: str, **options: Any) -> None:
         found = make_vectors(engine, source, run, recipe, writer=writer)
         vectors = found.vectors
         click.echo(f"{len(vectors)} vectors at {len(vectors.layers)} layers: {run.path.resolve() / 'vectors'}")
-        click.echo(f"stories: {found.stories['source']}, {found.stories['counts']}")
+        click.echo(f"stories: {found.stories['source']}, {', '.join(f'{n} {why}' for why, n in found.stories['counts'].items())}")
         click.echo(f"To resume or repeat: {run.command}", err=True)
 
 
@@ -146,7 +151,7 @@ def _open(
     *,
     out: Path | None,
     concepts: str,
-    stories: str,
+    stories: str | None,
     writer: str | None,
     per_concept: int | None,
     quick: bool,
@@ -161,17 +166,24 @@ def _open(
     from affectlens.pipeline import SHOWCASE
 
     wanted = ConceptSet.load(concepts)
+    if stories and stories != "model" and writer:
+        raise click.UsageError("--writer writes stories, --stories reads them: give one of the two")
+    stories = stories or ("bundled" if quick and concepts == "emotions" and not writer else "model")
     if quick and concepts == "emotions":
         rated = {concept.name for concept in wanted.rated()}
         wanted = wanted.select([name for name in wanted.names if name in rated or name in SHOWCASE])
     chosen: dict[str, Any] = {**(QUICK if quick else {}), **({"per_concept": per_concept} if per_concept else {}), **recipe}
-    if stories != "model" and writer:
-        raise click.UsageError("--writer writes stories, --stories reads them: give one of the two")
     settings = Recipe(**chosen)
     engine = _engine(model, device=device, dtype=dtype)
     other = _engine(writer, device=device, dtype=dtype) if writer else None
     source = open_stories(stories, wanted, other or engine, settings)
-    out = out or Path("runs") / (engine.info.id.strip("/").split("/")[-1] + ("-quick" if quick else ""))
+    out = out or Path("runs") / "-".join(
+        [
+            Path(engine.info.id).absolute().resolve().name,
+            *([wanted.name] if concepts != "emotions" else []),
+            *(["quick"] if quick else []),
+        ]
+    )
     command = shlex.join(["affectlens", *sys.argv[1:]])
     return engine, source, open_run(out, engine, source, settings, command=command, fresh=fresh), settings, other
 
@@ -225,7 +237,7 @@ def steer(vectors: str, prompt: str, added: str, compare: bool, **options: Any) 
 )
 @shared("layer", "model", "device", "dtype", "allow", "json")
 def score(vectors: str, file: str, top: int, kind: Any, **options: Any) -> None:
-    """Score the texts of FILE (JSONL with a text field, parquet, or plain text; - is stdin), mean over tokens."""
+    """Score the texts of FILE (JSONL with a text field, parquet, or one plain text; - reads one from stdin), mean over tokens."""
     from affectlens.engine import Request, Where
 
     texts = _texts(file)
@@ -250,7 +262,7 @@ def _texts(file: str) -> list[str]:
     if file != "-" and path.suffix in (".jsonl", ".parquet"):
         return [text.text for text in read_texts(path, labelled=False)]
     try:
-        text = sys.stdin.read() if file == "-" else path.read_text(encoding="utf-8")
+        text = sys.stdin.buffer.read().decode("utf-8") if file == "-" else path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise FormatError(f"{file} cannot be read ({error}): name a UTF-8 text, JSONL or parquet file, or - for stdin") from None
     if not text.strip():
@@ -260,9 +272,9 @@ def _texts(file: str) -> list[str]:
 
 @main.command()
 @click.argument("path")
-@shared("json", "layer")
-@click.option("--lens", is_flag=True, help="For vectors: print the tokens each direction promotes (loads the model).")
-def show(path: str, as_json: bool, layer: int | None, lens: bool) -> None:
+@click.option("--lens", is_flag=True, help="Print the tokens each direction promotes, as JSON lines (loads the model).")
+@shared("json", "layer", "model", "device", "dtype")
+def show(path: str, as_json: bool, layer: int | None, lens: bool, model: str | None, device: str, dtype: str) -> None:
     """Show a run, a report or vectors."""
     from affectlens.errors import FormatError
     from affectlens.exchange import load_vectors
@@ -270,7 +282,7 @@ def show(path: str, as_json: bool, layer: int | None, lens: bool) -> None:
 
     folder = Path(path)
     report = folder if folder.suffix == ".json" else folder / "report.json"
-    if report.exists() and report.name != "config.json" and not lens:
+    if report.exists() and report.name != "config.json" and not lens and layer is None:
         loaded = Report.load(report)
         click.echo(json.dumps(loaded.as_dict(), ensure_ascii=False)) if as_json else loaded.print()
         return
@@ -280,7 +292,7 @@ def show(path: str, as_json: bool, layer: int | None, lens: bool) -> None:
     if layer is not None:
         vectors = vectors.with_layer(layer)
     if lens:
-        engine = _engine(str(vectors.model["id"]), device="auto", dtype="auto")
+        engine = _engine(model or str(vectors.model["id"]), device=device, dtype=dtype)
         vectors.check(engine.info)
         for name, (up, down) in vectors.top_tokens(engine, vectors.names).items():
             click.echo(json.dumps({"concept": name, "up": up, "down": down}, ensure_ascii=False))

@@ -14,7 +14,7 @@ import importlib.resources
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -143,7 +143,7 @@ def _write(writer: Engine, prompts: Sequence[str], *, max_tokens: int, seed: int
     requests = (
         Request(
             (("user", prompt),) if chat else prompt,
-            sampling=Sampling(max_tokens=max_tokens, temperature=1.0, top_p=0.95, seed=seed + n),
+            sampling=Sampling(max_tokens=max_tokens, temperature=0.8, top_p=0.95, seed=seed + n),
         )
         for n, prompt in enumerate(prompts)
     )
@@ -157,20 +157,24 @@ class CorpusStories:
 
     Args:
         path: File or folder.
-        concepts: The set they belong to; the result keeps the concepts that occur, in the set's order, and adds unknown ones.
+        concepts: The set they belong to; the result keeps the concepts that occur, in the set's order.
+        others: Whether stories of concepts that are not in the set are used too.
 
     Raises:
         FormatError: Nothing there, a broken record, or stories of fewer than two concepts.
     """
 
-    def __init__(self, path: str | Path, concepts: ConceptSet) -> None:
+    def __init__(self, path: str | Path, concepts: ConceptSet, *, others: bool = True) -> None:
         self.path = Path(path)
-        self.texts = read_texts(self.path, labelled=True)
+        self.texts = [t for t in read_texts(self.path, labelled=True) if others or t.concept in concepts]
         found = list(dict.fromkeys(text.concept for text in self.texts))
         if len(found) < 2:
             raise FormatError(
-                f"{path} has stories of one concept only ({found[0]}): vectors contrast concepts, so add at least one other"
+                f"{path} has stories of {len(found)} of these concepts ({', '.join(found) or 'none'}): "
+                "vectors contrast concepts, so add stories of others"
             )
+        if odd := [name for name in found if set(name) & set(",=\n")]:
+            raise FormatError(f"{path} names a concept {odd[0]!r}: leave commas, equals signs and line breaks out of names")
         known = [name for name in concepts.names if name in found]
         self.unknown = [name for name in found if name not in concepts.names]
         added = tuple(Concept(name=name, definition="", forms=(name,)) for name in self.unknown)
@@ -180,6 +184,7 @@ class CorpusStories:
     def describe(self) -> dict[str, Any]:
         digest = content_id([(t.id, t.concept, t.topic, t.text) for t in self.texts])
         return {
+            "concepts": self.concepts.hash,
             "source": f"corpus {self.path.name}",
             "texts": digest,
             "shard": STORY_SHARD,
@@ -227,7 +232,7 @@ def read_texts(path: Path, *, labelled: bool) -> list[Text]:
 def _read_file(file: Path, root: Path, labelled: bool) -> Iterator[Text]:
     name = file.relative_to(root).as_posix() if root.is_dir() else file.name
     for number, record in enumerate(_records(file), start=1):
-        concept = record.get("concept", record.get("emotion", "")) or ""
+        concept = record.get("concept") or record.get("emotion") or ""
         if not isinstance(record.get("text"), str) or not record["text"].strip():
             raise FormatError(f"{file}, record {number} has no text: every record needs a text field")
         if labelled and not (isinstance(concept, str) and concept):
@@ -290,7 +295,7 @@ def gather_stories(source: StorySource, stage: Stage, advance: Callable[[int], N
     """Write or read all stories, filter them, keep every one with its verdict, and return those that are used.
 
     Raises:
-        AffectlensError: A concept has no story left.
+        AffectlensError: Fewer than two concepts have a story left.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -318,11 +323,10 @@ def gather_stories(source: StorySource, stage: Stage, advance: Callable[[int], N
             else:
                 kept.append(text)
     counts = Counter(text.concept for text in kept)
-    if missing := [name for name in source.concepts.names if not counts[name]]:
-        why = dict(dropped_of.get(missing[0], {}))
+    if len(counts) < 2:
         raise AffectlensError(
-            f"no usable story is left for {missing[0]!r} ({', '.join(f'{n} {r}' for r, n in why.items()) or 'none written'}) "
-            f"and {len(missing) - 1} other concepts: raise --per-concept, or use --writer or --stories"
+            f"usable stories are left of {len(counts)} concept ({_words(reasons)}): "
+            "raise --per-concept, or use --writer or --stories"
         )
     if not stage.done:
         stage.finish(
@@ -333,16 +337,20 @@ def gather_stories(source: StorySource, stage: Stage, advance: Callable[[int], N
                 "least": min(counts.values()),
                 "most": max(counts.values()),
                 "dropped": {name: dict(why) for name, why in sorted(dropped_of.items())},
+                "left out": [name for name in source.concepts.names if not counts[name]],
             }
         )
     return kept
 
 
+def _words(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items())) or "none written"
+
+
 def neutral_texts(recipe: Recipe, concepts: ConceptSet, writer: Engine) -> list[Text]:
     """Neutral dialogues (method 2): the bundled ones, ones the writer writes, or a file's. Persons become Human and Assistant."""
     if recipe.neutral == "bundled":
-        with importlib.resources.as_file(importlib.resources.files("affectlens") / "data" / "neutral.jsonl") as file:
-            texts = read_texts(file, labelled=False)
+        texts = read_texts(_bundled_neutral(), labelled=False)
     elif recipe.neutral == "model":
         prompts = [concepts.neutral_prompt(topic, 1) for topic in concepts.neutral_topics]
         written = _write(writer, prompts, max_tokens=recipe.max_tokens, seed=recipe.seed)
@@ -356,8 +364,12 @@ def neutral_texts(recipe: Recipe, concepts: ConceptSet, writer: Engine) -> list[
 
 
 def open_stories(stories: str | Path, concepts: ConceptSet, writer: Engine, recipe: Recipe) -> StorySource:
-    """The source that ``--stories`` names: ``model`` for stories that ``writer`` writes, else a file or folder of them."""
-    return WrittenStories(writer, concepts, recipe) if stories == "model" else CorpusStories(stories, concepts)
+    """The source that ``--stories`` names: ``model`` (``writer`` writes), ``bundled``, else a file or folder of stories."""
+    if stories == "model":
+        return WrittenStories(writer, concepts, recipe)
+    if stories == "bundled":
+        return CorpusStories(Path(str(importlib.resources.files("affectlens") / "data" / "corpus")), concepts, others=False)
+    return CorpusStories(stories, concepts)
 
 
 def open_run(
@@ -390,7 +402,7 @@ def discover(
         engine: The model under study.
         concepts: A concept set, its name, or a TOML file.
         out: Run directory.
-        stories: ``model`` to have them written, or a JSONL or parquet file or a folder of them.
+        stories: ``model`` to have them written, ``bundled``, or a JSONL or parquet file or a folder of them.
         recipe: How vectors are made.
         writer: The model that writes stories (default: ``engine``).
 
@@ -425,7 +437,11 @@ def make_vectors(engine: Engine, source: StorySource, run: Run, recipe: Recipe, 
         progress.start(len(texts), f"reading stories at {engine.info.n_layers} layers")
         activations = _collect(engine, texts, run, "activations", {"stories": stories.id, **read_by}, recipe, False, progress)
 
-        neutral_inputs = {"neutral": _neutral_id(recipe, writer or engine), "per_token": recipe.per_token, **read_by}
+        neutral_inputs = {
+            "neutral": _neutral_id(recipe, source.concepts, writer or engine),
+            "per_token": recipe.per_token,
+            **read_by,
+        }
         stage = run.stage("neutral", neutral_inputs)
         plain = [] if stage.done else neutral_texts(recipe, source.concepts, writer or engine)
         progress.start(len(plain), "reading neutral dialogues")
@@ -448,12 +464,15 @@ def make_vectors(engine: Engine, source: StorySource, run: Run, recipe: Recipe, 
     return Discovery(vectors, source.concepts, activations, neutral, stories.summary, fitted.id)
 
 
-def _neutral_id(recipe: Recipe, writer: Engine) -> Any:
+def _bundled_neutral() -> Path:
+    return Path(str(importlib.resources.files("affectlens") / "data" / "neutral.jsonl"))
+
+
+def _neutral_id(recipe: Recipe, concepts: ConceptSet, writer: Engine) -> Any:
     if recipe.neutral == "bundled":
-        data = (importlib.resources.files("affectlens") / "data" / "neutral.jsonl").read_text(encoding="utf-8")
-        return content_id(data)
+        return content_id(_bundled_neutral().read_text(encoding="utf-8"))
     if recipe.neutral == "model":
-        return ["model", writer.info.fingerprint, recipe.seed, recipe.max_tokens]
+        return ["model", writer.info.fingerprint, writer.info.dtype, concepts.hash, recipe.seed, recipe.max_tokens]
     return content_id([(t.id, t.text) for t in read_texts(Path(recipe.neutral), labelled=False)])
 
 

@@ -548,8 +548,8 @@ def refuse_too_long(n_tokens: int, request: Request, info: ModelInfo) -> None:
     room = request.sampling.max_tokens if request.sampling else 0
     if n_tokens + room > info.context:
         raise EngineError(
-            f"{n_tokens} tokens and {room} to generate do not fit the context of {info.context} tokens of {info.id}: "
-            "shorten the prompt or lower max_tokens"
+            f"{n_tokens} tokens and {room} to generate do not fit the context of {info.context} tokens of {info.id} "
+            f"(prompt {' '.join(str(request.prompt).split())[:40]!r}…): shorten the prompt or lower max_tokens"
         )
 
 

@@ -1,7 +1,7 @@
 """Every error that affectlens raises on purpose.
 
     AffectlensError            something the user can fix; the command line prints its one line and exits with 1
-    ├── ModelSupportError      this model cannot be read or steered here (encoder-only, no residual stream found, failed self-check)
+    ├── ModelSupportError      this model cannot be read or steered here (encoder-only, no residual stream, failed self-check)
     ├── MismatchError          two things that do not belong together (vectors of another model, wrong width, wrong layer)
     ├── MissingExtra           an optional package is needed; names the pip command
     ├── EngineError            a request cannot be run (prompt too long, hook that never fired, no reply position)

@@ -11,6 +11,7 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +209,9 @@ def push_to_hub(
 
     api = HfApi(endpoint=endpoint, token=token, library_name="affectlens")
     with tempfile.TemporaryDirectory() as folder, _one_line(repo):
-        vectors.save(folder)
+        # The name of a local folder would tell the world where things lie on this machine.
+        model = {**vectors.model, "id": _public_id(str(vectors.model.get("id")))}
+        replace(vectors, model=model).save(folder)
         target = api.create_repo(repo, private=private, exist_ok=True).repo_id
         # An existing repository keeps its visibility without a word: nobody should publish by accident.
         if private and not api.model_info(target).private:
@@ -217,6 +220,12 @@ def push_to_hub(
         files = [CommitOperationAdd(name, Path(folder) / name) for name in FILES]
         summary = message or f"Vectors of {len(vectors)} concepts of {vectors.model.get('id')}"
         return str(api.create_commit(target, files, commit_message=summary).commit_url)
+
+
+def _public_id(model: str) -> str:
+    """A Hub id or the demo's name as it is; of a path only its last part."""
+    is_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists()
+    return Path(model).name if is_path else model
 
 
 def from_hub(repo: str, *, revision: str | None = None, token: str | None = None, endpoint: str | None = None) -> ConceptVectors:

@@ -42,7 +42,7 @@ def study(
         engine: The model under study.
         concepts: A concept set, its name, or a TOML file.
         out: Run directory.
-        stories: ``model`` to have them written, or a JSONL or parquet file or a folder of them.
+        stories: ``model`` to have them written, ``bundled``, or a JSONL or parquet file or a folder of them.
         recipe: How vectors are made.
         writer: The model that writes stories (default: ``engine``).
         only: Names of the studies to run.
@@ -149,6 +149,8 @@ def _checks(engine: Engine, found: Discovery) -> list[dict[str, Any]]:
     checks.append(
         _check("tokens read per story", "ok" if low >= 10 and short <= 0.1 * kept else "warn", f"median {middle:.0f}", detail)
     )
+    if left_out := found.stories["left out"]:
+        checks.append(_check("concepts left out", "warn", len(left_out), f"no usable story: {', '.join(left_out)}"))
     least = int(vectors.counts.min())
     scarce = f"fewest: {vectors.names[int(vectors.counts.argmin())]}; most: {int(vectors.counts.max())}"
     checks.append(_check("stories per concept", "ok" if least >= 10 else "warn", f"at least {least}", scarce))
@@ -167,7 +169,7 @@ def _checks(engine: Engine, found: Discovery) -> list[dict[str, Any]]:
 def _token_view(engine: Engine, found: Discovery, n: int = 6) -> list[dict[str, Any]]:
     """A few stories with a score per token for their own concept and the showcase ones.
 
-    They were among the stories that the vectors were fitted on: the view shows where in a text a direction lights up, it is no test.
+    The vectors were fitted on these stories too: the view shows where in a text a direction lights up, it is no test.
     """
     vectors: ConceptVectors = found.vectors
     shown = [name for name in SHOWCASE if name in vectors] or list(vectors.names[:12])

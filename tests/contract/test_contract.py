@@ -239,15 +239,17 @@ def test_a_finished_chat_has_its_reply_in_it(subject: Subject) -> None:
     ],
 )
 def test_messages_that_also_occur_in_the_template_are_found(subject: Subject, chat: Chat) -> None:
-    result = subject.run(Request(chat))[0].layout
-    turns = [(role, "".join(t for _, t in group).strip()) for role, group in itertools.groupby(
-        zip(result.roles, result.tokens, strict=True), key=lambda pair: pair[0]
-    ) if role not in ("template", "special")]  # fmt: skip
+    layout = subject.run(Request(chat))[0].layout
+    turns, starts = [], []
+    for role, group in itertools.groupby(range(len(layout)), key=lambda i: layout.roles[i]):
+        if role not in ("template", "special"):
+            tokens = list(group)
+            starts.append(layout.offsets[tokens[0]][0])
+            turns.append((role, "".join(layout.tokens[i] for i in tokens).strip()))
     assert turns == list(chat)
-    # The last message stands at the end, after its own header.
-    last = max(i for i, role in enumerate(result.roles) if role == "user")
-    header = result.text[: result.offsets[last][0]].rstrip(" \n")
-    assert header.removesuffix(":").endswith("user")
+    # Each message stands after its own header, and not in it.
+    for (role, _), start in zip(chat, starts, strict=True):
+        assert layout.text[:start].rstrip().removesuffix(":").endswith(role)
 
 
 # ── readouts ──

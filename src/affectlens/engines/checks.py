@@ -59,8 +59,11 @@ def examine(engine: HFEngine) -> tuple[list[tuple[str, str]], str | None]:
     padded = _difference(lambda: _read(engine, requests), alone)
     engine.can_pad = padded <= limit
     checks.append(("padded batch = alone", _way(padded, engine.can_pad, "texts of equal length are batched instead")))
-    packed = _try_packing(engine, requests, alone, limit)
-    checks.append(("packed batch = alone", _way(packed, engine.pack_limit > 0, "padded batches are used instead")))
+    if engine.device.type == "cpu":
+        packed = _try_packing(engine, requests, alone, limit)
+        checks.append(("packed batch = alone", _way(packed, engine.pack_limit > 0, "padded batches are used instead")))
+    else:
+        checks.append(("packed batch = alone", "not used: on an accelerator one padded batch beats a loop over texts"))
 
     generating = [Request(r.prompt, readouts=r.readouts, sampling=Sampling(max_tokens=1, temperature=0)) for r in requests]
     engine.can_pad_left = True
@@ -192,19 +195,18 @@ def _steered(engine: HFEngine, request: Request, alone: tuple[Layout, Reading], 
 
 def _try_packing(engine: HFEngine, requests: list[Request], alone: list[tuple[Layout, Reading]], limit: float) -> float:
     """Let several texts share one row, kept apart in attention; only for models whose attention can be exchanged."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface
 
-    from affectlens.engines.hf import packed_attention, packed_mask
+    from affectlens.engines.hf import PACKED, packed_attention
 
     model: Any = engine.model
     config = model.config.get_text_config(decoder=True)
-    before = config._attn_implementation
     recurrent = any("attention" not in kind for kind in getattr(config, "layer_types", None) or ())
-    if engine.device.type != "cpu" or before != "sdpa" or recurrent or not getattr(model, "_supports_attention_backend", True):
-        return float("inf")  # on accelerators sorted padded batches are as fast
-    AttentionInterface.register("affectlens", packed_attention)
-    AttentionMaskInterface.register("affectlens", packed_mask)
-    config._attn_implementation = "affectlens"
+    exchangeable = config._attn_implementation == "sdpa" and getattr(model, "_supports_attention_backend", True)
+    if recurrent or not exchangeable:
+        return float("inf")
+    # transformers makes no mask for an attention that it has no mask function for, and none is needed.
+    AttentionInterface.register(PACKED, packed_attention)
     # A window or chunk shows only in texts longer than it: those are never packed.
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     engine.pack_limit = min([engine.token_budget, *(w for w in windows if w)])
@@ -213,5 +215,4 @@ def _try_packing(engine: HFEngine, requests: list[Request], alone: list[tuple[La
     difference = _difference(lambda: _read(engine, requests), alone) if tried else float("inf")
     if not difference <= limit:
         engine.pack_limit = 0
-        config._attn_implementation = before
     return difference

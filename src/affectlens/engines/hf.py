@@ -32,6 +32,7 @@ from affectlens.engine import (
     batched,
     chat_roles,
     check_request,
+    mark_chat,
     refuse_too_long,
 )
 from affectlens.engines.residual import Pass, Recorder, Stop, Taps, find_blocks, plan_steering
@@ -44,6 +45,9 @@ WINDOW = 1024
 GENERATE_ROWS = 32
 """Most sequences generated together."""
 
+PACKED = "affectlens_packed"
+"""Name under which :func:`packed_attention` is known to transformers; it is set on a model only while it reads a packed batch."""
+
 _SEGMENTS: ContextVar[list[int] | None] = ContextVar("affectlens_segments", default=None)
 
 
@@ -52,17 +56,9 @@ def packed_attention(module: Any, query: Any, key: Any, value: Any, attention_ma
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     segments = _SEGMENTS.get()
-    if segments is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     kwargs["is_causal"] = True
     parts = zip(query.split(segments, 2), key.split(segments, 2), value.split(segments, 2), strict=True)
     return torch.cat([sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in parts], dim=1), None
-
-
-def packed_mask(*args: Any, **kwargs: Any) -> Any:
-    from transformers.masking_utils import sdpa_mask
-
-    return None if _SEGMENTS.get() is not None else sdpa_mask(*args, **kwargs)
 
 
 @dataclass
@@ -271,10 +267,10 @@ class HFEngine(Engine):
         else:
             text = self._render(request.prompt, request)
             ids, offsets = self._encode(text, special=False)
-            roles = chat_roles(text, request.prompt, offsets)
+            roles = chat_roles(text, request.prompt, offsets, marked=self._render(mark_chat(request.prompt), request))
             if ids and ids[0] == self.tokenizer.bos_token_id and roles[0] == "template":
                 roles[0] = "special"  # the attention sink, whether the tokenizer or the template put it there
-            n_reply = _start_of_reply(request.prompt, text, offsets)
+            n_reply = _start_of_reply(request.prompt, roles)
         n_prompt = len(ids) if n_reply is None else n_reply
         if request.prefill:
             more, spans = self._encode(request.prefill, special=False)
@@ -411,8 +407,12 @@ class HFEngine(Engine):
         if self.model._supports_logits_to_keep():
             inputs["logits_to_keep"], columns = torch.unique(columns, return_inverse=True)
         segments = _SEGMENTS.set(lengths if packed else None)
+        config = self.model.config.get_text_config(decoder=True)
+        attention = config._attn_implementation
         logits: torch.Tensor | list[Any] = []
         try:
+            if packed:
+                config._attn_implementation = PACKED
             with torch.inference_mode(), Taps(self.blocks, now.layers) as taps:
                 taps.current = now
                 logits = self.model(input_ids=ids, **inputs).logits[rows, columns].float()
@@ -420,6 +420,8 @@ class HFEngine(Engine):
             pass
         finally:
             _SEGMENTS.reset(segments)
+            if packed:
+                config._attn_implementation = attention
         now.confirm()
         return logits
 
@@ -436,13 +438,15 @@ class HFEngine(Engine):
             yield batch
 
 
-def _start_of_reply(chat: Chat, text: str, offsets: Sequence[tuple[int, int]]) -> int | None:
+def _start_of_reply(chat: Chat, roles: Sequence[str]) -> int | None:
     """First token of the last turn's words when the assistant has already spoken it; None when the reply is still to come."""
-    role, content = chat[-1]
-    if role != "assistant":
+    if chat[-1][0] != "assistant":
         return None
-    start = text.rfind(content.strip())
-    return next((i for i, (_, b) in enumerate(offsets) if b > start), len(offsets))
+    end = max((i + 1 for i, role in enumerate(roles) if role == "assistant"), default=len(roles))
+    start = end
+    while start and roles[start - 1] == "assistant":
+        start -= 1
+    return start
 
 
 def grown(layout: Layout, ids: Sequence[int], pieces: Sequence[str]) -> Layout:

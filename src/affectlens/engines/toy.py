@@ -135,7 +135,8 @@ class ToyEngine(Engine):
     Args:
         concepts: Cue words of each concept; default :data:`CUES`. The words should not name the concept.
         seed: Of everything random in the weights.
-        effect: Strength of what is planted; 0 plants nothing, which is the null for every study.
+        effect: Strength of what is planted. 0 plants nothing, the null for every study: cue words have no direction, are not
+            promoted, and are used in stories of every concept alike (or the words themselves would tell the concepts apart).
         template: Whether it has a chat template. Without one, chats are refused.
 
     Raises:
@@ -162,10 +163,11 @@ class ToyEngine(Engine):
         if not self.concepts:
             raise EngineError("the toy model needs a concept: give concepts={'name': ['cue', ...]}")
         self._template = template
+        self._effect = effect
         settings = repr((sorted(self.concepts.items()), seed, effect, N_LAYERS, WIDTH, OWN, SIGNAL, GAIN, DECAY))
         self._rng = np.random.default_rng([seed, 20261])
         self.truth, self._carried = self._plant()
-        self._build_words(effect)
+        self._build_words()
         self.info = ModelInfo(
             id="toy",
             family="toy",
@@ -199,7 +201,7 @@ class ToyEngine(Engine):
         single = [a.astype(np.float32) for a in (nuisance, valence, arousal)]
         return Truth(names, every_layer, *single), carried
 
-    def _build_words(self, effect: float) -> None:
+    def _build_words(self) -> None:
         """Ids, embeddings and unembedding. Words come with and without a space before them and a capital, as in real BPE."""
         directions, nuisance = self.truth.directions[0], self.truth.nuisance
         ordinary = [*PLAIN.split(), *TALK.split()]
@@ -208,8 +210,8 @@ class ToyEngine(Engine):
             place = self._rng.normal(size=len(nuisance)) * [4, 4, 3, 3]
             signals.update({word: (place + self._rng.normal(size=len(nuisance))) @ nuisance for word in topic.split()})
         for name, direction in zip(self.truth.names, directions, strict=True):
-            signals.update(dict.fromkeys(self.concepts[name], 3 * effect * direction))
-        signals.update({name: 5 * effect * d for name, d in zip(self.truth.names, directions, strict=True)})
+            signals.update(dict.fromkeys(self.concepts[name], 3 * self._effect * direction))
+        signals.update({name: 5 * self._effect * d for name, d in zip(self.truth.names, directions, strict=True)})
         # (text, word, bias): small letters after a space are the ordinary form.
         forms = [("<start>", "", -30.0), ("<end>", "", 0.5)]
         forms += [(s + mark, "", b) for mark in ".,;:?!\"'()[]-" for s, b in (("", 1.0 if mark in ".," else -6.0), (" ", -6.0))]
@@ -444,6 +446,8 @@ class ToyEngine(Engine):
         about = TOPICS[zlib.crc32(topic.encode()) % len(TOPICS)].split()
         plain = PLAIN.split()
         cues = self.concepts[concept] if concept is not None else plain
+        if concept is not None and not self._effect:  # what means nothing to the model does not show in what it writes
+            cues = tuple(cue for words_of_one in self.concepts.values() for cue in words_of_one)
         pools = [(plain, about, cues)[kind] for kind in np.searchsorted([0.52, 0.82], rng.random(words))]
         chosen = [pool[int(share * len(pool))] for pool, share in zip(pools, rng.random(words), strict=True)]
         sentences = [" ".join(chosen[i : i + 9]) for i in range(0, words, 9)]

@@ -4,8 +4,8 @@ Declared before any data is seen:
 
 * **Readout.** ``direction x mean residual norm of its layer`` through the model's own final norm and unembedding. The paper does
   not say whether the norm is applied; applied, it is what the model itself would do with such a residual.
-* **Own tokens.** Tokens whose text, stripped and in lower case, equals one of the concept's forms or is a prefix of one: of four
-  letters at least, half of the form at least ("desper"), and not itself a form of another concept ("hope" for hopeful).
+* **Own tokens.** Tokens whose text, stripped and in lower case, equals one of the concept's forms or begins one: with four
+  letters at least, more than half of the form ("desper"), and no other concept's form beginning so ("dist", "hope" for hopeful).
 * **Statistics.** The logits are turned into z-scores over the vocabulary. A concept's *lift* is the largest z of its own tokens;
   its *percentile* is the share of the vocabulary below that token; its AUROC compares all own tokens with all others.
 * **Null.** Isotropic random directions of equal length, read at the same own tokens: they share what the unembedding does to
@@ -21,7 +21,8 @@ Source: method 6 (paper, Table 1).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,22 +58,31 @@ CLAIMS: dict[str, tuple[str, str]] = {
 }
 
 
-def own_tokens(concept: Concept, vocabulary: Sequence[str], *, taken: frozenset[str] = frozenset()) -> list[int]:
+def own_tokens(concept: Concept, vocabulary: Sequence[str], *, others: Iterable[Concept] = ()) -> list[int]:
     """Token ids that write a concept or the beginning of it.
 
     Args:
         concept: Its ``forms`` are looked for.
         vocabulary: Text of each token; space marks (U+0120, U+2581) and case do not matter.
-        taken: Forms of other concepts, which do not count as a beginning of this one.
+        others: Concepts whose forms make a common beginning ambiguous.
 
     Returns:
         Ids, in order. Source: the pieces in the paper's Table 1 (method 6).
 
     Example:
-        >>> own_tokens(Concept("desperate", ""), ["Ġdesper", "desk", " Desperate", "des"])
+        >>> own_tokens(Concept("desperate", ""), ["\u0120desper", "desk", " Desperate", "des"])
         [0, 2]
     """
+    taken = {form[:end] for other in others for form in _forms(other) for end in range(1, len(form) + 1)}
     return _own(concept, _by_text(vocabulary), taken)
+
+
+def _forms(concept: Concept) -> set[str]:
+    return {form.lower() for form in concept.forms}
+
+
+def _beginnings(concept: Concept) -> set[str]:
+    return {form[:end] for form in _forms(concept) for end in range(max(PREFIX, len(form) // 2 + 1), len(form))}
 
 
 def _by_text(vocabulary: Sequence[str]) -> dict[str, list[int]]:
@@ -82,10 +92,9 @@ def _by_text(vocabulary: Sequence[str]) -> dict[str, list[int]]:
     return found
 
 
-def _own(concept: Concept, by_text: Mapping[str, list[int]], taken: frozenset[str]) -> list[int]:
-    forms = {form.lower() for form in concept.forms}
-    beginnings = {form[:end] for form in forms for end in range(max(PREFIX, -(-len(form) // 2)), len(form))}
-    return sorted(i for text in forms | (beginnings - taken) for i in by_text.get(text, []))
+def _own(concept: Concept, by_text: Mapping[str, list[int]], taken: Container[str]) -> list[int]:
+    texts = _forms(concept) | {beginning for beginning in _beginnings(concept) if beginning not in taken}
+    return sorted(i for text in texts for i in by_text.get(text, []))
 
 
 def _read(bench: Bench, directions: np.ndarray, own: Sequence[Sequence[int]]) -> np.ndarray:
@@ -127,15 +136,14 @@ class Lens:
         """
         if bench.engine is None:
             return _nothing("There is no engine: the lens reads through the model's own final norm and unembedding.")
-        words = bench.engine.vocabulary
-        forms = {concept.name: frozenset(form.lower() for form in concept.forms) for concept in bench.concepts}
-        by_text = _by_text(words)
-        own = {}
-        for name in _ordered(bench.vectors.names):
-            if name in bench.concepts:
-                taken = frozenset().union(*(theirs for other, theirs in forms.items() if other != name))
-                if ids := _own(bench.concepts[name], by_text, taken):
-                    own[name] = ids
+        by_text = _by_text(bench.engine.vocabulary)
+        # How many concepts have a form that begins so: an own beginning is taken when there are two.
+        begins = Counter(
+            text for c in bench.concepts for text in {form[:end] for form in _forms(c) for end in range(PREFIX, len(form) + 1)}
+        )
+        taken = {text for text, count in begins.items() if count > 1}
+        known = [name for name in _ordered(bench.vectors.names) if name in bench.concepts]
+        own = {name: ids for name in known if (ids := _own(bench.concepts[name], by_text, taken))}
         if len(own) < FEW:
             return _nothing(f"{len(own)} concepts have a token that writes them: {FEW} are needed.")
         return _measure(bench, own)
