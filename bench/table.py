@@ -164,8 +164,8 @@ def _caption(result: dict[str, Any], peak: float, bound: dict[str, float]) -> st
         f"{result['threads']} thread(s), {len(result['rounds'])} round(s), medians, {result['date'][:10]}"
         f"{'' if result['clock'] == 'seconds' else ', seconds of processor time because the machine was shared'}. "
         f"{machine['processor']} family {machine['family']} ({bf16}), {machine['cores']} cores, {machine['memory_gb']} GB. "
-        f"Matrix-multiply peak, best of the rounds: {peak:.2f} TFLOP/s in {result['dtype']} ({fp32:.2f} in float32), which bounds "
-        f"reading at {bound['one']:,.0f} tokens/s for one layer and {bound['all']:,.0f} for every layer."
+        f"Matrix-multiply peak, best of the rounds: {peak:.2f} TFLOP/s in {result['dtype']} ({fp32:.2f} in float32), which "
+        f"bounds reading at {bound['one']:,.0f} tokens/s for one layer and {bound['all']:,.0f} for every layer."
     )
 
 

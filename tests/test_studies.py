@@ -199,7 +199,7 @@ def test_separation_does_not_find_what_is_not_there() -> None:
 
 def test_a_signal_that_is_tied_to_topics_does_not_count() -> None:
     texts, rng = stories(FIVE, strength=(0, 0, 0, 0), each=4), np.random.default_rng(3)
-    for cell in {(c, t) for c, t in zip(texts.concepts, texts.topics, strict=True)}:
+    for cell in sorted({(c, t) for c, t in zip(texts.concepts, texts.topics, strict=True)}):
         texts.values[(texts.concepts == cell[0]) & (texts.topics == cell[1])] += 3 * rng.normal(size=WIDTH)
     by_topic = SEPARATION.run(bench(texts))
     assert finding(by_topic, "top1").verdict != "holds" and finding(by_topic, "top1").estimate.value < 0.45
@@ -285,7 +285,7 @@ def test_geometry_finds_planted_axes_and_agrees_with_scipy() -> None:
     low, high = finding(outcome, "pc1_share").estimate.low, finding(outcome, "pc1_share").estimate.high
     assert low - 1e-6 <= share[0] <= high + 1e-6 and finding(outcome, "pc1_share").null.high < share[0]
     assert finding(outcome, "beyond_embedding").verdict == "holds"  # nothing was planted in the embedding
-    assert draws_itself(GEOMETRY, outcome) == ["circumplex", "similarity", "pleasure", "arousal", "along", "layers"]
+    assert draws_itself(GEOMETRY, outcome) == ["circumplex", "similarity", "pleasure", "arousal", "along", "shares", "layers"]
 
 
 def test_signs_of_components_do_not_matter() -> None:
@@ -342,7 +342,7 @@ def test_geometry_without_ratings_clusters_or_concepts() -> None:
         "valence", "arousal", "arousal_component", "valence_best_layer", "arousal_best_layer", "beyond_embedding",
         "opposites", "clusters", "cohesion",
     }  # fmt: skip
-    assert draws_itself(GEOMETRY, outcome) == ["circumplex", "similarity", "layers"]
+    assert draws_itself(GEOMETRY, outcome) == ["circumplex", "similarity", "shares", "layers"]
     few = GEOMETRY.run(bench(None, fitted(circle(names=RATED[:9]))))
     assert set(verdicts(few).values()) == {"untestable"} and "too few" in few.findings[0].note and GEOMETRY.draw(few.data) == []
 

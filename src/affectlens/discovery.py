@@ -237,6 +237,8 @@ def _read_file(file: Path, root: Path, labelled: bool) -> Iterator[Text]:
             raise FormatError(f"{file}, record {number} has no text: every record needs a text field")
         if labelled and not (isinstance(concept, str) and concept):
             raise FormatError(f"{file}, record {number} names no concept: every story needs a concept (or emotion) field")
+        if any("\ud800" <= character <= "\udfff" for character in record["text"]):
+            raise FormatError(f"{file}, record {number} holds half a character (a lone surrogate): save the text as UTF-8 again")
         yield Text(str(record.get("id") or f"{name}:{number}"), record["text"], str(concept), str(record.get("topic") or ""))
 
 
@@ -251,7 +253,8 @@ def _records(file: Path) -> Iterator[dict[str, Any]]:
             raise FormatError(f"{file} is no readable parquet file ({error}): write it again") from None
         return
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): JSON may hold unescaped line separators. Windows editors put a mark in front.
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (UnicodeDecodeError, OSError) as error:
         raise FormatError(f"{file} cannot be read ({error}): save it as UTF-8") from None
     for number, line in enumerate(lines, start=1):

@@ -37,20 +37,18 @@ from affectlens.vectors import fit_means, group_means
 
 NAME = "geometry"
 ALPHA = 0.05
-FEW = 10
-"""Fewer concepts, or fewer rated words, than this are not tested."""
+FEW, PLEASANT = 10, 0.2
+"""Fewer concepts or rated words than this are not tested; words rated above it are pleasant, below minus it unpleasant."""
 CORRELATION, ARI, SIMILARITY = 0.3, 0.3, 0.7
 """What the lower end of the interval of a correlation, the value of the ARI, the lower end of layers' similarity must reach."""
-PLEASANT = 0.2
-"""Words rated above this are pleasant, below minus this unpleasant (ratings go from -1 to 1)."""
-REFITS = 200
-"""Refits on resampled or relabelled stories: at most so many."""
-MATRICES = 14
-"""Layers whose similarity matrices are compared, evenly spaced, as in the paper."""
+REFITS, MATRICES = 200, 14
+"""At most so many refits on resampled or relabelled stories; so many layers whose similarities are compared (the paper's 14)."""
 
 _R = f"holds: p <= {ALPHA} and the lower end of the interval is at least {CORRELATION}; weak: p <= {ALPHA} only; fails: otherwise"
 _SHARE = f"holds: half to twice the published share and p <= {ALPHA}; weak: one of both; fails: neither"
 _SIGN = f"holds: p <= {ALPHA} and the interval on the claimed side of 0; weak: p <= {ALPHA} only; fails: otherwise"
+_RAND = f"holds: p <= {ALPHA} and the index is at least {ARI}; weak: p <= {ALPHA} only; fails: otherwise"
+_LIKE = f"holds: p <= {ALPHA} and the lower end is at least {SIMILARITY}; weak: p <= {ALPHA} only; fails: otherwise"
 _Permute = Callable[[np.random.Generator], Any]
 # id: claim, published value, rule
 CLAIMS: dict[str, tuple[str, str | None, str]] = {
@@ -63,17 +61,9 @@ CLAIMS: dict[str, tuple[str, str | None, str]] = {
     "pc1_share": ("The first component explains about a quarter of the variance", "26 %", _SHARE),
     "pc2_share": ("The second component explains about a seventh of the variance", "15 %", _SHARE),
     "opposites": ("Vectors of pleasant and of unpleasant words point away from each other", "negative cosines", _SIGN),
-    "clusters": (
-        "Clustering the vectors finds the published families",
-        None,
-        f"holds: p <= {ALPHA} and the index is at least {ARI}; weak: p <= {ALPHA} only; fails: otherwise",
-    ),
+    "clusters": ("Clustering the vectors finds the published families", None, _RAND),
     "cohesion": ("Vectors of one published family are more alike than those of different families", None, _SIGN),
-    "layers": (
-        "The geometry is the same from a third of the depth on",
-        "0.8 to 1.0 (colour scale)",
-        f"holds: p <= {ALPHA} and the lower end is at least {SIMILARITY}; weak: p <= {ALPHA} only; fails: otherwise",
-    ),
+    "layers": ("The geometry is the same from a third of the depth on", "0.8 to 1.0 (colour scale)", _LIKE),
 }
 
 
@@ -132,7 +122,7 @@ class _Space:
         share = float(vectors.method.get("share", 0.5))
         if layer >= 0:
             return vectors.neutral[vectors.row(layer)].astype(np.float64)
-        if neutral is None or share <= 0:
+        if neutral is None or share <= 0 or layer not in neutral.layers:
             return np.zeros((0, vectors.directions.shape[-1]))
         return stats.explained_components(neutral.layer(layer), share)[0]
 
@@ -180,7 +170,7 @@ class Geometry:
             bench: Needs ``vectors`` and ``concepts``; ``activations`` (and ``neutral``) add refits, nulls and the embedding.
 
         Returns:
-            Findings, a table of components, one over layers, and the data of six figures.
+            Findings, a table of components, and the data of seven figures.
         """
         if len(bench.vectors) < FEW:
             reason = f"{len(bench.vectors)} concepts are too few for a geometry: {FEW} are needed."
@@ -196,10 +186,8 @@ class Geometry:
         found += _shares(space, pca, refits)
         found += [_opposites(space), *_families(space)]
         layers, matrix, likeness = _likeness(space, by_layer)
-        found.append(layers)
-        order = {id: i for i, id in enumerate(CLAIMS)}
         data = _data(space, pca) | {"curves": curves, "likeness": likeness, "matrix": [int(layer) for layer in matrix]}
-        return Outcome(tuple(sorted(found, key=lambda f: order[f.id])), (_table(space, pca),), data)
+        return Outcome((*found, layers), (_table(space, pca),), data)
 
     def draw(self, data: Mapping[str, Any]) -> list[Figure]:
         """Draw the circumplex, similarities, ratings against components, components over layers and the likeness of layers."""
@@ -245,10 +233,9 @@ def _refit(space: _Space) -> dict[str, Any]:
 
 def _correlations(space: _Space, pca: Mapping[int, Any], refits: Mapping[str, Any]) -> tuple[list[Finding], dict[str, Any]]:
     """Findings about ratings, and the curves of r over layers."""
-    ids = ["valence", "arousal", "arousal_component", "valence_best_layer", "arousal_best_layer", "beyond_embedding"]
     if len(space.rated) < FEW or np.ptp(space.ratings, axis=0).min(initial=1) == 0:
         reason = f"{len(space.rated)} of these concepts have human ratings that differ: {FEW} are needed."
-        return [_untestable(id, reason) for id in ids], {}
+        return [_untestable(id, reason) for id in list(CLAIMS)[:6]], {}
     default, blocks = space.bench.vectors.layer, [layer for layer in pca if layer >= 0]
 
     def coordinate(layer: int, component: int, rating: int) -> np.ndarray:
@@ -273,9 +260,8 @@ def _correlations(space: _Space, pca: Mapping[int, Any], refits: Mapping[str, An
     for id, (rating, candidates) in searches.items():
         matrix = np.stack([_standard(coordinate(*candidate, rating)) for candidate in candidates]) / len(space.rated)
         y, kind = _standard(space.ratings[:, rating]), f"ratings exchanged, best of {len(candidates)}"
-        best, null = stats.selection_adjusted_null(
-            matrix.__matmul__, matrix @ y, permute=_exchange(y), kind=kind, **space.options()
-        )
+        how = {"permute": _exchange(y), "kind": kind, **space.options()}
+        best, null = stats.selection_adjusted_null(matrix.__matmul__, matrix @ y, **how)
         layer, component = candidates[best]
         estimate, _ = pearson(layer, component, rating)
         note = f"PC{component + 1} at layer {layer}, the best of {len(candidates)}; the value is optimistic, p is corrected."
@@ -314,14 +300,12 @@ def _recorded(values: np.ndarray) -> _Permute:
 
 
 def _shares(space: _Space, pca: Mapping[int, Any], refits: Mapping[str, Any]) -> list[Finding]:
-    found = []
-    layer = space.bench.vectors.layer
+    found, layer = [], space.bench.vectors.layer
     value = 100 * pca[layer][1]
     if refits:
         raw, where = refits["stories"][2:], "interval from refits on resampled stories"
     else:
-        vectors = space.bench.vectors.at(layer)
-        options = space.options(REFITS)
+        vectors, options = space.bench.vectors.at(layer), space.options(REFITS)
         raw = stats.bootstrap_each(lambda rows: 100 * principal_components(vectors[rows], 2)[1], len(vectors), **options)
         where = "interval over words and no null, since there are no stories to refit on: at most weak"
     for j, (id, published) in enumerate((("pc1_share", 26.0), ("pc2_share", 15.0))):
@@ -452,7 +436,7 @@ def _data(space: _Space, pca: Mapping[int, Any]) -> dict[str, Any]:
         "cosines": [_round(row) for row in vectors.similarity()[np.ix_(order, order)]],
         "rated": [[vectors.names[i], *_round(space.ratings[j]), *_round(plane[i])] for j, i in enumerate(space.rated)],
         "layers": list(pca),
-        "shares": [_round(100 * share[:5]) for _, share in pca.values()],
+        "shares": {f"PC{i + 1}": _round(100 * share[i] for _, share in pca.values()) for i in range(3)},
     }
 
 
@@ -493,6 +477,9 @@ def _figures(data: Mapping[str, Any]) -> list[Figure]:
         along = layer_curves(data["layers"], data["curves"], y="|r| with human ratings", mark=layer)
         caption = "95 % intervals over words. Layer -1 is the mean token embedding."
         made.append(to_figure("along", "Components and ratings over layers", caption, along))
+    curves = {component: (share, None, None) for component, share in data["shares"].items()}
+    shares = layer_curves(data["layers"], curves, y="% of the variance over concepts", mark=layer)
+    made.append(to_figure("shares", "Variance of the first components over layers", "Without intervals.", shares))
     likeness = heat_map(data["likeness"], [f"layer {i}" for i in data["matrix"]], limit=(0.0, 1.0), unit="correlation")
     caption = "Correlation between the matrices of cosines of two layers; layer -1 is the mean token embedding."
     return [*made, to_figure("layers", "Likeness of layers", caption, likeness)]

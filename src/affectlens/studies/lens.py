@@ -6,6 +6,8 @@ Declared before any data is seen:
   not say whether the norm is applied; applied, it is what the model itself would do with such a residual.
 * **Own tokens.** Tokens whose text, stripped and in lower case, equals one of the concept's forms or begins one: with four
   letters at least, more than half of the form ("desper"), and no other concept's form beginning so ("dist", "hope" for hopeful).
+  "More than half" and "no other" were tightened after a look at one small model (SmolLM2-135M, 241 stories), whose list of own
+  tokens had "cont" for contemptuous in it: that model's result is not confirmatory, those of others are.
 * **Statistics.** The logits are turned into z-scores over the vocabulary. A concept's *lift* is the largest z of its own tokens;
   its *percentile* is the share of the vocabulary below that token; its AUROC compares all own tokens with all others.
 * **Null.** Isotropic random directions of equal length, read at the same own tokens: they share what the unembedding does to

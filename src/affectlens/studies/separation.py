@@ -12,9 +12,9 @@ Declared before any data is seen:
 * **Choosing the layer.** The headline reads each fold at the layer that was best *among the other folds* (cross-validation
   inside the training topics), so no text helps to choose the layer it is scored at. The best layer over all folds, which
   :func:`best_layer` gives as the default for reading, was chosen by looking: it comes with a null that looks as hard.
-* **Null.** Labels are exchanged within each topic (between whole topics when each topic has one concept, within folds when
-  there are no topics) and everything is done again: fits, every layer, the choice of the layer. There are 20 exchanges, so p is
-  never below 1/21.
+* **Null.** Labels change places within each topic, a concept's texts on a topic staying together, since they may be alike for
+  reasons of their own (text by text where that leaves under 1,000 arrangements; whole topics when each has one concept; within
+  folds without topics), and everything is done again: fits, every layer, its choice. 20 exchanges: p is at least 1/21.
 * **Intervals.** Bootstrap over texts within each concept, given the fitted vectors; the note repeats it over topics, which is
   wider where topics differ in difficulty.
 * **Conditions.** Every concept occurs in at least three folds: one is held out, one chooses, one trains.
@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 from scipy import stats as distributions
 from scipy.sparse import csr_array
+from scipy.special import gammaln
 
 from affectlens import stats
 from affectlens.stats import Estimate, Null
@@ -38,7 +39,7 @@ from affectlens.studies import Bench, Figure, Finding, Outcome, Table, Verdict
 
 NAME = "separation"
 FOLDS, FEW_FOLDS = 5, 3
-SHUFFLES = 20
+SHUFFLES, FEW_ARRANGEMENTS = 20, 1000
 ALPHA = 0.05
 KS = (1, 3, 5)
 MANY = 50
@@ -64,6 +65,7 @@ _REPLICATIONS = "not in the paper; replications with 5 to 20 concepts report 0.6
 _COLUMNS = (*(f"top {k}" for k in KS), "AUROC")
 _DEALT = {
     "within topics": "whole topics",
+    "within topics, text by text": "whole topics",
     "between topics": "whole topics (each topic has one concept)",
     "between texts": "texts (fewer than three topics: a concept may be told by its topic)",
 }
@@ -83,7 +85,7 @@ class _Design:
     exchanged: str
 
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:
-        """Labels after an exchange; how often each occurs outside a fold stays above zero."""
+        """Labels after an exchange; each still occurs in the same folds."""
         first = np.unique(self.block, return_index=True)[1]
         stratum, labels = self.stratum[first], self.labels[first]
         new = np.empty_like(labels)
@@ -102,14 +104,19 @@ def _plan(bench: Bench) -> _Design | str:
     rows = np.flatnonzero(np.isin(activations.concepts, names))
     labels = np.array([names.index(concept) for concept in activations.concepts[rows]])
     topics = np.unique(activations.topics[rows].astype(str), return_inverse=True)[1]
+    cells, blocks = np.unique(topics * len(names) + labels, return_inverse=True)
+    arrangements = gammaln(1 + np.bincount(cells // len(names))).sum() - gammaln(1 + len(names))
     exchanged = "within topics"
     if topics.max() + 1 < FEW_FOLDS or (activations.topics[rows] == "").any():
-        topics, exchanged = np.arange(len(rows)), "between texts"
-    elif len(np.unique(topics * len(names) + labels)) == topics.max() + 1:
+        topics = blocks = np.arange(len(rows))
+        exchanged = "between texts"
+    elif len(cells) == topics.max() + 1:
         exchanged = "between topics"
+    elif arrangements < np.log(FEW_ARRANGEMENTS):
+        blocks, exchanged = np.arange(len(rows)), "within topics, text by text"
     first = np.unique(topics, return_index=True)[1]
     # Topics that belong to one concept are dealt concept by concept, as texts are when there are no topics.
-    groups = np.zeros(len(first)) if exchanged == "within topics" else labels[first]
+    groups = np.zeros(len(first)) if exchanged.startswith("within") else labels[first]
     for attempt in range(50):  # concepts may have texts on some topics only: not every deal leaves enough of each
         order = np.lexsort((np.random.default_rng([bench.seed, attempt]).random(len(first)), groups))
         dealt = np.empty(len(first), dtype=np.intp)
@@ -117,9 +124,8 @@ def _plan(bench: Bench) -> _Design | str:
         fold = dealt[topics]
         occurs = np.array([len(np.unique(fold[labels == c])) for c in range(len(names))])
         if (occurs >= FEW_FOLDS).all():
-            block = topics if exchanged == "between topics" else np.arange(len(rows))
-            stratum = topics if exchanged == "within topics" else fold
-            return _Design(names, rows, labels, topics, fold, block, stratum, exchanged)
+            stratum = topics if exchanged.startswith("within") else fold
+            return _Design(names, rows, labels, topics, fold, blocks, stratum, exchanged)
     return f"{names[occurs.argmin()]!r} would be missing from a training set: it needs texts on at least {FEW_FOLDS} topics"
 
 
@@ -213,7 +219,7 @@ def _placements(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def _basis(bench: Bench, layer: int) -> np.ndarray:
     """Neutral components as in the vectors; computed here because the vectors keep none for the embedding."""
     share = float(bench.vectors.method.get("share", 0.5))
-    if bench.neutral is None or share <= 0:
+    if bench.neutral is None or share <= 0 or layer not in bench.neutral.layers:
         return np.zeros((0, bench.vectors.directions.shape[-1]))
     return stats.explained_components(bench.neutral.layer(layer), share)[0]
 
