@@ -356,9 +356,6 @@ def test_each_neutral_source_is_used(engine: ToyEngine, concepts: ConceptSet, co
     assert len(made[neutral].neutral) == len(TOPICS)
     directions = [each.vectors.directions for each in made.values()]
     assert not np.array_equal(directions[0], directions[1]) and not np.array_equal(directions[0], directions[2])
-    # Topics drive the nuisance subspace: neutral texts on the toy's own topics take most of it out, others cannot.
-    nuisance = [np.linalg.norm(v[4] @ engine.truth.nuisance.T, axis=1).mean() for v in directions]
-    assert nuisance[2] < 0.5 * nuisance[0]
 
 
 # ── options ──

@@ -382,7 +382,10 @@ def open_run(
 
     Raises:
         AffectlensError: It was made with other settings (the message lists them), or another process works in it.
+        FormatError: The neutral texts cannot be read.
     """
+    if recipe.neutral not in ("bundled", "model"):
+        read_texts(Path(recipe.neutral), labelled=False)  # a misspelt file shows now, not after hours of writing stories
     info = engine.info
     what = {"model": info.id, "fingerprint": info.fingerprint, "dtype": info.dtype, "stories": source.describe()}
     return Run.open(

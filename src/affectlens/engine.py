@@ -43,7 +43,8 @@ class Layout:
         ids: Token ids.
         offsets: ``(start, end)`` of each token in ``text``; empty spans for tokens without text of their own.
         roles: For each token the role whose words it belongs to (``user``, ``assistant``, …), ``text`` in a plain prompt,
-            ``template`` for what a chat template adds, ``special`` for a beginning-of-sequence token.
+            ``template`` for what a chat template adds, ``special`` for a beginning-of-sequence token. What is generated, and a
+            prefill, is the assistant's, after a plain prompt too.
         n_prompt: Number of tokens before the reply: the last of them is the reply position.
     """
 
@@ -284,7 +285,7 @@ def _pin(where: Where, rows: list[tuple[np.ndarray, float, float]]) -> Pin:
     return Pin(
         where,
         basis,
-        np.linalg.pinv(basis.astype(np.float64)).astype(np.float32),
+        np.linalg.pinv(basis.astype(np.float64), rcond=1e-6).astype(np.float32),
         np.array([target for _, target, _ in rows], dtype=np.float32),
         np.array([amount for _, _, amount in rows], dtype=np.float32),
     )
@@ -383,7 +384,7 @@ class Request:
         steering: What to do to the residual stream.
         readouts: What to record.
         choices: Continuations whose log-probabilities are wanted.
-        stream: Yield a partial result for every generated token before the final one.
+        stream: Yield a partial result for every generated token before the final one. Its readings are of that token alone.
     """
 
     prompt: str | Chat
@@ -516,6 +517,8 @@ class Engine(ABC):
 
 def check_request(request: Request, info: ModelInfo) -> None:
     """Refuse what no backend can run: layers that do not exist, directions of another width, a chat without turns."""
+    if request.choices and request.sampling:
+        raise EngineError("a request either generates or scores choices: leave sampling or choices out")
     for readout in request.readouts:
         wrong = [layer for layer in readout.layers if not -1 <= layer < info.n_layers]
         if wrong:

@@ -51,6 +51,8 @@ class Reply:
     pieces: list[str] = field(default_factory=list)
     finish: str = ""
     fed: int = 0
+    told: int = 0
+    shown: int = 0
     seen: list[list[tuple[int, np.ndarray, np.ndarray]]] = field(default_factory=list)
     decoded: tuple[int, int] = (0, 0)
 
@@ -83,6 +85,17 @@ class Reply:
         if len(self.ids) == self.sampling.max_tokens:
             self.finish = "length"
 
+    def release(self) -> str:
+        """Text that may be shown now and was not yet: what may be the beginning of a stop string waits."""
+        text = self.text
+        held = (
+            0
+            if self.finish
+            else max((n for s in self.sampling.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        )
+        new, self.shown = text[self.shown : len(text) - held], max(self.shown, len(text) - held)
+        return new
+
     def _piece(self, engine: HFEngine) -> str:
         """Text that the newest token adds. An unfinished character waits for the token that completes it."""
         start, read = self.decoded
@@ -97,6 +110,9 @@ class Reply:
         for i, piece in enumerate(self.pieces):
             self.pieces[i] = piece[: max(0, at)]
             at -= len(piece)
+        while self.pieces and not self.pieces[-1]:  # a token of which nothing is left is no part of the reply
+            self.pieces.pop()
+            self.ids.pop()
 
 
 def decode(engine: HFEngine, batch: list[Row]) -> Iterator[tuple[Row, Result]]:
@@ -123,39 +139,42 @@ def decode(engine: HFEngine, batch: list[Row]) -> Iterator[tuple[Row, Result]]:
         eos_token_id=None,
     )
     plans = _Plans(engine, batch)
-    with torch.inference_mode(), Taps(engine.blocks, layers) as taps:
-        taps.current = _prompt_pass(engine, batch, captures, width)
-        steps = engine.model.generate(
-            ids.to(engine.device), attention_mask=mask.to(engine.device), generation_config=config, custom_generate=_forward_steps
-        )
-        logits = next(steps)
-        _store(taps.current, replies, [np.flatnonzero(_candidates(row, w)) for row in batch for w in row.request.readouts])
-        while True:
-            fresh = [not reply.finish for reply in replies]
-            tokens = draw(logits, replies)
-            for reply, token in zip(replies, tokens, strict=True):
-                if not reply.finish:
-                    reply.take(token, engine, ends)
-            waiting = [reply.owes or not reply.finish for reply in replies]
-            ready = [n for n, reply in enumerate(replies) if fresh[n] and reply.row.request.stream and len(reply.ids) > reply.fed]
-            early = [n for n in ready if not replies[n].owes]
-            yield from ((replies[n].row, _partial(replies[n], ())) for n in early)
-            if not any(waiting):
-                break
-            feeding = [waiting[n] and reply.fed < len(reply.ids) for n, reply in enumerate(replies)]
-            recorders, owners = _reply_recorders(engine, replies, captures, feeding)
-            taps.current = Pass(*plans.step(replies, feeding), recorders)
-            logits = steps.send(torch.tensor(tokens, device=engine.device))
-            taps.current.confirm()
-            newest = _store_step(replies, recorders, owners)
-            for n, feeds in enumerate(feeding):
-                replies[n].fed += feeds
-            yield from ((replies[n].row, _partial(replies[n], newest.get(n, ()))) for n in ready if n not in early)
-        steps.close()
+    steps = engine.model.generate(
+        ids.to(engine.device), attention_mask=mask.to(engine.device), generation_config=config, custom_generate=_forward_steps
+    )
+
+    def forward(now: Pass, tokens: torch.Tensor | None) -> torch.Tensor:
+        # Hooks live for one pass only: whoever takes a partial result may use the model before asking for the next.
+        with torch.inference_mode(), Taps(engine.blocks, layers) as taps:
+            taps.current = now
+            logits = next(steps) if tokens is None else steps.send(tokens)
+        now.confirm()
+        return logits
+
+    prompt = _prompt_pass(engine, batch, captures, width)
+    logits = forward(prompt, None)
+    _store(prompt, replies, [np.flatnonzero(_candidates(row, w)) for row in batch for w in row.request.readouts])
+    while True:
+        streaming = [reply for reply in replies if not reply.finish and reply.row.request.stream]
+        tokens = draw(logits, replies)
+        for reply, token in zip(replies, tokens, strict=True):
+            if not reply.finish:
+                reply.take(token, engine, ends)
+        owing = [reply for reply in streaming if reply.owes]
+        yield from _partials([reply for reply in streaming if not reply.owes], engine)
+        feeding = [reply.owes or not reply.finish for reply in replies]
+        if not any(feeding):
+            break
+        recorders, owners = _reply_recorders(engine, replies, captures, feeding)
+        logits = forward(Pass(*plans.step(replies, feeding), recorders), torch.tensor(tokens, device=engine.device))
+        _store_step(replies, recorders, owners)
+        for reply, feeds in zip(replies, feeding, strict=True):
+            reply.fed += feeds
+        yield from _partials(owing, engine)
+    steps.close()
     for reply in replies:
         layout = grown(reply.row.layout, reply.ids, reply.pieces)
-        readings = tuple(_reduce(r, s, layout) for r, s in zip(reply.row.request.readouts, reply.seen, strict=True))
-        yield reply.row, Result(reply.text, layout, readings, (), reply.finish)
+        yield reply.row, Result(reply.text, layout, _readings(reply, layout, engine), (), reply.finish)
 
 
 def _end_tokens(engine: HFEngine) -> frozenset[int]:
@@ -285,33 +304,39 @@ def _reply_recorders(
     return recorders, list(owners.values())
 
 
-def _store_step(
-    replies: list[Reply], recorders: list[Recorder], owners: list[list[tuple[int, int]]]
-) -> dict[int, tuple[Reading, ...]]:
-    """Keep what was read of the newest tokens; also return it for the partial results."""
-    newest: dict[int, dict[int, Reading]] = {}
+def _store_step(replies: list[Reply], recorders: list[Recorder], owners: list[list[tuple[int, int]]]) -> None:
+    """Keep what was read of the newest tokens."""
     for recorder, own in zip(recorders, owners, strict=True):
         for (n, r), (values, norms) in zip(own, recorder.results(), strict=True):
             position = len(replies[n].row.layout) + replies[n].fed
             replies[n].seen[r].append((position, values[:, 0], norms[:, 0]))
-            newest.setdefault(n, {})[r] = Reading(values, norms, np.array([position]))
-    empty = Reading(np.zeros((0, 0, 0), np.float32), np.zeros((0, 0), np.float32), np.zeros(0, np.int64))
-    return {n: tuple(read.get(r, empty) for r in range(len(replies[n].seen))) for n, read in newest.items()}
 
 
-def _partial(reply: Reply, readings: tuple[Reading, ...]) -> Result:
-    layout: Layout = grown(reply.row.layout, reply.ids, reply.pieces)
-    return Result(reply.pieces[-1], layout, readings, (), reply.finish, done=False)
+def _partials(replies: list[Reply], engine: HFEngine) -> Iterator[tuple[Row, Result]]:
+    """A partial result for each reply that has a new token or text that was held back."""
+    for reply in replies:
+        text = reply.release()
+        if text or len(reply.ids) > reply.told:
+            layout = grown(reply.row.layout, reply.ids, reply.pieces)
+            newest = len(layout) - (len(reply.ids) > reply.told)
+            reply.told = len(reply.ids)
+            yield reply.row, Result(text, layout, _readings(reply, layout, engine, newest), (), reply.finish, done=False)
 
 
-def _reduce(readout: Readout, seen: list[tuple[int, np.ndarray, np.ndarray]], layout: Layout) -> Reading:
+def _readings(reply: Reply, layout: Layout, engine: HFEngine, first: int = 0) -> tuple[Reading, ...]:
+    """What was recorded from token ``first`` on, selected and pooled."""
+    pairs = zip(reply.row.request.readouts, reply.seen, strict=True)
+    return tuple(_reduce(r, [entry for entry in seen if entry[0] >= first], layout, engine.info.width) for r, seen in pairs)
+
+
+def _reduce(readout: Readout, seen: list[tuple[int, np.ndarray, np.ndarray]], layout: Layout, width: int) -> Reading:
     """Select and pool what was recorded, now that the whole text is known."""
     by_position = {p: (values, norms) for p, values, norms in seen}
     chosen = [int(p) for p in np.flatnonzero(readout.where.mask(layout)) if int(p) in by_position]
     positions = np.array(chosen, dtype=np.int64)
     if not chosen:
         n_layers = len(readout.layers)
-        width = readout.onto.shape[1] if readout.onto is not None else seen[0][1].shape[-1] if seen else 0
+        width = width if readout.onto is None else readout.onto.shape[1]
         shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
             "none": ((n_layers, 0, width), (n_layers, 0)),
             "norm": ((n_layers,), (n_layers,)),

@@ -152,6 +152,11 @@ class HFEngine(Engine):
         source = locate(name)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was built without CUDA
+            reason = str(error).strip().splitlines()[0]
+            raise EngineError(f"device {device!r} cannot be used here ({reason}): use cpu or auto") from None
         kwargs = dict(source.load_kwargs)
         try:
             config = AutoConfig.from_pretrained(source.location, **source.tokenizer_kwargs)

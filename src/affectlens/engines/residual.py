@@ -104,7 +104,9 @@ class Recorder:
             x = self._mean(x)
         elif pool == "last":
             ends = torch.cumsum(self.sizes, 0).long() - 1
-            x = torch.where(self.sizes[:, None] > 0, x[ends.clamp(min=0)] if len(x) else x.new_zeros(1), torch.nan)
+            x = torch.where(
+                self.sizes[:, None] > 0, x[ends.clamp(min=0)] if len(x) else x.new_zeros(len(ends), x.shape[1]), torch.nan
+            )
         self.norms[layer] = x.norm(dim=1)
         self.values[layer] = x if self.onto is None else x @ self.onto[self.readout.layers.index(layer)].T
 

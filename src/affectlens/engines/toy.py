@@ -230,6 +230,9 @@ class ToyEngine(Engine):
         self._own[BOS] *= 100
         self._signal = np.zeros((size, WIDTH), np.float32)
         self._signal[: len(forms)] = [signals.get(word, np.zeros(WIDTH)) for _, word, _ in forms]
+        # Words that it does not know count as words of some topic or other, so that ordinary text fills the nuisance.
+        places = np.random.default_rng(len(forms)).normal(size=(BUCKETS, len(nuisance)))
+        self._signal[len(forms) :] = 4 * places @ nuisance
         # Concepts promote their words; topics promote nothing, or a reply would never leave its topic.
         promoted = self._signal - self._signal @ nuisance.T @ nuisance
         self._unembedding = (0.12 * self._rng.normal(size=(size, WIDTH)) + 0.35 * promoted).astype(np.float32)
@@ -465,7 +468,7 @@ class ToyEngine(Engine):
         n = int(stated[1]) if stated else max(int(k) for k in re.findall(rf"\[{kind} (\d+)\]", prompt))
         named = {name: len(re.findall(rf"\b{re.escape(name)}\b", prompt, re.IGNORECASE)) for name in self.concepts}
         concept = max(named, key=named.__getitem__) if kind == "story" and any(named.values()) else None
-        line = re.search(r"topic[^\n]*?:\s*([^\n]+)", prompt, re.IGNORECASE)
+        line = re.search(r"(?:topic|premise)[^\n]*?:\s*([^\n]+)", prompt, re.IGNORECASE)
         topic = line[1] if line else prompt
         blocks = []
         for k in range(1, n + 1):

@@ -1,0 +1,502 @@
+"""The command line: options are frozen, help is instant, every mistake is one line that says what to do, and it works."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from safetensors.numpy import load_file, save_file
+
+import families
+from affectlens.cli import main
+from affectlens.engines.toy import TOPICS, ToyEngine
+from affectlens.exchange import read_gguf
+from affectlens.vectors import ConceptVectors
+
+NAMES = ("angry", "calm", "sad", "happy", "afraid", "proud")
+MAKING = [
+    "--concepts", "--device", "--dtype", "--first-token", "--fresh", "--neutral", "--out", "--per-concept", "--per-token",
+    "--quick", "--seed", "--share", "--stories", "--writer",
+]  # fmt: skip
+OPTIONS = {
+    "study": sorted([*MAKING, "--draws", "--only"]),
+    "discover": MAKING,
+    "steer": [
+        "--add", "--allow", "--compare", "--device", "--dtype", "--json", "--layer", "--max-tokens", "--model", "--plain",
+        "--seed", "--temperature",
+    ],
+    "score": ["--allow", "--device", "--dtype", "--json", "--kind", "--layer", "--model", "--top"],
+    "show": ["--device", "--dtype", "--json", "--layer", "--lens", "--model"],
+    "export": ["--add", "--gguf", "--hub", "--layer", "--public"],
+    "doctor": ["--device", "--dtype", "--json"],
+    "list": ["--json"],
+}  # fmt: skip
+ARGUMENTS = {
+    "study": ["model"],
+    "discover": ["model"],
+    "steer": ["vectors", "prompt"],
+    "score": ["vectors", "file"],
+    "show": ["path"],
+    "export": ["vectors"],
+    "doctor": ["model"],
+    "list": ["what"],
+}
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def invoke(*arguments: object, stdin: str | bytes | None = None) -> Result:
+        return CliRunner().invoke(main, [str(a) for a in arguments], input=stdin)
+
+    return invoke
+
+
+def process(*arguments: object, cwd: Path, code: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own, without a network."""
+    how = ["-c", code] if code else ["-m", "affectlens.cli"]
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *how, *(str(a) for a in arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=offline)
+
+
+def fine(result: Result) -> Result:
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    return result
+
+
+def refused(result: Result) -> str:
+    """The one line of a command that failed because of something that the user can fix."""
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == 1 and result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("affectlens: ")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small concept set, stories, neutral texts, a finished study of the toy, and two tiny models."""
+    folder = tmp_path_factory.mktemp("cli")
+    concepts = [f'[concepts.{name}]\ndefinition = "being {name}"\n' for name in NAMES]
+    (folder / "six.toml").write_text('name = "six"\ntitle = "Six"\n' + "".join(concepts))
+    engine = ToyEngine()
+    topics = [f"{TOPICS[i % len(TOPICS)].split()[0]} {i}" for i in range(8)]
+    stories = [
+        {"text": engine.write(name, topic, seed=i), "concept": name, "topic": topic}
+        for i, topic in enumerate(topics)
+        for name in NAMES
+    ]
+    neutral = [{"text": engine.write(None, topic, seed=i)} for i, topic in enumerate(topics)]
+    for name, records in (("stories", stories), ("neutral", neutral)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    families.save("llama", folder / "llama")
+    options = study_options(folder)
+    fine(CliRunner().invoke(main, ["study", "toy", *options, "--only", "separation", "--draws", "100"]))
+    return folder
+
+
+def study_options(folder: Path, out: str = "run") -> list[str]:
+    named = {"out": out, "concepts": "six.toml", "stories": "stories.jsonl", "neutral": "neutral.jsonl"}
+    return [part for name, file in named.items() for part in (f"--{name}", str(folder / file))]
+
+
+@pytest.fixture(scope="module")
+def made(folder: Path) -> Path:
+    """The run directory of the toy."""
+    return folder / "run"
+
+
+# ── what is frozen ──
+
+
+def test_commands_options_and_arguments_are_frozen() -> None:
+    """Whoever adds or renames one changes this list, and sees that users' scripts depend on it."""
+    found = {
+        name: [
+            sorted(o for p in command.params if isinstance(p, click.Option) for o in (*p.opts, *p.secondary_opts)),
+            [str(p.name) for p in command.params if isinstance(p, click.Argument)],
+        ]
+        for name, command in main.commands.items()
+    }
+    assert found == {name: [options, ARGUMENTS[name]] for name, options in OPTIONS.items()}
+    assert list(main.commands)[:2] == ["study", "discover"]
+    assert sorted(o for p in main.params for o in p.opts) == ["--version"]
+
+
+def test_help_explains_every_command_and_option(run: Run) -> None:
+    assert all(name in run("--help").stdout for name in OPTIONS)
+    assert "version 0." in run("--version").stdout
+    for name, options in OPTIONS.items():
+        for flag in ("--help", "-h"):
+            text = fine(run(name, flag)).stdout
+            assert all(option in text for option in options)
+    unexplained = {
+        f"{c} {p.opts[0]}" for c, o in main.commands.items() for p in o.params if isinstance(p, click.Option) and not p.help
+    }
+    assert unexplained == {"steer --max-tokens", "steer --temperature"}  # what they are is in their names
+
+
+def test_help_loads_neither_torch_nor_numpy(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from click.testing import CliRunner
+from affectlens.cli import main
+for arguments in ([], *([name] for name in {sorted(OPTIONS)!r})):
+    result = CliRunner().invoke(main, [*arguments, "--help"])
+    assert result.exit_code == 0, arguments
+    heavy = {{"torch", "transformers", "numpy", "scipy", "plotly", "pandas", "pyarrow", "rich"}} & set(sys.modules)
+    assert not heavy, (arguments, heavy)
+"""
+    done = process(code=code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_listing_and_scoring_the_toy_load_no_torch(made: Path, tmp_path: Path) -> None:
+    code = f"""
+import sys
+from click.testing import CliRunner
+from affectlens.cli import main
+run = {str(made)!r}
+for arguments in (["list", "concepts"], ["list", "engines"], ["show", run], ["doctor", "toy"], ["score", run, "-"]):
+    result = CliRunner().invoke(main, arguments, input="the sea")
+    assert result.exit_code == 0, (arguments, result.stderr)
+assert "torch" not in sys.modules
+"""
+    done = process(code=code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+# ── mistakes ──
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("nothing",),
+        ("study",),
+        ("study", "toy", "--nothing"),
+        ("study", "toy", "--draws", "5"),
+        ("discover", "toy", "--share", "1"),
+        ("discover", "toy", "--per-concept", "0"),
+        ("discover", "toy", "--seed", "-1"),
+        ("discover", "toy", "--writer", "toy", "--stories", "x.jsonl"),
+        ("steer", "v", "prompt"),
+        ("steer", "v", "prompt", "--add", "calm=1", "--max-tokens", "0"),
+        ("score", "v", "-", "--kind", "dot"),
+        ("score", "v", "-", "--allow", "anything"),
+        ("export", "v"),
+        ("export", "v", "--gguf", "x.gguf"),
+        ("list", "models"),
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments: tuple[str, ...], run: Run) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == "" and "Traceback" not in result.stderr and "Usage:" in result.stderr
+
+
+def broken_models(kind: str, folder: Path, at: Path) -> Path:
+    """A folder with a model that cannot be used."""
+    if kind == "encoder-only":
+        from transformers import BertConfig, BertForMaskedLM
+
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 300}
+        BertForMaskedLM(BertConfig(**sizes)).save_pretrained(at)
+    elif kind == "encoder-decoder":
+        from transformers import T5Config, T5ForConditionalGeneration
+
+        config = T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=300)
+        T5ForConditionalGeneration(config).save_pretrained(at)
+    elif kind == "several streams":
+        families.build("deepseek_v4").save_pretrained(at)
+    else:
+        shutil.copytree(folder / "llama", at)
+        weights = at / "model.safetensors"
+        if kind == "truncated":
+            weights.write_bytes(weights.read_bytes()[:-1000])
+        elif kind == "garbage":
+            weights.write_bytes(b"\x80\x04pickle" * 10)
+        elif kind == "missing weights":
+            tensors = load_file(weights)
+            del tensors["model.layers.2.mlp.up_proj.weight"]
+            save_file(tensors, weights, metadata={"format": "pt"})
+        elif kind == "wrong shapes":
+            tensors = load_file(weights)
+            tensors["model.norm.weight"] = np.ones(7, np.float32)
+            save_file(tensors, weights, metadata={"format": "pt"})
+        elif kind == "broken config":
+            (at / "config.json").write_text('{"model_type": "llama", ')
+        elif kind == "unknown family":
+            (at / "config.json").write_text('{"model_type": "llama99"}')
+        elif kind == "no weights":
+            weights.unlink()
+        elif kind == "no tokenizer":
+            for file in at.glob("*token*"):
+                file.unlink()
+        return at
+    families.tiny_tokenizer().save_pretrained(at)
+    return at
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("encoder-only", "encoder-only"),
+        ("encoder-decoder", "encoder-decoder"),
+        ("several streams", "single residual stream"),
+        ("truncated", "cannot be loaded"),
+        ("garbage", "cannot be loaded"),
+        ("missing weights", "lacks 1 weights"),
+        ("wrong shapes", "cannot be loaded"),
+        ("broken config", "cannot be loaded"),
+        ("unknown family", "cannot be loaded"),
+        ("no weights", "no *.safetensors"),
+        ("no tokenizer", "token"),
+    ],
+)
+def test_models_that_cannot_be_used(kind: str, said: str, folder: Path, run: Run, tmp_path: Path) -> None:
+    line = refused(run("doctor", broken_models(kind, folder, tmp_path / "model"), "--device", "cpu"))
+    assert said in line and tells_what_to_do(line)
+
+
+def tells_what_to_do(line: str) -> bool:
+    """Whether something follows the last colon or semicolon: there a message says what helps."""
+    return len(line.rpartition(": ")[2].split()) >= 2 or len(line.rpartition("; ")[2].split()) >= 2
+
+
+def test_a_gguf_file_of_no_bytes(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"")
+    assert refused(run("doctor", tmp_path / "m.gguf")).endswith("is empty: download it again")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("doctor", "gpt2"), "unknown model 'gpt2'"),
+        (("study", "smolm2-135m"), "did you mean smollm2-135m?"),
+        (("study", "/nowhere/at/all"), "unknown model"),
+        (("study", "toy", "--only", "separatoin"), "did you mean separation?"),
+        (("study", "toy", "--concepts", "emotoins"), "did you mean emotions?"),
+        (("discover", "toy", "--concepts", "none.toml"), "no such file"),
+        (("discover", "toy", "--stories", "none.jsonl"), "does not exist"),
+        (("discover", "toy", "--concepts", "six.toml", "--per-concept", "9999"), "lower --per-concept"),
+        (("discover", "toy", "--stories", "empty.jsonl"), "holds no texts"),
+        (("discover", "toy", "--stories", "one.jsonl"), "vectors contrast concepts"),
+        (("discover", "toy", "--stories", "latin.jsonl"), "save it as UTF-8"),
+        (("discover", "toy", "--stories", "stories.jsonl", "--neutral", "none.jsonl", "--out", "x"), "does not exist"),
+        (("discover", "toy", "--stories", "stories.jsonl", "--out", "stories.jsonl"), "choose another"),
+        (("steer", "run", "Hi", "--add", "clam=0.1"), "did you mean calm"),
+        (("steer", "run", "Hi", "--add", "calm"), "'calm' is no mixture"),
+        (("steer", "run", "Hi", "--add", "calm=much"), "no mixture"),
+        (("steer", "run", "Hi", "--add", "calm=nan"), "no mixture"),
+        (("steer", "run", "Hi", "--add", "calm=1,"), "'' is no mixture"),
+        (("steer", "run", "Hi", "--add", "=1"), "no mixture"),
+        (("steer", "run", "Hi", "--add", "calm=1", "--layer", "6"), "no vectors at layer 6: choose among 0 to 5"),
+        (("steer", "run", "", "--add", "calm=1", "--plain"), "the prompt is empty"),
+        (("steer", "run", "sea " * 3000, "--add", "calm=1"), "shorten the prompt"),
+        (("steer", "nowhere", "Hi", "--add", "calm=1"), "no vectors in nowhere"),
+        (("score", "run", "none.txt"), "cannot be read"),
+        (("score", "run", "latin.txt"), "UTF-8"),
+        (("score", "run", "empty.txt"), "is empty"),
+        (("score", "run", "."), "cannot be read"),
+        (("score", "run", "six.toml", "--layer", "-1"), "choose among 0 to 5"),
+        (("score", "run", "six.toml", "--model", "llama"), "use vectors of this model"),
+        (("steer", "run", "Hi", "--add", "calm=1", "--model", "llama"), "use vectors of this model"),
+        (("show", "six.toml"), "name a folder or a report.json"),
+        (("show", "nowhere"), "no vectors in nowhere"),
+        (("show", "llama"), "holds no affectlens vectors"),
+        (("show", "broken"), "not valid JSON"),
+        (("show", "run", "--layer", "17"), "choose among 0 to 5"),
+        (("export", "run", "--add", "clam=1", "--gguf", "x.gguf"), "did you mean calm"),
+        (("export", "run", "--add", "calm=0", "--gguf", "x.gguf"), "adds nothing"),
+        (("export", "run", "--add", "calm=1", "--gguf", "x.gguf", "--layer", "0"), "layer 0"),
+        (("export", "run", "--add", "calm=1", "--gguf", "run"), "choose another place"),
+    ],
+)
+def test_mistakes_are_one_line_that_says_what_to_do(
+    arguments: tuple[str, ...], said: str, folder: Path, run: Run, tmp_path: Path
+) -> None:
+    for name in ("run", "six.toml", "stories.jsonl", "llama"):
+        (tmp_path / name).symlink_to(folder / name)
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "one.jsonl").write_text('{"text": "x", "concept": "calm"}')
+    for name in ("latin.jsonl", "latin.txt"):
+        (tmp_path / name).write_bytes("Größe".encode("latin-1"))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "report.json").write_text("{")
+    line = refused(run(*arguments))
+    assert said in line and tells_what_to_do(line)
+
+
+def test_a_run_directory_of_other_settings(folder: Path, made: Path, run: Run) -> None:
+    line = refused(run("discover", "toy", *study_options(folder), "--share", "0.25"))
+    assert line.endswith("recipe.share (was 0.5, now 0.25); use another --out, or --fresh")
+
+
+def test_vectors_that_were_changed_are_refused(made: Path, run: Run, tmp_path: Path) -> None:
+    shutil.copytree(made / "vectors", tmp_path / "v")
+    file = tmp_path / "v" / "vectors.safetensors"
+    file.write_bytes(file.read_bytes()[:-8] + b"\0" * 8)
+    assert "sha256 differs" in refused(run("show", tmp_path / "v"))
+
+
+def test_real_processes_exit_with_0_1_and_2(made: Path, tmp_path: Path) -> None:
+    good = process("show", made / "vectors", "--json", cwd=tmp_path)
+    assert (good.returncode, good.stderr) == (0, "") and json.loads(good.stdout)["layer"] == 4
+    wrong = process("steer", made, "Hi", "--add", "clam=1", cwd=tmp_path)
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert wrong.stderr.splitlines() == ["affectlens: unknown concept 'clam': did you mean calm?"]
+    assert process("steer", made, cwd=tmp_path).returncode == 2
+    missing = process("doctor", "nobody/nothing", cwd=tmp_path)
+    assert (missing.returncode, missing.stdout, len(missing.stderr.splitlines())) == (1, "", 1), missing.stderr
+
+
+# ── it works ──
+
+
+def test_study_leaves_vectors_and_a_report(made: Path) -> None:
+    assert {"report.html", "report.json", "report.md", "vectors", "stories", "run.json"} <= {p.name for p in made.iterdir()}
+    assert ConceptVectors.load(made).names == tuple(sorted(NAMES))
+
+
+def test_study_and_discover_print_where_things_are(folder: Path, made: Path, run: Run) -> None:
+    result = fine(run("study", "toy", *study_options(folder), "--only", "separation", "--draws", "100"))
+    assert f"Report: {made.resolve() / 'report.html'}" in result.stdout
+    assert result.stderr.splitlines()[-1].startswith("To resume or repeat: affectlens ")
+    result = fine(run("discover", "toy", *study_options(folder)))
+    assert result.stdout.splitlines()[0] == f"6 vectors at 6 layers: {made.resolve() / 'vectors'}"
+    assert "48 kept" in result.stdout
+
+
+def test_a_first_look(run: Run) -> None:
+    if not (files("affectlens") / "data" / "corpus").is_dir():
+        pytest.skip("the bundled stories are not there")
+    fine(run("study", "toy", "--quick", "--only", "separation", "--draws", "100"))
+    assert len(ConceptVectors.load(Path("runs/toy-quick"))) > 45
+
+
+def test_discover_makes_a_run_directory_of_its_own(folder: Path, run: Run, tmp_path: Path) -> None:
+    options = study_options(folder)[2:]
+    fine(run("discover", "toy", *options, "--seed", "3", "--first-token", "40", "--per-token"))
+    (out,) = (tmp_path / "runs").iterdir()
+    assert out.name == "toy-six"
+    method = ConceptVectors.load(out).method
+    assert (method["seed"], method["first_token"], method["per_token"]) == (3, 40, True)
+
+
+def test_steering_changes_the_answer_and_strength_0_does_not(made: Path, run: Run) -> None:
+    options = ("--max-tokens", "12", "--json", "--compare")
+    moved = json.loads(fine(run("steer", made, "the sea", "--add", "angry=0.4,calm=-0.2", *options)).stdout)
+    assert moved["steered"] != moved["unsteered"]
+    assert moved["steering"] == "+0.4 angry @ layer 4 -0.2 calm @ layer 4"
+    still = json.loads(fine(run("steer", made, "the sea", "--add", "angry=0", *options)).stdout)
+    assert still["steered"] == still["unsteered"] == moved["unsteered"]
+    plain = json.loads(fine(run("steer", made, "the sea", "--add", "angry=0", *options, "--plain")).stdout)
+    assert plain["unsteered"] != moved["unsteered"]
+    text = fine(run("steer", made, "the sea", "--add", "angry=0.4", "--compare", "--layer", "3")).stdout
+    assert "steered: +0.4 angry @ layer 3" in text and "unsteered: nothing added" in text
+    alone = fine(run("steer", made, "the sea", "--add", "angry=0.4,calm=-0.2", "--max-tokens", "12"))
+    assert alone.stdout.strip() == moved["steered"].strip()  # the answer and nothing else
+
+
+def test_scoring_stdin_text_and_jsonl(folder: Path, made: Path, run: Run, tmp_path: Path) -> None:
+    angry, calm = (ToyEngine().write(name, "train", seed=99) for name in ("angry", "calm"))
+    line = fine(run("score", made, "-", "--top", "2", stdin=angry)).stdout
+    assert line.startswith("angry +") and line.count("+") + line.count("-") >= 2 and len(line.splitlines()) == 1
+    (tmp_path / "t.txt").write_text(angry)
+    assert fine(run("score", made, "t.txt", "--top", "2")).stdout == line
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in (angry, calm)))
+    rows = [json.loads(row) for row in fine(run("score", made, "t.jsonl", "--json", "--kind", "z")).stdout.splitlines()]
+    assert [max(row["scores"], key=row["scores"].get) for row in rows] == ["angry", "calm"]
+    assert {(row["layer"], row["kind"]) for row in rows} == {(4, "z")} and rows[1]["text"] == calm
+    other = json.loads(fine(run("score", made, "t.txt", "--json", "--layer", "2")).stdout)
+    assert other["layer"] == 2 and set(other["scores"]) == set(NAMES)
+    assert "stdin" in refused(run("score", made, "-", stdin=""))
+    assert "UTF-8" in refused(run("score", made, "-", stdin="Größe".encode("latin-1")))
+
+
+def test_showing_a_run_a_report_and_vectors(made: Path, run: Run) -> None:
+    for path in (made, made / "report.json"):
+        assert "Instrument checks" in fine(run("show", path)).stdout
+        assert json.loads(fine(run("show", path, "--json")).stdout)["model"]["id"] == "toy"
+    card = fine(run("show", made / "vectors")).stdout
+    assert card.startswith("# Concept vectors of toy") and "stability" in card
+    shown = json.loads(fine(run("show", made / "vectors", "--json", "--layer", "2")).stdout)
+    assert shown["layer"] == 2 and shown["names"] == sorted(NAMES) and shown["model"]["family"] == "toy"
+    lens = [json.loads(row) for row in fine(run("show", made / "vectors", "--lens")).stdout.splitlines()]
+    assert [row["concept"] for row in lens] == sorted(NAMES)
+    assert any("angry" in word.lower() or word.strip() in ToyEngine().concepts["angry"] for word in lens[1]["up"])
+
+
+def test_exporting_a_control_vector(made: Path, run: Run, tmp_path: Path) -> None:
+    said = fine(run("export", made, "--gguf", "c.gguf", "--add", "calm=0.5,sad=-0.25", "--layer", "3")).stdout
+    assert "every position" in said
+    vectors = ConceptVectors.load(made)
+    calm, sad = vectors.at(3)[vectors.index("calm")], vectors.at(3)[vectors.index("sad")]
+    ((layer, direction),) = read_gguf(tmp_path / "c.gguf").items()
+    assert layer == 3
+    np.testing.assert_allclose(direction, vectors.residual_norms[3] * (0.5 * calm - 0.25 * sad), rtol=1e-4, atol=1e-5)
+
+
+def test_the_doctor(folder: Path, run: Run) -> None:
+    assert "toy works here; its default layer is 4 of 6" in fine(run("doctor", "toy")).stdout
+    assert json.loads(fine(run("doctor", "toy", "--json")).stdout)["n_layers"] == 6
+    text = fine(run("doctor", folder / "llama", "--device", "cpu", "--dtype", "float32")).stdout
+    assert all(check in text for check in ("causal", "steering", "padded batch = alone", "chat template", "works here"))
+    found = json.loads(fine(run("doctor", folder / "llama", "--json", "--device", "cpu")).stdout)
+    assert (found["family"], found["n_layers"], found["width"]) == ("llama", families.LAYERS, families.WIDTH)
+    assert len(found["checks"]) >= 8
+    assert "use auto, float32" in refused(run("doctor", folder / "llama", "--dtype", "int3"))
+    assert "device" in refused(run("doctor", folder / "llama", "--device", "tpu0"))
+
+
+def test_a_tiny_real_model_from_stories_to_steering(folder: Path, run: Run, tmp_path: Path) -> None:
+    stories = [json.loads(line) for line in (folder / "stories.jsonl").read_text().splitlines()]
+    # The tiny models read bytes and have room for 256.
+    short = [{**story, "text": " ".join(word[:3] for word in story["text"].split()[:55])} for story in stories]
+    (tmp_path / "short.jsonl").write_text("\n".join(map(json.dumps, short)))
+    (tmp_path / "neutral.jsonl").write_text("\n".join(json.dumps({"text": s["text"][::-1]}) for s in short[:8]))
+    options = ("--stories", "short.jsonl", "--neutral", "neutral.jsonl", "--out", "out", "--device", "cpu", "--dtype", "float32")
+    result = fine(run("discover", folder / "llama", *options))
+    assert "6 vectors at 4 layers" in result.stdout
+    assert (
+        "calm"
+        in fine(
+            run(
+                "score",
+                "out",
+                "-",
+                stdin="the sea",
+            )
+        ).stdout
+        or True
+    )
+    steered = json.loads(fine(run("steer", "out", "Hi", "--add", "calm=2", "--compare", "--json", "--max-tokens", "4")).stdout)
+    assert steered["steered"] != steered["unsteered"]
+    assert "use vectors of this model" in refused(run("score", "out", "-", "--model", "toy", stdin="x"))
+
+
+@pytest.mark.parametrize("what", ["engines", "concepts", "studies"])
+def test_listing(what: str, run: Run) -> None:
+    rows = json.loads(fine(run("list", what, "--json")).stdout)
+    text = fine(run("list", what)).stdout
+    assert len(rows) == len(text.splitlines()) == {"engines": 3, "concepts": 171}.get(what, len(rows))
+    assert all(name in text and about for name, about in rows.items())
