@@ -465,7 +465,8 @@ def test_the_doctor(folder: Path, run: Run) -> None:
     assert (found["family"], found["n_layers"], found["width"]) == ("llama", families.LAYERS, families.WIDTH)
     assert len(found["checks"]) >= 8
     assert "use auto, float32" in refused(run("doctor", folder / "llama", "--dtype", "int3"))
-    assert "device" in refused(run("doctor", folder / "llama", "--device", "tpu0"))
+    for device in ("tpu0", "cuda:99"):
+        assert "use cpu or auto" in refused(run("doctor", folder / "llama", "--device", device))
 
 
 def test_a_tiny_real_model_from_stories_to_steering(folder: Path, run: Run, tmp_path: Path) -> None:

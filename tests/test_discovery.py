@@ -3,6 +3,7 @@ nothing: what comes out of ten kills is byte for byte what comes out of none."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -500,38 +501,44 @@ def command(out: Path, corpus: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "affectlens.cli", *arguments]
 
 
-def timed(out: Path, corpus: Path, *more: str) -> float:
-    began = monotonic()
-    subprocess.run(command(out, corpus, *more), check=True, capture_output=True)
-    return monotonic() - began
+def killed_once(out: Path, corpus: Path, *, at: int, delay: float) -> bool:
+    """Run until ``at`` files are there, and ``delay`` seconds more; then kill. False when the work ended before."""
+    process = subprocess.Popen(command(out, corpus), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    due = float("inf")
+    while process.poll() is None:
+        if due == float("inf") and len(list(out.rglob("*"))) >= at:
+            due = monotonic() + delay
+        if monotonic() >= due:
+            process.kill()
+            process.wait()
+            return True
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.003)
+    return False
 
 
 def test_ten_kills_change_no_byte(engine: ToyEngine, tmp_path: Path) -> None:
-    corpus = write_jsonl(tmp_path / "stories.jsonl", stories(engine, 200))
-    whole = timed(tmp_path / "whole", corpus)
+    corpus = write_jsonl(tmp_path / "stories.jsonl", stories(engine, 500))
+    subprocess.run(command(tmp_path / "whole", corpus), check=True, capture_output=True)
     before = files(tmp_path / "whole")
-    nothing_to_do = timed(tmp_path / "whole", corpus)
+    subprocess.run(command(tmp_path / "whole", corpus), check=True, capture_output=True)
     assert files(tmp_path / "whole") == before
-    work, hits, seen = max(0.2, whole - nothing_to_do), 0, set()
-    for share in np.random.default_rng(0).random(KILLS):
-        process = subprocess.Popen(command(tmp_path / "killed", corpus), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            # Spread over the work: the time that starting takes passes first, in part to hit the start too.
-            process.wait(timeout=nothing_to_do * 0.7 + work * 0.5 * share)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            hits += 1
-        seen.add(frozenset(p.relative_to(tmp_path / "killed").as_posix() for p in (tmp_path / "killed").rglob("*")))
-    assert hits >= KILLS // 2 and len(seen) >= 3, "the kills have to hit different moments of the work"
+    # Spread over the files of the whole run rather than over time, so that a fast machine is killed in the midst too.
+    random = np.random.default_rng(0)
+    moments = np.sort(random.integers(1, len(list((tmp_path / "whole").rglob("*"))), KILLS))
+    hits, seen = 0, set()
+    for at in moments:
+        hits += killed_once(tmp_path / "killed", corpus, at=int(at), delay=float(random.uniform(0, 0.03)))
+        seen.add(len(list((tmp_path / "killed").rglob("*"))))
+    assert hits >= KILLS - 2 and len(seen) >= 4, "the kills have to hit different moments of the work"
     subprocess.run(command(tmp_path / "killed", corpus), check=True, capture_output=True)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert not list((tmp_path / "killed").rglob(".tmp-*"))
 
 
 def test_fresh_starts_again(engine: ToyEngine, corpus: Path, tmp_path: Path) -> None:
-    timed(tmp_path, corpus)
+    subprocess.run(command(tmp_path, corpus), check=True, capture_output=True)
     refused = subprocess.run(command(tmp_path, corpus, "--share", "0.25"), capture_output=True, text=True, check=False)
     assert refused.returncode == 1 and len(refused.stderr.splitlines()) == 1 and "--fresh" in refused.stderr
-    timed(tmp_path, corpus, "--share", "0.25", "--fresh")
+    subprocess.run(command(tmp_path, corpus, "--share", "0.25", "--fresh"), check=True, capture_output=True)
     assert ConceptVectors.load(tmp_path).method["share"] == 0.25

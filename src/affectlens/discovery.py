@@ -159,13 +159,15 @@ class CorpusStories:
         path: File or folder.
         concepts: The set they belong to; the result keeps the concepts that occur, in the set's order.
         others: Whether stories of concepts that are not in the set are used too.
+        name: What reports call it.
 
     Raises:
         FormatError: Nothing there, a broken record, or stories of fewer than two concepts.
     """
 
-    def __init__(self, path: str | Path, concepts: ConceptSet, *, others: bool = True) -> None:
+    def __init__(self, path: str | Path, concepts: ConceptSet, *, others: bool = True, name: str | None = None) -> None:
         self.path = Path(path)
+        self.name = name or f"corpus {self.path.name}"
         self.texts = [t for t in read_texts(self.path, labelled=True) if others or t.concept in concepts]
         found = list(dict.fromkeys(text.concept for text in self.texts))
         if len(found) < 2:
@@ -185,7 +187,7 @@ class CorpusStories:
         digest = content_id([(t.id, t.concept, t.topic, t.text) for t in self.texts])
         return {
             "concepts": self.concepts.hash,
-            "source": f"corpus {self.path.name}",
+            "source": self.name,
             "texts": digest,
             "shard": STORY_SHARD,
             "not in the concept set": self.unknown,
@@ -371,7 +373,8 @@ def open_stories(stories: str | Path, concepts: ConceptSet, writer: Engine, reci
     if stories == "model":
         return WrittenStories(writer, concepts, recipe)
     if stories == "bundled":
-        return CorpusStories(Path(str(importlib.resources.files("affectlens") / "data" / "corpus")), concepts, others=False)
+        folder = Path(str(importlib.resources.files("affectlens") / "data" / "corpus"))
+        return CorpusStories(folder, concepts, others=False, name="bundled starter stories")
     return CorpusStories(stories, concepts)
 
 
@@ -457,7 +460,7 @@ def make_vectors(engine: Engine, source: StorySource, run: Run, recipe: Recipe, 
         fitted = run.stage("vectors", {**inputs, "draws": recipe.draws, "seed": recipe.seed})
         if not fitted.done:
             progress.start(1, "fitting vectors")
-            method = {**asdict(recipe), "source": stories.summary["source"], "concepts": source.concepts.name}
+            method = {**asdict(recipe), "source": stories.summary["source"], "concept set": source.concepts.name}
             method["neutral components"] = "over tokens" if recipe.per_token else "over texts"
             vectors = ConceptVectors.fit(
                 activations, neutral, info=engine.info, share=recipe.share, draws=recipe.draws, seed=recipe.seed, method=method

@@ -95,6 +95,8 @@ def study_run(
 def _report(engine: Engine, found: Discovery, run: Run, outcomes: Mapping[str, Outcome], draws: int) -> Report:
     vectors = found.vectors
     model = {key: value for key, value in asdict(engine.info).items() if key != "checks"}
+    if engine.info.reply_token:
+        model["reply_token"] = repr(engine.info.reply_token)  # often a line break, which would not be seen
     return Report(
         f"Emotion vectors of {engine.info.id}"
         if found.concepts.name == "emotions"
@@ -104,8 +106,10 @@ def _report(engine: Engine, found: Discovery, run: Run, outcomes: Mapping[str, O
             "concepts": len(vectors),
             "layer": vectors.layer,
             "stories": f"{found.stories['source']}; {len(found.activations)} read",
-            "mean residual norm at the layer": float(vectors.residual_norms[vectors.row()]),
-            **vectors.method,
+            "mean residual norm": f"{vectors.residual_norms[vectors.row()]:.4g} at layer {vectors.layer}",
+            "read from token": vectors.method["first_token"],
+            "neutral texts": vectors.method["neutral"],
+            "projected out": f"{vectors.method['share']:.0%} of their variance, {vectors.method['neutral components']}",
         },
         checks=_checks(engine, found),
         findings=[finding for outcome in outcomes.values() for finding in outcome.findings],
@@ -127,7 +131,7 @@ def _checks(engine: Engine, found: Discovery) -> list[dict[str, Any]]:
     checks = []
     for name, outcome in engine.info.checks:
         fell_back = "instead" in outcome or "unusable" in outcome or outcome.startswith("none")
-        checks.append(_check(name, "warn" if fell_back else "ok", outcome, "tried when the model was loaded"))
+        checks.append(_check(name, "warn" if fell_back else "ok", "falls back" if fell_back else "passed", outcome))
     counts = found.stories["counts"]
     total, kept = found.stories["total"], counts.get("kept", 0)
     dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()) if reason != "kept") or "none dropped"

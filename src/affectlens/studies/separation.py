@@ -61,7 +61,6 @@ CLAIMS: dict[str, tuple[str, str]] = {
     "best_layer": ("At the best layer the vectors name the concept of a text on a new topic", _ACCURACY),
     "beats_embedding": ("The residual stream separates concepts better than the mean token embedding does", _MORE),
 }
-_REPLICATIONS = "not in the paper; replications with 5 to 20 concepts report 0.64 to 0.92 with probes and splits of their own"
 _COLUMNS = (*(f"top {k}" for k in KS), "AUROC")
 _DEALT = {
     "within topics": "whole topics",
@@ -308,8 +307,7 @@ def _tested(id: str, estimate: Estimate, null: Null, note: str, *, needed: float
     verdict: Verdict = "holds" if null.p <= ALPHA and estimate.low >= needed else "weak"
     if null.p > ALPHA and (id != "beats_embedding" or estimate.value <= 0):
         verdict = "fails"
-    published = _REPLICATIONS if id == "top1" else None
-    return Finding(NAME, id, CLAIMS[id][0], estimate, null, published, verdict, CLAIMS[id][1], note)
+    return Finding(NAME, id, CLAIMS[id][0], estimate, null, None, verdict, CLAIMS[id][1], note)
 
 
 def _drawn(values: np.ndarray, kind: str) -> Null:
