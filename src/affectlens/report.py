@@ -264,6 +264,8 @@ class Report:
         from rich.text import Text
 
         console = console or Console()
+        if not console.is_terminal:  # a file or a pipe has no width of its own, and 80 columns would break every cell
+            console.width = max(console.width, 150)
 
         def text(value: Any, style: str = "") -> Text:
             # Text takes nothing as markup; what is left to remove are escape sequences that would drive the terminal.

@@ -190,7 +190,7 @@ def _steered(engine: HFEngine, request: Request, alone: tuple[Layout, Reading], 
         raise ModelSupportError(
             f"steering does not arrive in {info.id}: the residual at layer {layer} moved by something else ({difference:.1e})"
         )
-    return f"a push at layer {layer} arrives exactly ({difference:.1e})"
+    return f"a push at layer {layer} arrives, relative difference {difference:.1e}"
 
 
 def _try_packing(engine: HFEngine, requests: list[Request], alone: list[tuple[Layout, Reading]], limit: float) -> float:
