@@ -17,7 +17,7 @@ from affectlens.engine import Engine, Readout, Request, Where
 from affectlens.errors import FormatError
 from affectlens.runs import atomic_write, content_id, read_json, write_json
 
-SHARD = 256
+SHARD = 96
 """Texts in one shard: what a killed run loses at most."""
 
 
