@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import families
 import numpy as np
 import pytest
 import torch
 
+import families
 from affectlens.engine import Readout, Request, Sampling, Steering, Term
 from affectlens.engines.hf import HFEngine
 

@@ -1,0 +1,100 @@
+"""``al.steer``: steering a transformers model of one's own, and leaving no trace on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import affectlens as al
+import families
+from affectlens.engine import Steering, Term, Where
+from affectlens.errors import EngineError, MismatchError
+
+LAYER = 2
+
+
+@pytest.fixture(scope="module", params=["llama", "falcon", "gpt2"])
+def model(request: pytest.FixtureRequest) -> Any:
+    return families.build(request.param)
+
+
+def push(strength: float = 1.0, *, width: int = families.WIDTH, layer: int = LAYER, where: Where = Where()) -> Steering:
+    direction = np.random.default_rng(0).normal(size=(1, width)).astype(np.float32)
+    direction /= np.linalg.norm(direction)
+    return Steering((Term("push", strength, (layer,), (layer,), direction, np.full(1, 4, np.float32), where=where),))
+
+
+def residuals(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """What leaves block LAYER, read by a hook of this test's own."""
+    from affectlens.engines.residual import find_blocks
+
+    seen: list[torch.Tensor] = []
+    handle = find_blocks(model)[LAYER].register_forward_hook(
+        lambda module, args, output: seen.append(output[0] if isinstance(output, tuple) else output)
+    )
+    with torch.no_grad():
+        model(input_ids=ids)
+    handle.remove()
+    return seen[0]
+
+
+def hooks(model: Any) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def test_every_token_moves_by_what_was_added(model: Any) -> None:
+    ids = torch.randint(4, families.VOCABULARY, (2, 9))
+    before = residuals(model, ids)
+    with al.steer(model, push(0.5)):
+        moved = residuals(model, ids)
+    step = torch.as_tensor(push().terms[0].directions[0]) * 0.5 * 4
+    torch.testing.assert_close(moved, before + step, rtol=1e-5, atol=1e-5)
+    assert torch.equal(residuals(model, ids), before)
+
+
+def test_strength_0_changes_no_bit_and_sets_no_hook(model: Any) -> None:
+    ids = torch.randint(4, families.VOCABULARY, (1, 7))
+    before, count = residuals(model, ids), hooks(model)
+    with al.steer(model, push(0.0)):
+        assert hooks(model) == count
+        assert torch.equal(residuals(model, ids), before)
+
+
+def test_hooks_are_removed_whatever_happens(model: Any) -> None:
+    count = hooks(model)
+    with pytest.raises(ZeroDivisionError), al.steer(model, push()):
+        assert hooks(model) == count + 1
+        raise ZeroDivisionError
+    assert hooks(model) == count
+
+
+def test_the_reply_alone_can_be_steered(model: Any) -> None:
+    ids = torch.randint(4, families.VOCABULARY, (1, 8))
+    options: dict[str, Any] = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    with al.steer(model, push(50, where=Where("response"))):
+        reply = model.generate(ids, output_logits=True, return_dict_in_generate=True, **options)
+    plain = model.generate(ids, output_logits=True, return_dict_in_generate=True, **options)
+    # The first token comes from the prompt, which is left alone; the next ones from steered tokens.
+    assert torch.equal(reply.logits[0], plain.logits[0])
+    assert not torch.allclose(reply.logits[1], plain.logits[1], atol=1e-2)
+    with al.steer(model, push(50, where=Where("prompt"))):
+        reply = model.generate(ids, output_logits=True, return_dict_in_generate=True, **options)
+    assert not torch.allclose(reply.logits[0], plain.logits[0], atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("steering", "error", "says"),
+    [
+        (push(width=7), MismatchError, "7 wide"),
+        (push(layer=99), EngineError, "layers 0 to"),
+        (push(where=Where(role="user")), EngineError, "needs a layout"),
+    ],
+)
+def test_what_a_bare_model_cannot_do_is_refused(model: Any, steering: Steering, error: type[Exception], says: str) -> None:
+    count = hooks(model)
+    with pytest.raises(error, match=says), al.steer(model, steering):
+        raise AssertionError("must not get here")
+    assert hooks(model) == count
