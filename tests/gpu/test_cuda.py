@@ -1,4 +1,4 @@
-"""The transformers engine on an accelerator gives what it gives on the processor. Run with ``pytest tests/gpu`` where there is one."""
+"""The transformers engine gives on an accelerator what it gives on the processor: ``pytest tests/gpu`` where there is one."""
 
 from __future__ import annotations
 
