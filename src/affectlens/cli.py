@@ -24,6 +24,10 @@ QUICK = {"per_concept": 5, "max_tokens": 160}
 class Commands(click.Group):
     """Prints an error that the user can fix as one line; everything else keeps its traceback."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.obj = shlex.join(["affectlens", *args])  # the command that a run prints as the one that resumes it
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -184,8 +188,8 @@ def _open(
             *(["quick"] if quick else []),
         ]
     )
-    command = shlex.join(["affectlens", *sys.argv[1:]])
-    return engine, source, open_run(out, engine, source, settings, command=command, fresh=fresh), settings, other
+    run = open_run(out, engine, source, settings, command=click.get_current_context().obj, fresh=fresh)
+    return engine, source, run, settings, other
 
 
 def _engine(model: str, *, device: str, dtype: str) -> Engine:
