@@ -16,13 +16,14 @@ check: $(VENV)/.ready
 	$(BIN)/ruff check src tests bench docs
 	$(BIN)/mypy
 
-# torch comes first and pinned: a looser pin would fetch gigabytes of CUDA packages on Linux.
+# torch comes first, so that the builds that pip is set up to prefer (a CPU wheel, a mirror) are taken for it alone.
 $(VENV)/.ready: requirements.lock pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'affectlens needs Python 3.11: make PYTHON=python3.11')"
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -20,6 +20,9 @@ from affectlens.runs import atomic_write, content_id, read_json, write_json
 SHARD = 96
 """Texts in one shard: what a killed run loses at most."""
 
+TOKEN_SHARD = 4
+"""The same where every token is kept: some hundred times as many rows a text."""
+
 
 @dataclass(frozen=True)
 class Text:
@@ -184,10 +187,13 @@ def collect(
     where = Where(after=first_token - 1)
     readouts = (Readout(layers, where, "none" if per_token else "mean"), Readout(layers, where, "norm"))
     parts = []
-    for i in range(0, len(texts), SHARD):
-        chunk = texts[i : i + SHARD]
-        part = folder / f"part{i // SHARD:05d}.json"
-        asked = content_id([engine.info.fingerprint, first_token, per_token, [(text.id, text.text) for text in chunk]])
+    size = TOKEN_SHARD if per_token else SHARD
+    for i in range(0, len(texts), size):
+        chunk = texts[i : i + size]
+        part = folder / f"part{i // size:05d}.json"
+        asked = content_id(
+            [engine.info.fingerprint, engine.info.dtype, first_token, per_token, [(text.id, text.text) for text in chunk]]
+        )
         if not part.exists() or read_json(part)["texts"] != asked:
             _collect_shard(engine, chunk, readouts, part, asked)
         parts.append(read_json(part))

@@ -25,7 +25,8 @@ class Commands(click.Group):
     """Prints an error that the user can fix as one line; everything else keeps its traceback."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.obj = shlex.join(["affectlens", *args])  # the command that a run prints as the one that resumes it
+        # The command that a run prints as the one that resumes it: --fresh would throw away what it made.
+        ctx.obj = shlex.join(["affectlens", *(arg for arg in args if arg != "--fresh")])
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -36,7 +37,7 @@ class Commands(click.Group):
             ctx.exit(1)
         except KeyboardInterrupt:
             resumable = ctx.invoked_subcommand in ("study", "discover")
-            click.echo(f"affectlens: interrupted{'; the same command goes on' if resumable else ''}", err=True)
+            click.echo(f"affectlens: interrupted{f'; to go on: {ctx.obj}' if resumable else ''}", err=True)
             ctx.exit(1)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -170,9 +171,11 @@ def _open(
     from affectlens.pipeline import SHOWCASE
 
     wanted = ConceptSet.load(concepts)
-    if stories and stories != "model" and writer:
+    if stories and stories != "model" and writer and recipe["neutral"] != "model":
         raise click.UsageError("--writer writes stories, --stories reads them: give one of the two")
     stories = stories or ("bundled" if quick and concepts == "emotions" and not writer else "model")
+    if stories != "model" and per_concept:
+        raise click.UsageError(f"--per-concept is for stories that a model writes; these are read (--stories {stories})")
     if quick and concepts == "emotions":
         rated = {concept.name for concept in wanted.rated()}
         wanted = wanted.select([name for name in wanted.names if name in rated or name in SHOWCASE])
@@ -246,7 +249,7 @@ def score(vectors: str, file: str, top: int, kind: Any, **options: Any) -> None:
 
     texts = _texts(file)
     loaded, engine = _vectors_and_engine(vectors, **options)
-    readout = loaded.readout(where=Where(), pool="mean")
+    readout = loaded.readout(where=Where(after=1), pool="mean")  # the first token is an attention sink
     for text, result in zip(texts, engine.run(Request(text, readouts=(readout,)) for text in texts), strict=True):
         scores = loaded.scores(result.readings[0], kind=kind)
         best = [(loaded.names[i], float(scores[i])) for i in scores.argsort()[::-1][:top]]

@@ -189,9 +189,7 @@ class ConceptSet:
         if path.is_dir():
             raise FormatError(f"{path} is a folder: name the TOML file in it")
         if isinstance(source, Path) or path.suffix == ".toml" or len(path.parts) > 1:
-            raise FormatError(
-                f"{path}: no such file; give a TOML file or the name of a bundled set ({', '.join(BUNDLED)})"
-            )
+            raise FormatError(f"{path}: no such file; give a TOML file or the name of a bundled set ({', '.join(BUNDLED)})")
         raise UnknownName("concept set", source, BUNDLED)
 
     @property
@@ -249,9 +247,7 @@ class ConceptSet:
             >>> len(ConceptSet.load("emotions").rated())
             45
         """
-        return replace(
-            self, concepts=tuple(concept for concept in self.concepts if concept.rating is not None)
-        )
+        return replace(self, concepts=tuple(concept for concept in self.concepts if concept.rating is not None))
 
     def story_prompt(self, concept: str | Concept, topic: str, n: int = 1) -> str:
         """The prompt that asks a model for stories showing a concept without naming it.
@@ -276,9 +272,7 @@ class ConceptSet:
             (True, True)
         """
         wanted = concept if isinstance(concept, Concept) else self[concept]
-        return _fill(
-            self.prompts["story"], n=n, topic=topic, concept=wanted.name, definition=wanted.definition
-        )
+        return _fill(self.prompts["story"], n=n, topic=topic, concept=wanted.name, definition=wanted.definition)
 
     def neutral_prompt(self, topic: str, n: int = 1) -> str:
         """The prompt that asks a model for dialogues without any feeling in them.
@@ -369,8 +363,7 @@ class _Reader:
             self.fail("format", f"is {raw['format']!r}, but this version reads format 1: update affectlens")
         name = self.text(raw, "name", default=default_name)
         topics, neutral_topics = (
-            self.texts(raw, key) if key in raw else getattr(_bundled("emotions"), key)
-            for key in ("topics", "neutral_topics")
+            self.texts(raw, key) if key in raw else getattr(_bundled("emotions"), key) for key in ("topics", "neutral_topics")
         )
         return ConceptSet(
             name=name,
@@ -388,21 +381,15 @@ class _Reader:
             self.fail("concepts", "are missing: add a table such as [concepts.sarcasm] with a definition")
         tables = raw["concepts"]
         if not isinstance(tables, dict):
-            self.fail(
-                "concepts", "must be tables, one per concept: write [concepts.sarcasm], not [[concepts]]"
-            )
+            self.fail("concepts", "must be tables, one per concept: write [concepts.sarcasm], not [[concepts]]")
         if len(tables) < 2:
-            self.fail(
-                "concepts", f"holds {len(tables)}, but a concept is found by contrast: add at least two"
-            )
+            self.fail("concepts", f"holds {len(tables)}, but a concept is found by contrast: add at least two")
         concepts = tuple(self.concept(name, table) for name, table in tables.items())
         seen: dict[str, str] = {}
         for concept in concepts:
             other = seen.setdefault(_key(concept.name), concept.name)
             if other != concept.name:
-                self.fail(
-                    "concepts", f"names {other!r} and {concept.name!r} are the same: rename or drop one"
-                )
+                self.fail("concepts", f"names {other!r} and {concept.name!r} are the same: rename or drop one")
         return concepts
 
     def concept(self, name: str, table: Any) -> Concept:
@@ -444,9 +431,7 @@ class _Reader:
                 self.fail(f"prompts.{kind}", f"lacks {_braced(missing)}: put each where its value belongs")
             if unknown := slots - needed - optional:
                 known = _braced(needed | optional)
-                self.fail(
-                    f"prompts.{kind}", f"has {_braced(unknown)}, which nothing fills: known are {known}"
-                )
+                self.fail(f"prompts.{kind}", f"has {_braced(unknown)}, which nothing fills: known are {known}")
         return prompts
 
     def text(self, table: dict[str, Any], key: str, within: str = "", *, default: str | None = None) -> str:
@@ -467,9 +452,7 @@ class _Reader:
             self.fail(where, 'must be a list of texts: write ["...", "..."]')
         # A lone hyphen counts as empty too: as a form, it would be found between any two words.
         if not value or not all(map(_key, value)):
-            self.fail(
-                where, "has nothing or an empty text in it: fill it in, or drop the line for the default"
-            )
+            self.fail(where, "has nothing or an empty text in it: fill it in, or drop the line for the default")
         items = tuple(item.strip() for item in value)
         seen: set[str] = set()
         for item in items:

@@ -2,7 +2,7 @@
 
     RUN/stories/       parquet shards: every story with its concept, topic, and why it was dropped if it was
     RUN/activations/   pooled residuals of the stories that were kept, every layer
-    RUN/neutral/       the same of neutral dialogues
+    RUN/neutral-texts/ the neutral dialogues, RUN/neutral/ their pooled residuals
     RUN/vectors/       the result: vectors.safetensors, config.json, README.md
 
 Stories come from one of three sources behind one interface: the model under study, another model, or a corpus of yours.
@@ -30,6 +30,9 @@ from affectlens.vectors import ConceptVectors
 
 MIN_WORDS = 50
 """A shorter story has too little left to read after its first 50 tokens."""
+
+WRITING = Sampling(temperature=0.8, top_p=0.95)
+"""How stories are sampled: cool enough that small models stay on the subject."""
 
 STORY_SHARD = 96
 """Stories written between two saves."""
@@ -120,8 +123,11 @@ class WrittenStories:
             "concepts": self.concepts.hash,
             "per_concept": self.recipe.per_concept,
             "max_tokens": self.recipe.max_tokens,
+            "sampling": [WRITING.temperature, WRITING.top_p],
+            "template": self.writer.info.template,
             "seed": self.recipe.seed,
             "shard": STORY_SHARD,
+            "min_words": MIN_WORDS,
         }
 
     def shards(self) -> int:
@@ -143,7 +149,7 @@ def _write(writer: Engine, prompts: Sequence[str], *, max_tokens: int, seed: int
     requests = (
         Request(
             (("user", prompt),) if chat else prompt,
-            sampling=Sampling(max_tokens=max_tokens, temperature=0.8, top_p=0.95, seed=seed + n),
+            sampling=replace(WRITING, max_tokens=max_tokens, seed=seed + n),
         )
         for n, prompt in enumerate(prompts)
     )
@@ -189,6 +195,7 @@ class CorpusStories:
             "concepts": self.concepts.hash,
             "source": self.name,
             "texts": digest,
+            "min_words": MIN_WORDS,
             "shard": STORY_SHARD,
             "not in the concept set": self.unknown,
         }
@@ -339,10 +346,7 @@ def gather_stories(source: StorySource, stage: Stage, advance: Callable[[int], N
                 "source": source.describe()["source"],
                 "total": sum(reasons.values()),
                 "counts": dict(reasons),
-                "least": min(counts.values()),
-                "most": max(counts.values()),
                 "dropped": {name: dict(why) for name, why in sorted(dropped_of.items())},
-                "left out": [name for name in source.concepts.names if not counts[name]],
             }
         )
     return kept
@@ -390,10 +394,9 @@ def open_run(
     if recipe.neutral not in ("bundled", "model"):
         read_texts(Path(recipe.neutral), labelled=False)  # a misspelt file shows now, not after hours of writing stories
     info = engine.info
-    what = {"model": info.id, "fingerprint": info.fingerprint, "dtype": info.dtype, "stories": source.describe()}
-    return Run.open(
-        out, what={**what, "recipe": asdict(recipe)}, command=command or f"affectlens study {info.id} --out {out}", fresh=fresh
-    )
+    model = {"model": info.id, "fingerprint": info.fingerprint, "dtype": info.dtype, "template": info.template}
+    what = {**model, "stories": source.describe(), "recipe": asdict(recipe)}
+    return Run.open(out, what=what, command=command, fresh=fresh)
 
 
 def discover(
@@ -451,16 +454,19 @@ def make_vectors(engine: Engine, source: StorySource, run: Run, recipe: Recipe, 
             "per_token": recipe.per_token,
             **read_by,
         }
-        stage = run.stage("neutral", neutral_inputs)
-        plain = [] if stage.done else neutral_texts(recipe, source.concepts, writer or engine)
+        plain = gather_neutral(
+            recipe, source.concepts, writer or engine, run.stage("neutral-texts", {"id": neutral_inputs["neutral"]})
+        )
         progress.start(len(plain), "reading neutral dialogues")
         neutral = _collect(engine, plain, run, "neutral", neutral_inputs, recipe, recipe.per_token, progress)
 
-        inputs = {"activations": content_id([stories.id, read_by]), "neutral": stage.id, "share": recipe.share}
+        inputs = {"activations": content_id([stories.id, read_by]), "neutral": content_id(neutral_inputs), "share": recipe.share}
         fitted = run.stage("vectors", {**inputs, "draws": recipe.draws, "seed": recipe.seed})
         if not fitted.done:
             progress.start(1, "fitting vectors")
             method = {**asdict(recipe), "source": stories.summary["source"], "concept set": source.concepts.name}
+            if isinstance(source, CorpusStories):  # nothing was written, so how it would have been is not part of the method
+                method = {key: value for key, value in method.items() if key not in ("per_concept", "max_tokens")}
             method["neutral components"] = "over tokens" if recipe.per_token else "over texts"
             vectors = ConceptVectors.fit(
                 activations, neutral, info=engine.info, share=recipe.share, draws=recipe.draws, seed=recipe.seed, method=method
@@ -475,6 +481,30 @@ def make_vectors(engine: Engine, source: StorySource, run: Run, recipe: Recipe, 
 
 def _bundled_neutral() -> Path:
     return Path(str(importlib.resources.files("affectlens") / "data" / "neutral.jsonl"))
+
+
+def gather_neutral(recipe: Recipe, concepts: ConceptSet, writer: Engine, stage: Stage) -> list[Text]:
+    """The neutral texts that are long enough to read, kept in a file so that anyone can see what was projected out.
+
+    Raises:
+        FormatError: Fewer than two are left.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = stage.shard_path(0, ".parquet")
+    if not stage.done:
+        texts = neutral_texts(recipe, concepts, writer)
+        usable = [text for text in texts if len(text.text.split()) >= MIN_WORDS]
+        if len(usable) < 2:
+            raise FormatError(
+                f"{len(usable)} of {len(texts)} neutral texts have {MIN_WORDS} words: "
+                "use --neutral bundled, or a file with longer ones"
+            )
+        with atomic_write(path) as temporary:
+            pq.write_table(pa.Table.from_pylist([asdict(text) for text in usable]), temporary)
+        stage.finish({"usable": len(usable), "total": len(texts)})
+    return [Text(**record) for record in pq.read_table(path).to_pylist()]
 
 
 def _neutral_id(recipe: Recipe, concepts: ConceptSet, writer: Engine) -> Any:

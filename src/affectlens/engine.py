@@ -64,7 +64,7 @@ class Where:
     """Which tokens: one selector for reading and for steering. The conditions narrow each other in the order given.
 
     Args:
-        part: ``prompt`` (everything before the reply), ``response`` (the reply, a prefill included) or ``all``.
+        part: ``prompt`` (everything before the reply), ``response`` (the words of the reply, a prefill included) or ``all``.
         role: Only words of this role's turns (``user``, ``assistant``, ``system``); template tokens are nobody's.
         text: Only tokens that overlap an occurrence of this text.
         after: Skip so many of the tokens selected so far.
@@ -96,7 +96,7 @@ class Where:
         if self.part == "prompt":
             mask &= index < layout.n_prompt
         elif self.part == "response":
-            mask &= index >= layout.n_prompt
+            mask &= (index >= layout.n_prompt) & np.array([role != "template" for role in layout.roles], dtype=bool)
         if self.role is not None:
             mask &= np.array([role == self.role for role in layout.roles], dtype=bool)
         if self.text is not None:
@@ -369,6 +369,8 @@ class Sampling:
             raise EngineError(f"max_tokens is {self.max_tokens}: use 1 or more, or leave sampling out to read only")
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise EngineError("sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0")
+        if "" in self.stop:
+            raise EngineError("a stop string is empty: it would end every reply at once")
         if self.seed < 0:
             raise EngineError(f"seed is {self.seed}: use 0 or more")
 
@@ -492,20 +494,20 @@ class Engine(ABC):
         """
         requests = (
             Request(prompt, sampling=replace(sampling, seed=sampling.seed + i), steering=steering)
-            for i, prompt in enumerate(prompts)
+            for i, prompt in enumerate(_several(prompts))
         )
         return [result.text for result in self.run(requests)]
 
     def read(self, prompts: Iterable[str | Chat], readout: Readout, *, steering: Steering = Steering()) -> Iterator[Reading]:
         """Record ``readout`` for each prompt, in order, without generating anything."""
-        for result in self.run(Request(prompt, readouts=(readout,), steering=steering) for prompt in prompts):
+        for result in self.run(Request(prompt, readouts=(readout,), steering=steering) for prompt in _several(prompts)):
             yield result.readings[0]
 
     def choose(
         self, prompts: Iterable[str | Chat], choices: Sequence[str], *, prefill: str = "", steering: Steering = Steering()
     ) -> np.ndarray:
         """Log-probabilities ``(prompts, choices)`` of each choice as the continuation."""
-        requests = (Request(p, prefill=prefill, choices=tuple(choices), steering=steering) for p in prompts)
+        requests = (Request(p, prefill=prefill, choices=tuple(choices), steering=steering) for p in _several(prompts))
         return np.array([result.choice_logprobs for result in self.run(requests)])
 
     def stream(self, request: Request) -> Iterator[Result]:
@@ -513,6 +515,13 @@ class Engine(ABC):
         if request.sampling is None:
             request = replace(request, sampling=Sampling())
         yield from self.run([replace(request, stream=True)])
+
+
+def _several(prompts: Iterable[str | Chat]) -> Iterable[str | Chat]:
+    """Refuse a bare string, which is iterable too and would be run letter by letter."""
+    if isinstance(prompts, str):
+        raise EngineError("prompts is one text: give a list, for example [text]")
+    return prompts
 
 
 def check_request(request: Request, info: ModelInfo) -> None:

@@ -211,14 +211,15 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as folder, _one_line(repo):
         # The name of a local folder would tell the world where things lie on this machine.
         model = {**vectors.model, "id": _public_id(str(vectors.model.get("id")))}
-        replace(vectors, model=model).save(folder)
+        method = {key: _public_id(value) if isinstance(value, str) else value for key, value in vectors.method.items()}
+        replace(vectors, model=model, method=method).save(folder)
         target = api.create_repo(repo, private=private, exist_ok=True).repo_id
         # An existing repository keeps its visibility without a word: nobody should publish by accident.
         if private and not api.model_info(target).private:
             raise AffectlensError(f"{target} is public: give private=False (--public) to publish there, or name another")
         # One commit for all three: nobody ever downloads new vectors with an old description.
         files = [CommitOperationAdd(name, Path(folder) / name) for name in FILES]
-        summary = message or f"Vectors of {len(vectors)} concepts of {vectors.model.get('id')}"
+        summary = message or f"Vectors of {len(vectors)} concepts of {model['id']}"
         return str(api.create_commit(target, files, commit_message=summary).commit_url)
 
 

@@ -303,14 +303,10 @@ def layer_curves(
     note = {"font": {"size": 11, "color": GREY}, "showarrow": False}
     if chance is not None:
         figure.add_hline(y=chance, line={"color": GREY, "width": 1, "dash": "dash"})
-        figure.add_annotation(
-            **note, text="chance", xref="paper", x=1, xanchor="right", y=chance, yanchor="bottom", yshift=1
-        )
+        figure.add_annotation(**note, text="chance", xref="paper", x=1, xanchor="right", y=chance, yanchor="bottom", yshift=1)
     if mark is not None:
         figure.add_vline(x=mark, line={"color": GREY, "width": 1})
-        figure.add_annotation(
-            **note, text=f"layer {mark}", x=mark, xanchor="left", xshift=3, yref="paper", y=1, yanchor="top"
-        )
+        figure.add_annotation(**note, text=f"layer {mark}", x=mark, xanchor="left", xshift=3, yref="paper", y=1, yanchor="top")
     return figure
 
 
@@ -326,9 +322,7 @@ _PLACES: dict[str, tuple[float, float]] = {
 }
 
 
-def _place(
-    order: Sequence[int], names: Sequence[str], pixels: np.ndarray, area: tuple[float, float]
-) -> dict[int, str]:
+def _place(order: Sequence[int], names: Sequence[str], pixels: np.ndarray, area: tuple[float, float]) -> dict[int, str]:
     """Where each label goes: the place that hides the fewest points, among those inside the area that touch no label."""
     placed: dict[int, str] = {}
     boxes = np.empty((0, 4))

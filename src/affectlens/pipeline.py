@@ -153,8 +153,9 @@ def _checks(engine: Engine, found: Discovery) -> list[dict[str, Any]]:
     checks.append(
         _check("tokens read per story", "ok" if low >= 10 and short <= 0.1 * kept else "warn", f"median {middle:.0f}", detail)
     )
-    if left_out := found.stories["left out"]:
-        checks.append(_check("concepts left out", "warn", len(left_out), f"no usable story: {', '.join(left_out)}"))
+    if left_out := [name for name in found.concepts.names if name not in vectors]:
+        detail = f"no usable story, or all too short to read: {', '.join(left_out)}"
+        checks.append(_check("concepts left out", "warn", len(left_out), detail))
     least = int(vectors.counts.min())
     scarce = f"fewest: {vectors.names[int(vectors.counts.argmin())]}; most: {int(vectors.counts.max())}"
     checks.append(_check("stories per concept", "ok" if least >= 10 else "warn", f"at least {least}", scarce))
@@ -178,10 +179,10 @@ def _token_view(engine: Engine, found: Discovery, n: int = 6) -> list[dict[str, 
     vectors: ConceptVectors = found.vectors
     shown = [name for name in SHOWCASE if name in vectors] or list(vectors.names[:12])
     first = {concept: i for i, concept in reversed(list(enumerate(found.activations.concepts.tolist())))}
-    chosen = [first[name] for name in (shown * 2)[:n] if name in first]
+    chosen = [first[name] for name in shown if name in first][:n]
     texts = _texts(found, [found.activations.ids[i] for i in chosen])
     probes = [vectors.index(name) for name in shown]
-    readout = vectors.readout(where=Where(), pool="none")
+    readout = vectors.readout(where=Where(after=1), pool="none")  # the first token is an attention sink
     out = []
     for i, result in zip(chosen, engine.run(Request(text, readouts=(readout,)) for text in texts), strict=True):
         layout, reading = result.layout, result.readings[0]

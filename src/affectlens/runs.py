@@ -236,9 +236,7 @@ class Run:
         self.path, self.what, self.command, self._lock = path, what, command, lock
 
     @classmethod
-    def open(
-        cls, path: str | os.PathLike[str], *, what: dict[str, Any], command: str, fresh: bool = False
-    ) -> Run:
+    def open(cls, path: str | os.PathLike[str], *, what: dict[str, Any], command: str, fresh: bool = False) -> Run:
         """Create a run directory, or go on with an existing one.
 
         Args:
@@ -445,9 +443,11 @@ def _lock(path: Path) -> int:
 
 
 def _empty(path: Path, keep: str = "") -> int:
-    """Remove what is in a stage folder, first the marker that calls it done; return how much it was."""
+    """Remove what is in a stage folder, the marker that calls it done first and what makes it a stage last; return how much."""
     path.mkdir(exist_ok=True)
-    children = sorted((c for c in path.iterdir() if c.name != keep), key=lambda c: c.name != "done.json")
+    children = sorted(
+        (c for c in path.iterdir() if c.name != keep), key=lambda c: (c.name == "inputs.json", c.name != "done.json")
+    )
     for child in children:
         if child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)

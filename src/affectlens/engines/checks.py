@@ -141,10 +141,11 @@ def _generated_together(engine: HFEngine, requests: list[Request], layouts: list
 
 
 def _apart(got: np.ndarray, want: np.ndarray) -> float:
-    """Relative to the layer's typical norm, so that a token of tiny norm does not decide."""
+    """Relative to the token's norm, or the layer's median norm for a token below it: neither tiny tokens nor sinks decide."""
     if got.shape != want.shape or not np.isfinite(got).all():
         return float("inf")
-    scale = np.median(np.linalg.norm(want, axis=-1), axis=1)[:, None]
+    norms = np.linalg.norm(want, axis=-1)
+    scale = np.maximum(norms, np.median(norms, axis=1)[:, None])
     return float((np.linalg.norm(got - want, axis=-1) / np.maximum(scale, 1e-12)).max())
 
 

@@ -11,6 +11,7 @@ used only if they give what a text gives alone.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -42,8 +43,8 @@ from affectlens.models import locate
 WINDOW = 1024
 """Requests that are looked at together for sorting by length: what bounds memory on an endless stream of requests."""
 
-GENERATE_ROWS = 32
-"""Most sequences generated together."""
+GENERATE_ROWS, GENERATE_TOKENS = 32, 65536
+"""Most sequences generated together, and most tokens that their caches may come to hold."""
 
 PACKED = "affectlens_packed"
 """Name under which :func:`packed_attention` is known to transformers; it is set on a model only while it reads a packed batch."""
@@ -149,7 +150,7 @@ class HFEngine(Engine):
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        source = locate(name)
+        source = locate(name, log=lambda line: print(line, file=sys.stderr))
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         try:
@@ -159,17 +160,28 @@ class HFEngine(Engine):
             raise EngineError(f"device {device!r} cannot be used here ({reason}): use cpu or auto") from None
         kwargs = dict(source.load_kwargs)
         try:
-            config = AutoConfig.from_pretrained(source.location, **source.tokenizer_kwargs)
+            config = AutoConfig.from_pretrained(source.location, trust_remote_code=False, **source.tokenizer_kwargs)
             loader = _auto_class(config, source.id)
             model, problems = loader.from_pretrained(
                 source.location,
                 dtype=_dtype(dtype, device),
                 output_loading_info=True,
+                trust_remote_code=False,
+                **({} if device == "cpu" else {"device_map": device}),  # straight there, not by way of the host's memory
                 **kwargs,
             )
-            tokenizer = AutoTokenizer.from_pretrained(source.location, **source.tokenizer_kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False, **source.tokenizer_kwargs)
         except ModelSupportError:
             raise
+        except ImportError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ModelSupportError(
+                f"{source.id} needs a package that is not here ({reason}): install it and try again"
+            ) from error
+        except torch.OutOfMemoryError as error:
+            raise EngineError(
+                f"{source.id} does not fit the memory of {device}: use --dtype bfloat16, or --device cpu"
+            ) from error
         except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise FormatError(f"{source.id} cannot be loaded ({reason}): check the name and the files") from error
@@ -208,7 +220,8 @@ class HFEngine(Engine):
                 check_request(request, self.info)
             layouts = [self.layout(request) for request in window]
             for layout, request in zip(layouts, window, strict=True):
-                refuse_too_long(len(layout), request, self.info)
+                longest = max((len(self._encode(choice, special=False)[0]) for choice in request.choices), default=0)
+                refuse_too_long(len(layout) + longest, request, self.info)
             yield from self._run_window(window, layouts)
 
     def _run_window(self, window: list[Request], layouts: list[Layout]) -> Iterator[Result]:
@@ -435,7 +448,9 @@ class HFEngine(Engine):
     def _generation_batches(self, rows: list[Row]) -> Iterator[list[Row]]:
         batch: list[Row] = []
         for row in sorted(rows, key=len, reverse=True):
-            if batch and (len(batch) == self.generate_rows or not (self.can_pad_left or len(row) == len(batch[0]))):
+            room = max((r.request.sampling.max_tokens for r in (*batch, row) if r.request.sampling), default=0)
+            full = len(batch) == self.generate_rows or (len(batch) + 1) * (len((*batch, row)[0]) + room) > GENERATE_TOKENS
+            if batch and (full or not (self.can_pad_left or len(row) == len(batch[0]))):
                 yield batch
                 batch = []
             batch.append(row)

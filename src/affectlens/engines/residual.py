@@ -147,6 +147,8 @@ class Pass:
                 f"the blocks of this model pass on {hidden.dim() - 2} axes of residual streams instead of one stream: "
                 "affectlens reads models with a single residual stream"
             )
+        if layer in self.fired:
+            raise ModelSupportError(f"block {layer} ran twice in one pass: affectlens reads models that run each block once")
         self.fired.add(layer)
         if layer in self.pushes or layer in self.pins:
             hidden = hidden.clone()  # the block may have returned a tensor that it still uses
