@@ -356,7 +356,7 @@ def test_scores_equal_those_from_raw_residuals(pool: Any, layer: int | None, tmp
     directions, centre = vectors.directions[row].astype(np.float64), vectors.centre[row].astype(np.float64)
     readout = vectors.readout(layer, where=Where(after=1), pool=pool)
     assert readout.layers == (row,)
-    for stream, reading in zip(engine.streams, engine.read("01234", readout), strict=True):
+    for stream, reading in zip(engine.streams, engine.read(list("01234"), readout), strict=True):
         raw = stream[row + 1, 1:].astype(np.float64)
         raw = raw if pool == "none" else raw.mean(0) if pool == "mean" else raw[-1]
         cosine = cosines(raw[..., None, :], directions)

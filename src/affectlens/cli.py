@@ -86,7 +86,7 @@ def shared(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         ),
         "per_token": click.option("--per-token", is_flag=True, help="Neutral components over tokens instead of texts."),
         "seed": click.option(
-            "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of writing, topics, resamples and permutations."
+            "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of everything that is drawn at random."
         ),
         "quick": click.option(
             "--quick", is_flag=True, help="A first look: the 50 words that are rated or shown in the paper, five stories each."
