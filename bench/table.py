@@ -63,6 +63,17 @@ def extraction(result: dict[str, Any]) -> str:
     )
 
 
+def profile_reading(result: dict[str, Any]) -> str:
+    """The table of ``bench/profile_reading.py`` as Markdown."""
+    lines = ["| operator | share of processor time | calls |", "|---|---|---|"]
+    lines += [f"| `{name}` | {share:.0%} | {calls:,} |" for name, share, calls in result["operators"]]
+    head = (
+        f"Reading layer {result['layer']} of {result['texts']} texts ({result['tokens']:,} tokens) with affectlens, one thread, "
+        f"under the profiler ({result['seconds']:.1f} s, {result['date'][:10]}):"
+    )
+    return "\n".join([head, "", *lines])
+
+
 def one_line(run: dict[str, Any], tokens: int) -> str:
     """One run, for the progress on stderr."""
     if "seconds" not in run:
@@ -196,7 +207,7 @@ def _notes(result: dict[str, Any]) -> str:
     return note
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"extraction": extraction}
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"extraction": extraction, "profile_reading": profile_reading}
 
 
 def main() -> int:
