@@ -164,11 +164,15 @@ def _nothing(reason: str) -> Outcome:
     return Outcome(tuple(findings), (), {"reason": reason})
 
 
+_SEEN = " Which tokens count as own was tightened after a look at SmolLM2-135M: there this is exploratory."
+"""Belongs to every tested finding: a reader of the report does not see the docstring."""
+
+
 def _finding(id: str, estimate: Estimate, null: Null, needed: float, note: str) -> Finding:
     verdict: Verdict = "fails"
     if null.p <= ALPHA:
         verdict = "holds" if estimate.low >= needed else "weak"
-    return Finding(NAME, id, CLAIMS[id][0], estimate, null, None, verdict, CLAIMS[id][1], note)
+    return Finding(NAME, id, CLAIMS[id][0], estimate, null, None, verdict, CLAIMS[id][1], note + _SEEN)
 
 
 def _measure(bench: Bench, own: Mapping[str, list[int]]) -> Outcome:
