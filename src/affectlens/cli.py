@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,12 @@ import click
 from affectlens.errors import AffectlensError
 
 if TYPE_CHECKING:
+    from affectlens.audit import Check
     from affectlens.engine import Engine, Steering
     from affectlens.vectors import ConceptVectors
 
-QUICK = {"per_concept": 5, "max_tokens": 160}
-"""``--quick`` where stories are written: few and short ones."""
+WRITTEN_QUICK = 5
+"""Stories of each concept with ``--quick`` where they are written."""
 
 
 class Commands(click.Group):
@@ -64,15 +65,17 @@ def shared(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         ),
         "stories": click.option(
             "--stories",
-            help="model (it writes them), bundled (50 words), or a JSONL or parquet file or folder.  "
-            "[default: model; bundled with --quick]",
+            help="bundled, model (it writes them), or a JSONL or parquet file or folder.  [default: bundled for models under "
+            "3 billion parameters and with --quick, if the concepts have bundled stories; else model]",
         ),
         "writer": click.option("--writer", metavar="MODEL", help="Another model to write the stories."),
         "neutral": click.option(
             "--neutral", default="bundled", show_default=True, help="Neutral texts: bundled, model, or a file."
         ),
         "per_concept": click.option(
-            "--per-concept", type=click.IntRange(1), help="Stories to write for each concept.  [default: 24]"
+            "--per-concept",
+            type=click.IntRange(1),
+            help="Stories to use of each concept.  [default: all if they are read, 24 if they are written]",
         ),
         "first_token": click.option(
             "--first-token", type=click.IntRange(1), default=50, show_default=True, help="Read stories from this token on."
@@ -89,7 +92,7 @@ def shared(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
             "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of everything that is drawn at random."
         ),
         "quick": click.option(
-            "--quick", is_flag=True, help="A first look: the 50 words that are rated or shown in the paper, five stories each."
+            "--quick", is_flag=True, help="A first look: four bundled stories of each concept, or five short ones written."
         ),
         "fresh": click.option("--fresh", is_flag=True, help="Discard what the run directory holds."),
         "layer": click.option("--layer", type=int, help="Layer.  [default: that of the vectors]"),
@@ -167,23 +170,20 @@ def _open(
 ) -> tuple[Any, ...]:
     """Engine, story source, run directory, recipe and writer for the options of a command that makes vectors."""
     from affectlens.concepts import ConceptSet
+    from affectlens.corpus import QUICK, STORIES
     from affectlens.discovery import Recipe, open_run, open_stories
-    from affectlens.pipeline import SHOWCASE
 
     wanted = ConceptSet.load(concepts)
-    if stories and stories != "model" and writer and recipe["neutral"] != "model":
+    if stories not in (None, "model") and writer and recipe["neutral"] != "model":
         raise click.UsageError("--writer writes stories, --stories reads them: give one of the two")
-    stories = stories or ("bundled" if quick and concepts == "emotions" and not writer else "model")
-    if stories != "model" and per_concept:
-        raise click.UsageError(f"--per-concept is for stories that a model writes; these are read (--stories {stories})")
-    if quick and concepts == "emotions":
-        rated = {concept.name for concept in wanted.rated()}
-        wanted = wanted.select([name for name in wanted.names if name in rated or name in SHOWCASE])
-    chosen: dict[str, Any] = {**(QUICK if quick else {}), **({"per_concept": per_concept} if per_concept else {}), **recipe}
+    if quick and not writer and wanted.name in STORIES:
+        stories = stories or "bundled"
+    short = {"per_concept": QUICK if stories == "bundled" else WRITTEN_QUICK, "max_tokens": 160} if quick else {}
+    chosen: dict[str, Any] = {**short, **({"per_concept": per_concept} if per_concept else {}), **recipe}
     settings = Recipe(**chosen)
     engine = _engine(model, device=device, dtype=dtype)
     other = _engine(writer, device=device, dtype=dtype) if writer else None
-    source = open_stories(stories, wanted, other or engine, settings)
+    source = open_stories(stories, wanted, engine, settings, writer=other)
     out = out or Path("runs") / "-".join(
         [
             Path(engine.info.id).absolute().resolve().name,
@@ -262,7 +262,7 @@ def score(vectors: str, file: str, top: int, kind: Any, **options: Any) -> None:
 
 
 def _texts(file: str) -> list[str]:
-    from affectlens.discovery import read_texts
+    from affectlens.corpus import read_texts
     from affectlens.errors import FormatError
 
     path = Path(file)
@@ -354,6 +354,47 @@ def doctor(model: str, device: str, dtype: str, as_json: bool) -> None:
     for name, outcome in info.checks:
         click.echo(f"  {name:32} {outcome}")
     click.echo(f"{info.id} works here; its default layer is {info.default_layer} of {info.n_layers}")
+
+
+@main.group()
+def corpus() -> None:
+    """Collections of stories: the bundled one, or yours."""
+
+
+@corpus.command()
+@click.argument("path", required=False, type=click.Path(path_type=Path))
+@shared("concepts", "json")
+def check(path: Path | None, concepts: str, as_json: bool) -> None:
+    """Check the stories at PATH (JSONL, parquet, or a folder), or the bundled corpus; exit 1 when something is to be mended."""
+    from dataclasses import asdict
+
+    from affectlens.audit import audit
+    from affectlens.concepts import ConceptSet
+
+    checks = audit(path, ConceptSet.load(concepts))
+    if as_json:
+        click.echo(json.dumps([{**asdict(row), "passed": row.passed} for row in checks], ensure_ascii=False))
+    else:
+        _print_checks(checks)
+    sys.exit(0 if all(row.passed for row in checks) else 1)
+
+
+def _print_checks(checks: Sequence[Check], shown: int = 5) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "file", "check", "found", "allowed", box=None, pad_edge=False)
+    for row in checks:
+        table.add_row("ok" if row.passed else "FAIL", row.file, row.what, row.found, row.allowed)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
+    console.print(table)
+    for row in checks:
+        for fault in row.faults[:shown]:
+            click.echo(f"{row.file}: {row.what}: {fault}")
+        if len(row.faults) > shown:
+            click.echo(f"{row.file}: {row.what}: and {len(row.faults) - shown} more (--json lists all)")
+    failed = sum(not row.passed for row in checks)
+    click.echo(f"{len(checks)} checks, {failed} failed")
 
 
 @main.command("list")

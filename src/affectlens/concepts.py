@@ -35,7 +35,7 @@ from typing import Any, NoReturn
 
 from affectlens.errors import FormatError, UnknownName
 
-BUNDLED = ("emotions",)
+BUNDLED = ("emotions", "manner")
 
 # What a prompt has to contain, and what it may contain besides.
 _SLOTS: dict[str, tuple[set[str], set[str]]] = {
@@ -46,7 +46,7 @@ _SLOT = re.compile(r"\{([A-Za-z_]\w*)\}")
 _SET_KEYS = (
     "format", "name", "title", "description", "sources", "topics", "neutral_topics", "prompts", "concepts",
 )  # fmt: skip
-_CONCEPT_KEYS = ("definition", "cluster", "forms", "rating")
+_CONCEPT_KEYS = ("definition", "guidance", "cluster", "forms", "synonyms", "rating")
 _RATING_KEYS = ("pleasure", "arousal", "dominance")
 # Names are typed on the command line (calm=0.05), stand in rules (calm > 3) and become file names.
 _NAME = re.compile(r"[^\W_][\w' -]{0,62}\w|[^\W_]")
@@ -77,8 +77,10 @@ class Concept:
     Attributes:
         name: what it is called everywhere: in files, on the command line, in plots.
         definition: one line that tells it from its neighbours; goes into the story prompt.
+        guidance: for whoever writes its texts, what must be seen for it to be this and no neighbour; or None.
         cluster: the group it belongs to, or None.
         forms: ways of writing that count as naming it; the name itself is always among them.
+        synonyms: words that would give it away as well; texts of the bundled corpus keep clear of them.
         rating: human ratings, or None.
 
     Example:
@@ -89,8 +91,10 @@ class Concept:
 
     name: str
     definition: str
+    guidance: str | None = None
     cluster: str | None = None
     forms: tuple[str, ...] = ()
+    synonyms: tuple[str, ...] = ()
     rating: Rating | None = None
 
     def __post_init__(self) -> None:
@@ -114,20 +118,25 @@ class Concept:
             >>> tired.named_in("a worn-out man"), tired.named_in("she had worn it outside")
             ('worn out', None)
         """
-        found = self._pattern.search(_plain(text))
-        return None if found is None else self._by_key[_GAP.sub(" ", found.group())]
+        return _first(self._named, text)
+
+    def given_away_in(self, text: str) -> str | None:
+        """The first form or synonym of this concept that a text contains, found as :meth:`named_in` finds forms.
+
+        Example:
+            >>> tired = Concept("worn out", "used up after great exertion", synonyms=("exhausted",))
+            >>> tired.given_away_in("He sat there, exhausted.")
+            'exhausted'
+        """
+        return _first(self._given_away, text)
 
     @cached_property
-    def _by_key(self) -> dict[str, str]:
-        return {_key(form): form for form in self.forms}
+    def _named(self) -> tuple[re.Pattern[str], dict[str, str]]:
+        return _any_of(self.forms)
 
     @cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        # Longest first: "self-confident" would otherwise be reported as the "confident" it contains.
-        keys = sorted(self._by_key, key=len, reverse=True)
-        either = "|".join(_GAP.pattern.join(map(re.escape, key.split(" "))) for key in keys)
-        # Not \b: models mark stress as _angry_, and to \b the underscore is a letter.
-        return re.compile(rf"(?<![^\W_])(?:{either})(?![^\W_])")
+    def _given_away(self) -> tuple[re.Pattern[str], dict[str, str]]:
+        return _any_of((*self.forms, *self.synonyms))
 
 
 @dataclass(frozen=True)
@@ -326,6 +335,22 @@ def _key(form: str) -> str:
     return _GAP.sub(" ", _plain(form)).strip()
 
 
+def _any_of(forms: Iterable[str]) -> tuple[re.Pattern[str], dict[str, str]]:
+    """What finds these forms in plain text, and the forms by what it finds."""
+    by_key = {_key(form): form for form in forms}
+    # Longest first: "self-confident" would otherwise be reported as the "confident" it contains.
+    keys = sorted(by_key, key=len, reverse=True)
+    either = "|".join(_GAP.pattern.join(map(re.escape, key.split(" "))) for key in keys)
+    # Not \b: models mark stress as _angry_, and to \b the underscore is a letter.
+    return re.compile(rf"(?<![^\W_])(?:{either})(?![^\W_])"), by_key
+
+
+def _first(forms: tuple[re.Pattern[str], dict[str, str]], text: str) -> str | None:
+    pattern, by_key = forms
+    found = pattern.search(_plain(text))
+    return None if found is None else by_key[_GAP.sub(" ", found.group())]
+
+
 def _fill(prompt: str, *, n: int, **slots: str) -> str:
     if n < 1:
         raise ValueError(f"n must be 1 or more, not {n}")
@@ -402,8 +427,10 @@ class _Reader:
         return Concept(
             name=name,
             definition=self.text(table, "definition", key),
+            guidance=self.text(table, "guidance", key) if "guidance" in table else None,
             cluster=self.text(table, "cluster", key) if "cluster" in table else None,
             forms=self.texts(table, "forms", key) if "forms" in table else (),
+            synonyms=self.texts(table, "synonyms", key) if "synonyms" in table else (),
             rating=self.rating(table["rating"], f"{key}.rating") if "rating" in table else None,
         )
 

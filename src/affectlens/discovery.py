@@ -10,11 +10,9 @@ Stories come from one of three sources behind one interface: the model under stu
 
 from __future__ import annotations
 
-import importlib.resources
-import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +21,7 @@ import numpy as np
 
 from affectlens.activations import Activations, Text, collect
 from affectlens.concepts import Concept, ConceptSet
+from affectlens.corpus import STORIES, bundled, read_texts
 from affectlens.engine import Engine, Request, Sampling
 from affectlens.errors import AffectlensError, FormatError
 from affectlens.runs import Progress, Run, Stage, atomic_write, content_id
@@ -37,13 +36,20 @@ WRITING = Sampling(temperature=0.8, top_p=0.95)
 STORY_SHARD = 96
 """Stories written between two saves."""
 
+WRITTEN = 24
+"""Stories that a model writes for each concept unless it is told how many."""
+
+LARGE = 3e9
+"""From so many parameters on a model writes its own stories by default: smaller ones write what no reader can tell apart."""
+
 
 @dataclass(frozen=True)
 class Recipe:
     """How vectors are made. The defaults are the published method (method 2 to 4) at a size that fits one machine.
 
     Args:
-        per_concept: Stories written for each concept, each on another topic.
+        per_concept: Stories of each concept: written (default 24, each on another topic), or the first so many of those
+            that are read (default all).
         neutral: ``bundled``, ``model`` (written by the writer), or a JSONL or parquet file of neutral texts.
         first_token: Stories are read from their own n-th token on, counted from 1.
         share: Share of the neutral variance that is projected out.
@@ -53,7 +59,7 @@ class Recipe:
         seed: Of the writing, the topics and the bootstrap.
     """
 
-    per_concept: int = 24
+    per_concept: int | None = None
     neutral: str = "bundled"
     first_token: int = 50
     share: float = 0.5
@@ -105,13 +111,14 @@ class WrittenStories:
     """
 
     def __init__(self, writer: Engine, concepts: ConceptSet, recipe: Recipe) -> None:
-        if recipe.per_concept > len(concepts.topics):
+        self.per_concept = recipe.per_concept or WRITTEN
+        if self.per_concept > len(concepts.topics):
             raise FormatError(
-                f"{recipe.per_concept} stories a concept need as many topics, and there are {len(concepts.topics)}: "
+                f"{self.per_concept} stories a concept need as many topics, and there are {len(concepts.topics)}: "
                 "lower --per-concept or add topics"
             )
         self.writer, self.concepts, self.recipe = writer, concepts, recipe
-        chosen = np.random.default_rng(recipe.seed).permutation(len(concepts.topics))[: recipe.per_concept]
+        chosen = np.random.default_rng(recipe.seed).permutation(len(concepts.topics))[: self.per_concept]
         # Topic by topic: a run that is cut short still has every concept.
         self.plan = [(concept, concepts.topics[t]) for t in chosen for concept in concepts]
 
@@ -121,7 +128,7 @@ class WrittenStories:
             "writer": self.writer.info.fingerprint,
             "dtype": self.writer.info.dtype,
             "concepts": self.concepts.hash,
-            "per_concept": self.recipe.per_concept,
+            "per_concept": self.per_concept,
             "max_tokens": self.recipe.max_tokens,
             "sampling": [WRITING.temperature, WRITING.top_p],
             "template": self.writer.info.template,
@@ -166,15 +173,32 @@ class CorpusStories:
         concepts: The set they belong to; the result keeps the concepts that occur, in the set's order.
         others: Whether stories of concepts that are not in the set are used too.
         name: What reports call it.
+        per_concept: Use the first so many stories of each concept; all by default.
 
     Raises:
         FormatError: Nothing there, a broken record, or stories of fewer than two concepts.
     """
 
-    def __init__(self, path: str | Path, concepts: ConceptSet, *, others: bool = True, name: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        concepts: ConceptSet,
+        *,
+        others: bool = True,
+        name: str | None = None,
+        per_concept: int | None = None,
+    ) -> None:
         self.path = Path(path)
         self.name = name or f"corpus {self.path.name}"
         self.texts = [t for t in read_texts(self.path, labelled=True) if others or t.concept in concepts]
+        if per_concept is not None:
+            number: Counter[str] = Counter()
+            texts, self.texts = self.texts, []
+            for text in texts:
+                number[text.concept] += 1
+                if number[text.concept] <= per_concept:
+                    self.texts.append(text)
+            self.name += f", the first {per_concept} of each concept"
         found = list(dict.fromkeys(text.concept for text in self.texts))
         if len(found) < 2:
             raise FormatError(
@@ -205,77 +229,6 @@ class CorpusStories:
 
     def shard(self, i: int) -> list[Text]:
         return self.texts[i * STORY_SHARD : (i + 1) * STORY_SHARD]
-
-
-def read_texts(path: Path, *, labelled: bool) -> list[Text]:
-    """Read texts from a JSONL or parquet file, or from every such file of a folder, in the order of the names.
-
-    Args:
-        path: File or folder.
-        labelled: Whether each record must name its concept.
-
-    Raises:
-        FormatError: Nothing there, nothing in it, or a record without its fields; names file and line.
-
-    Example:
-        >>> import tempfile; file = Path(tempfile.mkdtemp()) / "a.jsonl"
-        >>> _ = file.write_text('{"text": "It rained.", "concept": "calm"}')
-        >>> read_texts(file, labelled=True)[0].concept
-        'calm'
-    """
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.suffix in (".jsonl", ".parquet") and not f.name.startswith("."))
-    elif path.exists():
-        files = [path]
-    else:
-        raise FormatError(f"{path} does not exist: name a JSONL or parquet file, or a folder of them")
-    texts = [text for file in files for text in _read_file(file, path, labelled)]
-    if not texts:
-        raise FormatError(f"{path} holds no texts: each JSONL line or parquet row needs text{' and concept' if labelled else ''}")
-    if len({text.id for text in texts}) < len(texts):
-        texts = [replace(text, id=f"c{n:06d}") for n, text in enumerate(texts)]
-    return texts
-
-
-def _read_file(file: Path, root: Path, labelled: bool) -> Iterator[Text]:
-    name = file.relative_to(root).as_posix() if root.is_dir() else file.name
-    for number, record in enumerate(_records(file), start=1):
-        concept = record.get("concept") or record.get("emotion") or ""
-        if not isinstance(record.get("text"), str) or not record["text"].strip():
-            raise FormatError(f"{file}, record {number} has no text: every record needs a text field")
-        if labelled and not (isinstance(concept, str) and concept):
-            raise FormatError(f"{file}, record {number} names no concept: every story needs a concept (or emotion) field")
-        if any("\ud800" <= character <= "\udfff" for character in record["text"]):
-            raise FormatError(f"{file}, record {number} holds half a character (a lone surrogate): save the text as UTF-8 again")
-        yield Text(str(record.get("id") or f"{name}:{number}"), record["text"], str(concept), str(record.get("topic") or ""))
-
-
-def _records(file: Path) -> Iterator[dict[str, Any]]:
-    if file.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            yield from pq.read_table(file).to_pylist()
-        except (pa.ArrowInvalid, OSError) as error:
-            raise FormatError(f"{file} is no readable parquet file ({error}): write it again") from None
-        return
-    try:
-        # Not splitlines(): JSON may hold unescaped line separators. Windows editors put a mark in front.
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (UnicodeDecodeError, OSError) as error:
-        raise FormatError(f"{file} cannot be read ({error}): save it as UTF-8") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise FormatError(f"{file}, line {number} is no JSON ({error}): one JSON object a line") from None
-        if not isinstance(record, dict):
-            raise FormatError(f"{file}, line {number} is no JSON object: one object a line, with a text field")
-        yield record
 
 
 def unblock(text: str, kind: str) -> str:
@@ -359,7 +312,7 @@ def _words(counts: Mapping[str, int]) -> str:
 def neutral_texts(recipe: Recipe, concepts: ConceptSet, writer: Engine) -> list[Text]:
     """Neutral dialogues (method 2): the bundled ones, ones the writer writes, or a file's. Persons become Human and Assistant."""
     if recipe.neutral == "bundled":
-        texts = read_texts(_bundled_neutral(), labelled=False)
+        texts = read_texts(bundled("neutral"), labelled=False)
     elif recipe.neutral == "model":
         prompts = [concepts.neutral_prompt(topic, 1) for topic in concepts.neutral_topics]
         written = _write(writer, prompts, max_tokens=recipe.max_tokens, seed=recipe.seed)
@@ -372,14 +325,26 @@ def neutral_texts(recipe: Recipe, concepts: ConceptSet, writer: Engine) -> list[
     ]
 
 
-def open_stories(stories: str | Path, concepts: ConceptSet, writer: Engine, recipe: Recipe) -> StorySource:
-    """The source that ``--stories`` names: ``model`` (``writer`` writes), ``bundled``, else a file or folder of stories."""
-    if stories == "model":
-        return WrittenStories(writer, concepts, recipe)
-    if stories == "bundled":
-        folder = Path(str(importlib.resources.files("affectlens") / "data" / "corpus"))
-        return CorpusStories(folder, concepts, others=False, name="bundled starter stories")
-    return CorpusStories(stories, concepts)
+def open_stories(
+    stories: str | Path | None, concepts: ConceptSet, engine: Engine, recipe: Recipe, *, writer: Engine | None = None
+) -> StorySource:
+    """The source that ``--stories`` names.
+
+    Args:
+        stories: ``model`` to have them written, ``bundled``, a JSONL or parquet file or a folder of them, or None for what
+            suits: bundled stories if the concept set has some and the model is too small to write well, else its own.
+        concepts: What the stories are about.
+        engine: The model under study.
+        recipe: How many, how long, which seed.
+        writer: The model that writes (default: ``engine``).
+    """
+    small = writer is None and 0 < engine.info.n_parameters < LARGE
+    if stories == "bundled" or (stories is None and small and concepts.name in STORIES):
+        file = bundled(STORIES.get(concepts.name, "stories"))
+        return CorpusStories(file, concepts, others=False, name="bundled stories", per_concept=recipe.per_concept)
+    if stories in (None, "model"):
+        return WrittenStories(writer or engine, concepts, recipe)
+    return CorpusStories(stories, concepts, per_concept=recipe.per_concept)
 
 
 def open_run(
@@ -404,7 +369,7 @@ def discover(
     concepts: str | Path | ConceptSet = "emotions",
     *,
     out: str | Path,
-    stories: str | Path = "model",
+    stories: str | Path | None = None,
     recipe: Recipe = Recipe(),
     writer: Engine | None = None,
 ) -> ConceptVectors:
@@ -414,7 +379,7 @@ def discover(
         engine: The model under study.
         concepts: A concept set, its name, or a TOML file.
         out: Run directory.
-        stories: ``model`` to have them written, ``bundled``, or a JSONL or parquet file or a folder of them.
+        stories: Where they come from, see :func:`open_stories`.
         recipe: How vectors are made.
         writer: The model that writes stories (default: ``engine``).
 
@@ -432,7 +397,7 @@ def discover(
         ('afraid', 'calm')
     """
     concepts = concepts if isinstance(concepts, ConceptSet) else ConceptSet.load(concepts)
-    source = open_stories(stories, concepts, writer or engine, recipe)
+    source = open_stories(stories, concepts, engine, recipe, writer=writer)
     with open_run(out, engine, source, recipe) as run:
         return make_vectors(engine, source, run, recipe, writer=writer).vectors
 
@@ -467,6 +432,8 @@ def make_vectors(engine: Engine, source: StorySource, run: Run, recipe: Recipe, 
             method = {**asdict(recipe), "source": stories.summary["source"], "concept set": source.concepts.name}
             if isinstance(source, CorpusStories):  # nothing was written, so how it would have been is not part of the method
                 method = {key: value for key, value in method.items() if key not in ("per_concept", "max_tokens")}
+            else:
+                method["per_concept"] = recipe.per_concept or WRITTEN
             method["neutral components"] = "over tokens" if recipe.per_token else "over texts"
             vectors = ConceptVectors.fit(
                 activations, neutral, info=engine.info, share=recipe.share, draws=recipe.draws, seed=recipe.seed, method=method
@@ -477,10 +444,6 @@ def make_vectors(engine: Engine, source: StorySource, run: Run, recipe: Recipe, 
     vectors = ConceptVectors.load(fitted.path)
     vectors.check(engine.info)
     return Discovery(vectors, source.concepts, activations, neutral, stories.summary, fitted.id)
-
-
-def _bundled_neutral() -> Path:
-    return Path(str(importlib.resources.files("affectlens") / "data" / "neutral.jsonl"))
 
 
 def gather_neutral(recipe: Recipe, concepts: ConceptSet, writer: Engine, stage: Stage) -> list[Text]:
@@ -509,7 +472,7 @@ def gather_neutral(recipe: Recipe, concepts: ConceptSet, writer: Engine, stage: 
 
 def _neutral_id(recipe: Recipe, concepts: ConceptSet, writer: Engine) -> Any:
     if recipe.neutral == "bundled":
-        return content_id(_bundled_neutral().read_text(encoding="utf-8"))
+        return content_id(bundled("neutral").read_text(encoding="utf-8"))
     if recipe.neutral == "model":
         return ["model", writer.info.fingerprint, writer.info.dtype, concepts.hash, recipe.seed, recipe.max_tokens]
     return content_id([(t.id, t.text) for t in read_texts(Path(recipe.neutral), labelled=False)])

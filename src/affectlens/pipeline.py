@@ -31,7 +31,7 @@ def study(
     concepts: str | Path | ConceptSet = "emotions",
     *,
     out: str | Path,
-    stories: str | Path = "model",
+    stories: str | Path | None = None,
     recipe: Recipe = Recipe(),
     writer: Engine | None = None,
     only: Sequence[str] = STUDIES,
@@ -42,7 +42,7 @@ def study(
         engine: The model under study.
         concepts: A concept set, its name, or a TOML file.
         out: Run directory.
-        stories: ``model`` to have them written, ``bundled``, or a JSONL or parquet file or a folder of them.
+        stories: Where they come from, see :func:`affectlens.discovery.open_stories`.
         recipe: How vectors are made.
         writer: The model that writes stories (default: ``engine``).
         only: Names of the studies to run.
@@ -55,7 +55,7 @@ def study(
         AffectlensError: As :func:`affectlens.discover`.
     """
     concepts = concepts if isinstance(concepts, ConceptSet) else ConceptSet.load(concepts)
-    source = open_stories(stories, concepts, writer or engine, recipe)
+    source = open_stories(stories, concepts, engine, recipe, writer=writer)
     with open_run(out, engine, source, recipe) as run:
         return study_run(engine, source, run, recipe, writer=writer, only=only)
 
