@@ -1,0 +1,248 @@
+"""Which stories make the best vectors: the bundled ones, an outside corpus, or those that the demo model writes itself?
+
+    python bench/corpus.py             reads what is not yet in bench/.cache/corpus, measures; half an hour for the first run
+    python bench/corpus.py --skip own  without the demo model's own stories, which take most of that time
+
+For each corpus: separation on held-out topics (over all its concepts, and over the concepts all corpora share), stability, and
+the correlation of the first two components with human ratings. Between corpora: the cosine of the vectors of each shared concept,
+and how well vectors of one corpus read the texts of another. For the bundled one also: what fewer stories would have given.
+
+Fixed beforehand: correlations at layer 18 of 30, as the project's targets say; everything else at the layer where the bundled
+stories separate best, also when another corpus is read, so that no layer is chosen on the texts that are scored.
+
+Writes ``bench/results/corpus.json``; ``bench/table.py`` makes the tables in ``docs/benchmarks.md`` of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import affectlens as al
+from affectlens import stats
+from affectlens.concepts import ConceptSet
+from affectlens.discovery import (
+    CorpusStories,
+    Discovery,
+    Recipe,
+    StorySource,
+    WrittenStories,
+    make_vectors,
+    open_run,
+    open_stories,
+)
+from affectlens.engine import Engine
+from affectlens.runs import provenance
+from affectlens.stats import Estimate, Null
+from affectlens.studies import Bench, Finding, load_study
+from affectlens.studies.geometry import principal_components
+from affectlens.studies.separation import best_layer, held_out_scores
+from affectlens.vectors import fit_means, group_means
+
+HERE = Path(__file__).resolve().parent
+CACHE = HERE / ".cache" / "corpus"
+MUFXIO = HERE.parent.parent / "shared" / "data" / "mufxio" / "corpus" / "stories"
+MODEL = "smollm2-135m"
+LAYER = 18
+FOLDS = 5
+SIZES, SAMPLES = (2, 3, 4, 6, 8, 10, 12), 20
+"""Stories of each concept for the curve, and random samples of each size."""
+
+
+def sources(engine: Engine, skip: set[str]) -> dict[str, tuple[StorySource, Recipe]]:
+    """What is compared; the outside corpus and the model's own stories only where they are at hand and wanted."""
+    emotions = ConceptSet.load("emotions")
+    found: dict[str, tuple[StorySource, Recipe]] = {"bundled": (open_stories("bundled", emotions, engine, Recipe()), Recipe())}
+    if "mufxio" not in skip and MUFXIO.exists():
+        found["mufxio"] = (CorpusStories(MUFXIO, emotions, name="mufxio"), Recipe())
+    if "own" not in skip:
+        shared = set(found["mufxio"][0].concepts.names) if "mufxio" in found else set()
+        words = emotions.select([name for name in emotions.names if name in shared or emotions[name].rating])
+        recipe = Recipe(per_concept=12)
+        found["own"] = (WrittenStories(engine, words, recipe), recipe)
+    return found
+
+
+def discover(engine: Engine, name: str, source: StorySource, recipe: Recipe) -> Discovery:
+    with open_run(CACHE / name, engine, source, recipe) as run:
+        return make_vectors(engine, source, run, recipe)
+
+
+def plain(estimate: Estimate | None, null: Null | None = None) -> dict[str, Any] | None:
+    if estimate is None:
+        return None
+    return {"estimate": estimate.as_dict(), "null": null.as_dict() if null else None}
+
+
+def measured(found: Discovery, engine: Engine, layer: int) -> dict[str, Any]:
+    """Separation over all concepts of a corpus, and geometry at the layer fixed beforehand."""
+    bench = Bench(found.vectors.with_layer(layer), found.concepts, found.activations, found.neutral, engine)
+    separation, geometry = (load_study(name).run(bench) for name in ("separation", "geometry"))
+
+    def pick(findings: tuple[Finding, ...], *ids: str) -> dict[str, Any]:
+        return {f.id: plain(f.estimate, f.null) for f in findings if f.id in ids}
+
+    data = separation.data
+    curves = {key: data[key] for key in ("layers", "top1", "top3", "top5", "auroc") if key in data}
+    return {
+        "source": found.stories["source"],
+        "stories": found.stories["counts"],
+        "concepts": len(found.vectors),
+        "best layer": best_layer(data),
+        "separation": pick(separation.findings, "top1", "top3", "top5", "auroc", "best_layer"),
+        "geometry": pick(geometry.findings, "valence", "arousal", "arousal_component"),
+        "curves": curves,
+        "stability": plain(
+            stats.bootstrap(lambda i: found.vectors.stability[found.vectors.row(layer)][i].mean(), len(found.vectors))
+        ),
+    }
+
+
+class Shared:
+    """Texts of some concepts at one layer, with what fitting and scoring them needs."""
+
+    def __init__(self, found: Discovery, names: list[str], layer: int) -> None:
+        rows = np.isin(found.activations.concepts, names)
+        self.names = names
+        self.x = found.activations.layer(layer)[rows].astype(np.float64)
+        self.labels = np.array([names.index(name) for name in found.activations.concepts[rows]])
+        self.topics = np.unique(found.activations.topics[rows].astype(str), return_inverse=True)[1]
+        self.basis = stats.explained_components(found.neutral.layer(layer), 0.5)[0]
+        self.directions = fit_means(group_means(self.x, self.labels, names), self.basis).directions
+        order = np.random.default_rng(0).permutation(self.topics.max() + 1)
+        self.fold = order[self.topics] % FOLDS
+
+    def own_scores(self) -> np.ndarray:
+        """Scores by vectors of the same corpus, fitted without the text's topic."""
+        return held_out_scores(self.x, self.labels, fold=self.fold, basis=self.basis)
+
+    def scores_by(self, other: Shared) -> np.ndarray:
+        """Scores by another corpus' vectors, centred on these texts: authors and lengths differ, and that needs no labels."""
+        x = self.x - group_means(self.x, self.labels, self.names).mean(axis=0)
+        return (x @ other.directions.T) / np.linalg.norm(x, axis=1, keepdims=True)
+
+    def macro(self, hits: np.ndarray, index: np.ndarray) -> float:
+        labels = self.labels[index]
+        return float((np.bincount(labels, hits[index]) / np.bincount(labels)).mean())
+
+
+def top(scores: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
+    return stats.top_k_hits(scores, labels, k=k).astype(float)
+
+
+def transfer(read: Shared, by: Shared) -> dict[str, Any]:
+    """Accuracy of another corpus' vectors on these texts, and its share of what their own vectors reach on held-out topics."""
+    out = {}
+    scores, own = read.scores_by(by), read.own_scores()
+    for k in (1, 3):
+        hits, own_hits = top(scores, read.labels, k), top(own, read.labels, k)
+
+        def three(index: np.ndarray, hits: np.ndarray = hits, own_hits: np.ndarray = own_hits) -> list[float]:
+            there, here = read.macro(hits, index), read.macro(own_hits, index)
+            return [there, here, there / here]
+
+        accuracy, itself, share = stats.bootstrap_each(three, read.labels)
+        null = stats.permutation_null(
+            lambda columns, k=k: read.macro(top(scores[:, columns], read.labels, k), np.arange(len(read.x))),
+            accuracy.value,
+            permute=lambda rng: rng.permutation(len(read.names)),
+            side="greater",
+            kind="vectors exchanged between concepts",
+        )
+        out[f"top{k}"] = {"accuracy": plain(accuracy, null), "own": plain(itself), "share": plain(share)}
+    return out
+
+
+def agreement(a: Shared, b: Shared) -> dict[str, Any]:
+    """Cosine of the two vectors of each shared concept; the null pairs each with another concept's."""
+    cosines = a.directions @ b.directions.T
+    own = np.diag(cosines)
+    null = stats.permutation_null(
+        lambda order: float(cosines[np.arange(len(own)), order].mean()),
+        float(own.mean()),
+        permute=lambda rng: rng.permutation(len(own)),
+        side="greater",
+        kind="concepts exchanged",
+    )
+    return {
+        "mean": plain(stats.bootstrap(lambda i: float(own[i].mean()), len(own)), null),
+        "each": dict(zip(a.names, own.round(3).tolist(), strict=True)),
+    }
+
+
+def curve(found: Discovery, layer: int) -> list[dict[str, Any]]:
+    """Separation and correlations from fewer stories of each concept; medians and ranges over random samples."""
+    names = list(found.vectors.names)
+    all_ = Shared(found, names, layer)
+    rated = [i for i, name in enumerate(names) if found.concepts[name].rating]
+    ratings = np.array([(r.pleasure, r.arousal) for i in rated if (r := found.concepts[names[i]].rating)])
+    rng = np.random.default_rng(0)
+    most = int(np.bincount(all_.labels).min())
+    rows = []
+    for size in (n for n in SIZES if n <= most):
+        drawn = []
+        for _ in range(SAMPLES if size < most else 1):
+            keep = np.concatenate([rng.permutation(np.flatnonzero(all_.labels == c))[:size] for c in range(len(names))])
+            labels, x = all_.labels[keep], all_.x[keep]
+            # Stories of a concept are dealt into the folds one by one: with few of them a whole topic may hold the only ones.
+            fold = np.concatenate([rng.permutation(size) % min(FOLDS, size) for _ in names])
+            scores = held_out_scores(x, labels, fold=fold, basis=all_.basis) if size > 2 else None
+            directions = fit_means(group_means(x, labels, names), all_.basis).directions
+            r = abs(np.corrcoef(principal_components(directions, 2)[0][rated].T, ratings.T)[:2, 2:])
+            hits = np.nan if scores is None else top(scores, labels, 5).mean()
+            area = np.nan if scores is None else float(np.mean(stats.auroc_per_label(scores, labels)))
+            drawn.append([hits, area, r[0, 0], r[1, 1]])
+        values = np.array(drawn)
+        summary = zip(("top5", "auroc", "valence", "arousal"), values.T, strict=True)
+        rows.append(
+            {"stories": size, "samples": len(values)}
+            | {key: [float(q) for q in np.quantile(v, (0.5, 0, 1))] for key, v in summary}
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--skip", nargs="*", default=[], choices=["mufxio", "own"])
+    skip = set(parser.parse_args().skip)
+    engine = al.open_engine(MODEL)
+    found = {name: discover(engine, name, *how) for name, how in sources(engine, skip).items()}
+    corpora = {name: measured(each, engine, LAYER) for name, each in found.items()}
+    layer = corpora["bundled"]["best layer"]
+    shared = sorted(set.intersection(*(set(each.vectors.names) for each in found.values())))
+    texts = {name: Shared(each, shared, layer) for name, each in found.items()}
+    result = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "model": MODEL,
+        "dtype": engine.info.dtype,
+        "layer of correlations": LAYER,
+        "layer": layer,
+        "shared": shared,
+        "corpora": corpora,
+        "separation of shared": {name: separation_of(each) for name, each in texts.items()},
+        "agreement": {f"{a}, {b}": agreement(texts[a], texts[b]) for a in texts for b in texts if a < b},
+        "transfer": {f"{a} by {b}": transfer(texts[a], texts[b]) for a in texts for b in texts if a != b},
+        "curve": curve(found["bundled"], LAYER),
+        "provenance": provenance(),
+    }
+    path = HERE / "results" / "corpus.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(path)
+
+
+def separation_of(texts: Shared) -> dict[str, Any]:
+    """Top 1 and top 3 on held-out topics."""
+    scores = texts.own_scores()
+    return {
+        f"top{k}": plain(stats.bootstrap(lambda i, k=k: texts.macro(top(scores, texts.labels, k), i), texts.labels))
+        for k in (1, 3)
+    }
+
+
+if __name__ == "__main__":
+    main()
