@@ -1,6 +1,6 @@
 """What is to be written for the bundled corpus, drawn once by seed: who feels what, on which topic, told how.
 
-    python corpus/draw.py PLANS      writes stories.jsonl, speakers.jsonl, concealment.jsonl into the folder PLANS
+    python corpus/draw.py PLANS      writes stories, speakers, concealment and blind.jsonl into the folder PLANS
 
 The texts in ``src/affectlens/data/corpus`` were written to these plans, and a test draws them again and compares. The draw keeps
 everything apart that could pass for the emotion. Free writing does not: in an earlier corpus the second principal component of
@@ -118,11 +118,31 @@ def concealment(concepts: ConceptSet) -> list[dict[str, Any]]:
     return plan
 
 
+def blind(concepts: ConceptSet) -> list[dict[str, Any]]:
+    """The blind check: two stories of each emotion and, for each, twelve words that a reader chooses from.
+
+    One is right, three are of its cluster where it has as many, the rest are of other clusters.
+    """
+    rng = np.random.default_rng([SEED, 4])
+    clusters = concepts.clusters
+    plan = []
+    for concept in concepts:
+        assert concept.cluster is not None
+        family = [name for name in clusters[concept.cluster] if name != concept.name]
+        strangers = [name for name in concepts.names if name not in clusters[concept.cluster]]
+        for number in sorted(rng.permutation(12)[:2].tolist()):
+            near = rng.permutation(family)[:3].tolist()
+            far = rng.permutation(strangers)[: 11 - len(near)].tolist()
+            words = rng.permutation([concept.name, *near, *far]).tolist()
+            plan.append({"id": f"{concept.name}-{number + 1:02d}", "candidates": words})
+    return [plan[i] for i in rng.permutation(len(plan))]
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     concepts = ConceptSet.load("emotions")
-    for draw in (stories, speakers, concealment):
+    for draw in (stories, speakers, concealment, blind):
         lines = (json.dumps(record, ensure_ascii=False) for record in draw(concepts))
         (folder / f"{draw.__name__}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

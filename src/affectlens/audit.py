@@ -45,7 +45,7 @@ RHYTHM = 2.0
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 _QUOTED = re.compile(r"[\"“]([^\"“”]*)[\"”]")
-_I = re.compile(r"\b(?:I|my|me|mine|myself|I['’](?:m|d|ve|ll))\b")
+_OWN = re.compile(r"\b(?:I|[Mm]y|me|mine|myself|[Ww]e|[Oo]ur|us)\b")
 _BROKEN = re.compile("\ufffd|Ã[\x80-\xbf©¨¤¶¼]|â€|[\ud800-\udfff]|[\x00-\x08\x0b\x0c\x0e-\x1f]")
 _PAST = re.compile(r"\b(?:was|were|had|said|did)\b")
 _PRESENT = re.compile(r"\b(?:is|are|am|has|says|does)\b|\b(?:I['’]m)\b")
@@ -299,9 +299,9 @@ def _style(file: str, read: Sequence[Record]) -> Iterator[Check]:
         bare = _QUOTED.sub(" ", r["text"])
         quoted = sum(len(q.split()) for q in _QUOTED.findall(r["text"])) / len(r["text"].split())
         person, tense, telling = (r.get(key) for key in ("person", "tense", "telling"))
-        own, was, now = (len(pattern.findall(bare)) for pattern in (_I, _PAST, _PRESENT))
-        if person == "first" and own < 2:
-            faults.append(f"{r['id']}: first person without an I: rewrite it or its person field")
+        own, was, now = (len(pattern.findall(bare)) for pattern in (_OWN, _PAST, _PRESENT))
+        if person == "first" and not own:
+            faults.append(f"{r['id']}: first person without an I or we: rewrite it or its person field")
         if person == "third" and len(re.findall(r"\bI\b", bare)) > 3:
             faults.append(f"{r['id']}: third person with an I outside direct speech: rewrite it or its person field")
         if (tense == "past" and now > was + 5) or (tense == "present" and was > now + 5):
@@ -443,10 +443,12 @@ def _neutral(file: str, read: Sequence[Record], concepts: ConceptSet) -> Iterato
     faults = [f"{id}: {n} exchanges: make it 2 to 6" for id, n in exchanges.items() if not 2 <= n <= 6]
     faults += [f"{r['id']}: starts with {r['text'][:10]!r}: the person speaks first" for r in read if r["text"][:7] != "Person:"]
     yield Check(file, "exchanges", f"{min(exchanges.values())} to {max(exchanges.values())}", "2 to 6", tuple(faults))
-    # Ordinary words of instructions ("safe", "content", "patient") are forms too, so only words of strong feeling are looked for.
-    strong = [c for c in concepts if c.rating and abs(c.rating.pleasure) > 0.3 and abs(c.rating.arousal) > 0.3]
-    faults = [f"{r['id']}: names {c.name}: make it neutral" for r in read for c in strong if c.named_in(r["text"])]
-    yield Check(file, "feeling", f"{len(faults)} words of strong feeling ({len(strong)} looked for)", "none", tuple(faults))
+    # Web pages have a content, and things are of one kind or another.
+    others = [concept for concept in concepts if concept.name not in ("content", "kind")]
+    faults = [
+        f"{r['id']}: {word!r} names {c.name}: make it neutral" for r in read for c in others if (word := c.named_in(r["text"]))
+    ]
+    yield Check(file, "feeling", f"{len(faults)} emotions named", "none but content and kind", tuple(faults))
 
 
 def _turns(file: str, read: Sequence[Record], least: int, most: int) -> Check:
