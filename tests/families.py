@@ -294,8 +294,7 @@ def _make(model_type: str, auto_class: str) -> PreTrainedModel:
 
 
 TEXT: dict[str, Callable[[], PreTrainedModel]] = {
-    name: partial(_make, name, "AutoModelForCausalLM")
-    for name in sorted({**_DENSE, **_EXPERTS, **_RECURRENT})
+    name: partial(_make, name, "AutoModelForCausalLM") for name in sorted({**_DENSE, **_EXPERTS, **_RECURRENT})
 }
 MULTIMODAL: dict[str, Callable[[], PreTrainedModel]] = {
     name: partial(_make, name, "AutoModelForImageTextToText") for name in sorted(_MULTIMODAL)
@@ -341,9 +340,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     special = [PAD, BOS, EOS, TURN]
-    vocabulary = {
-        token: index for index, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])
-    }
+    vocabulary = {token: index for index, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()

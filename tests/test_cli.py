@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib.resources import files
 from pathlib import Path
 
 import click
@@ -40,6 +39,7 @@ OPTIONS = {
     "show": ["--device", "--dtype", "--json", "--layer", "--lens", "--model"],
     "export": ["--add", "--gguf", "--hub", "--layer", "--public"],
     "doctor": ["--device", "--dtype", "--json"],
+    "corpus check": ["--concepts", "--json"],
     "list": ["--json"],
 }  # fmt: skip
 ARGUMENTS = {
@@ -50,10 +50,20 @@ ARGUMENTS = {
     "show": ["path"],
     "export": ["vectors"],
     "doctor": ["model"],
+    "corpus check": ["path"],
     "list": ["what"],
 }
 
 Run = Callable[..., Result]
+
+
+def commands() -> dict[str, click.Command]:
+    """Every command by what is typed, those of groups too."""
+    found: dict[str, click.Command] = {}
+    for name, command in main.commands.items():
+        inner = command.commands if isinstance(command, click.Group) else {}
+        found |= {f"{name} {sub}": each for sub, each in inner.items()} if inner else {name: command}
+    return found
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -141,7 +151,7 @@ def test_commands_options_and_arguments_are_frozen() -> None:
             sorted(o for p in command.params if isinstance(p, click.Option) for o in (*p.opts, *p.secondary_opts)),
             [str(p.name) for p in command.params if isinstance(p, click.Argument)],
         ]
-        for name, command in main.commands.items()
+        for name, command in commands().items()
     }
     assert found == {name: [options, ARGUMENTS[name]] for name, options in OPTIONS.items()}
     assert list(main.commands)[:2] == ["study", "discover"]
@@ -149,14 +159,14 @@ def test_commands_options_and_arguments_are_frozen() -> None:
 
 
 def test_help_explains_every_command_and_option(run: Run) -> None:
-    assert all(name in run("--help").stdout for name in OPTIONS)
+    assert all(name.split()[0] in run("--help").stdout for name in OPTIONS)
     assert "version 0." in run("--version").stdout
     for name, options in OPTIONS.items():
         for flag in ("--help", "-h"):
-            text = fine(run(name, flag)).stdout
+            text = fine(run(*name.split(), flag)).stdout
             assert all(option in text for option in options)
     unexplained = {
-        f"{c} {p.opts[0]}" for c, o in main.commands.items() for p in o.params if isinstance(p, click.Option) and not p.help
+        f"{c} {p.opts[0]}" for c, o in commands().items() for p in o.params if isinstance(p, click.Option) and not p.help
     }
     assert unexplained == {"steer --max-tokens", "steer --temperature"}  # what they are is in their names
 
@@ -166,7 +176,7 @@ def test_help_loads_neither_torch_nor_numpy(tmp_path: Path) -> None:
 import sys
 from click.testing import CliRunner
 from affectlens.cli import main
-for arguments in ([], *([name] for name in {sorted(OPTIONS)!r})):
+for arguments in ([], *(name.split() for name in {sorted(OPTIONS)!r})):
     result = CliRunner().invoke(main, [*arguments, "--help"])
     assert result.exit_code == 0, arguments
     heavy = {{"torch", "transformers", "numpy", "scipy", "plotly", "pandas", "pyarrow", "rich"}} & set(sys.modules)
@@ -396,10 +406,9 @@ def test_study_and_discover_print_where_things_are(folder: Path, made: Path, run
 
 
 def test_a_first_look(run: Run) -> None:
-    if not (files("affectlens") / "data" / "corpus").is_dir():
-        pytest.skip("the bundled stories are not there")
-    fine(run("study", "toy", "--quick", "--only", "separation", "--draws", "100"))
-    assert len(ConceptVectors.load(Path("runs/toy-quick"))) > 45
+    said = fine(run("discover", "toy", "--quick")).stdout
+    assert "stories: bundled stories, the first 4 of each concept, 684 kept" in said
+    assert len(ConceptVectors.load(Path("runs/toy-quick"))) == 171
 
 
 def test_discover_makes_a_run_directory_of_its_own(folder: Path, run: Run, tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ MODULES = {
     for path in sorted(SOURCE.rglob("*.py"))
     if path != SOURCE / "__init__.py"
 }
-NOUNS = ("concepts", "activations", "vectors", "stats", "runs", "models", "exchange", "figures")
-VERBS = ("discovery", "pipeline", "studies")
+NOUNS = ("concepts", "activations", "vectors", "stats", "runs", "models", "exchange", "figures", "corpus")
+VERBS = ("discovery", "pipeline", "audit", "studies")
 DOORS = ("cli", "report")
 ENGINES = tuple(name for name in MODULES if name.startswith("engines."))
 STUDIES = tuple(name for name in MODULES if name.startswith("studies."))

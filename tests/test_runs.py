@@ -309,7 +309,7 @@ def test_other_settings_are_refused_with_exactly_the_differences(tmp_path: Path)
         open_run(tmp_path, what={"model": {"id": "toy", "layers": [1, 3]}, "topics": "x" * 100})
     assert one_line(error) == (
         f"{tmp_path} was made with other settings: model.layers (was [1, 2], now [1, 3]), "
-        f"seed (was 0, now not set), topics (was not set, now \"{'x' * 56}...); use another --out, or --fresh"
+        f'seed (was 0, now not set), topics (was not set, now "{"x" * 56}...); use another --out, or --fresh'
     )
     assert (tmp_path / "run.json").read_bytes() == before
     # The refused call holds no lock, and tuples or numpy numbers are no difference.
@@ -426,9 +426,7 @@ def test_a_pipeline_resumes_where_it_stopped(tmp_path: Path) -> None:
     assert made == ["stories0", "stories1", "stories2", "activations0", "activations1", "activations2"]
 
 
-def test_changed_inputs_discard_that_stage_only_and_say_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_changed_inputs_discard_that_stage_only_and_say_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with open_run(tmp_path) as run:
         for name in ("stories", "vectors"):
             stage = run.stage(name, {"k": 1})
@@ -444,9 +442,7 @@ def test_changed_inputs_discard_that_stage_only_and_say_so(
             _ = changed.summary
 
 
-def test_discarding_that_is_killed_halfway_does_not_call_the_stage_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_discarding_that_is_killed_halfway_does_not_call_the_stage_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_run(tmp_path) as run:
         stage = run.stage("stories", {"k": 1})
         for i in range(2):

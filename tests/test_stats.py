@@ -177,12 +177,8 @@ def test_permutation_p_agrees_with_scipy(side: str) -> None:
     def difference(values: np.ndarray) -> float:
         return float(values[:12].mean() - values[12:].mean())
 
-    null = permutation_null(
-        difference, difference(pooled), permute=lambda r: r.permutation(pooled), draws=4000, side=side
-    )
-    theirs = oracle.permutation_test(
-        (x, y), lambda a, b: a.mean() - b.mean(), alternative=side, n_resamples=4000, rng=rng(9)
-    )
+    null = permutation_null(difference, difference(pooled), permute=lambda r: r.permutation(pooled), draws=4000, side=side)
+    theirs = oracle.permutation_test((x, y), lambda a, b: a.mean() - b.mean(), alternative=side, n_resamples=4000, rng=rng(9))
     assert null.p == pytest.approx(theirs.pvalue, abs=0.02)
     assert null.low < null.value < null.high and abs(null.value) < 0.05 and null.draws == 4000
 
@@ -192,9 +188,7 @@ def test_permutation_p_is_uniform_when_the_claim_is_false_and_never_zero() -> No
     for repeat in range(300):
         x = rng(repeat).normal(size=16)
         sign = np.repeat([1.0, -1.0], 8)
-        null = permutation_null(
-            lambda s, x=x: x @ s, x @ sign, permute=lambda r, s=sign: r.permutation(s), draws=99, seed=repeat
-        )
+        null = permutation_null(lambda s, x=x: x @ s, x @ sign, permute=lambda r, s=sign: r.permutation(s), draws=99, seed=repeat)
         p.append(null.p)
     assert oracle.kstest(p, "uniform").pvalue > 0.01
     assert np.mean(np.array(p) <= 0.05) <= 0.09
@@ -209,9 +203,7 @@ def test_permutation_counts_equal_arrangements_as_ties_despite_rounding() -> Non
         return float(v[0] + v[1] + v[2])  # depends on the order in the last bits
 
     for side in ("greater", "less", "two-sided"):
-        assert permutation_null(
-            total, total(values), permute=lambda r: r.permutation(values), draws=200, side=side
-        ).p == 1.0
+        assert permutation_null(total, total(values), permute=lambda r: r.permutation(values), draws=200, side=side).p == 1.0
 
 
 def test_permutation_refuses_undefined_statistics() -> None:
@@ -304,14 +296,10 @@ def test_selection_finds_the_planted_layer() -> None:
         return np.array([np.corrcoef(layer, target)[0, 1] for layer in layers])
 
     for side in ("two-sided", "less"):
-        best, null = selection_adjusted_null(
-            curve, curve(y), permute=lambda r: r.permutation(y), draws=199, side=side
-        )
+        best, null = selection_adjusted_null(curve, curve(y), permute=lambda r: r.permutation(y), draws=199, side=side)
         assert best == 7 and null.p == 0.005
         assert (null.value > 0) == (side == "two-sided")  # the null describes |r|, or the most negative r
-    best, null = selection_adjusted_null(
-        curve, curve(y), permute=lambda r: r.permutation(y), draws=99, side="greater"
-    )
+    best, null = selection_adjusted_null(curve, curve(y), permute=lambda r: r.permutation(y), draws=99, side="greater")
     assert best != 7 and null.p > 0.05
 
 
