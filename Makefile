@@ -13,7 +13,7 @@ test: $(VENV)/.ready check
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.ready
-	$(BIN)/ruff check src tests bench docs
+	$(BIN)/ruff check src tests bench docs corpus
 	$(BIN)/mypy
 
 # torch comes first, so that the builds that pip is set up to prefer (a CPU wheel, a mirror) are taken for it alone.

@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -29,14 +31,15 @@ def page() -> str:
     """The whole page as Markdown: the help of ``affectlens`` and of each of its commands, in the order of the program."""
     # Given here and not taken from the terminal: the page must be the same on every machine.
     settings = {**main.context_settings, "terminal_width": WIDTH, "max_content_width": WIDTH}
-    outer = click.Context(main, info_name="affectlens", **settings)
-    parts = [HEAD, _section("affectlens", main.get_help(outer))]
-    for name in main.list_commands(outer):
-        command = main.get_command(outer, name)
-        assert command is not None
-        inner = click.Context(command, parent=outer, info_name=name, **settings)
-        parts.append(_section(f"affectlens {name}", command.get_help(inner)))
-    return "\n".join(parts)
+    return "\n".join([HEAD, *_sections(main, click.Context(main, info_name="affectlens", **settings), settings)])
+
+
+def _sections(command: click.Command, context: click.Context, settings: dict[str, Any]) -> Iterator[str]:
+    yield _section(context.command_path, command.get_help(context))
+    for name in command.list_commands(context) if isinstance(command, click.Group) else ():
+        inner = command.get_command(context, name)
+        assert inner is not None
+        yield from _sections(inner, click.Context(inner, parent=context, info_name=name, **settings), settings)
 
 
 def _section(title: str, text: str) -> str:

@@ -365,7 +365,10 @@ def corpus() -> None:
 @click.argument("path", required=False, type=click.Path(path_type=Path))
 @shared("concepts", "json")
 def check(path: Path | None, concepts: str, as_json: bool) -> None:
-    """Check the stories at PATH (JSONL, parquet, or a folder), or the bundled corpus; exit 1 when something is to be mended."""
+    """Check stories for what spoils vectors.
+
+    PATH is a JSONL or parquet file or a folder; the bundled corpus by default. Exit 1 when something is to be mended.
+    """
     from dataclasses import asdict
 
     from affectlens.audit import audit
