@@ -37,7 +37,7 @@ from affectlens.discovery import (
     open_stories,
 )
 from affectlens.engine import Engine
-from affectlens.runs import provenance
+from affectlens.runs import content_id, provenance
 from affectlens.stats import Estimate, Null
 from affectlens.studies import Bench, Finding, load_study
 from affectlens.studies.geometry import principal_components
@@ -69,7 +69,8 @@ def sources(engine: Engine, skip: set[str]) -> dict[str, tuple[StorySource, Reci
 
 
 def discover(engine: Engine, name: str, source: StorySource, recipe: Recipe) -> Discovery:
-    with open_run(CACHE / name, engine, source, recipe) as run:
+    kept = CACHE / f"{name}-{content_id(source.describe())[:8]}"  # other texts, another folder
+    with open_run(kept, engine, source, recipe) as run:
         return make_vectors(engine, source, run, recipe)
 
 

@@ -33,7 +33,9 @@ LEAST_WORDS, LENGTH_RATIO = 80, 3.0
 SHINGLES = 0.1
 """Two texts may share so much of their 5-word sequences (Jaccard similarity)."""
 SEQUENCE, OFTEN = 6, 4
-"""A sequence of six words may stand in four texts; it takes an idiom to get there."""
+"""A sequence of six words may stand in texts on four topics: that takes an idiom. Texts on one topic may share more."""
+VOICE = 2.0
+"""One writer's texts may share sequences so many times as often as those of writers who never saw each other's."""
 OPENINGS = 6
 """So many texts may begin with the same four words."""
 NAMES = 0.03
@@ -319,7 +321,7 @@ def _style(file: str, read: Sequence[Record]) -> Iterator[Check]:
 def _repetition(file: str, read: Sequence[Record], *, openings: bool = True) -> list[Check]:
     texts = [[word.casefold() for word in _WORD.findall(_text(r))] for r in read]
     names = [_name(r, i) for i, r in enumerate(read)]
-    checks = [_shingles(file, texts, names), _sequences(file, texts, names, [r.get("writer") for r in read])]
+    checks = [_shingles(file, texts, names), _sequences(file, read, texts, names)]
     if openings:
         first = defaultdict(list)
         for words, name in zip(texts, names, strict=True):
@@ -363,25 +365,26 @@ def _shingles(file: str, texts: Sequence[Sequence[str]], names: Sequence[str]) -
     return Check(file, "similarity", found, f"{SHINGLES:.0%} of the 5-word sequences (Jaccard)", faults)
 
 
-def _sequences(file: str, texts: Sequence[Sequence[str]], names: Sequence[str], writers: Sequence[Any]) -> Check:
+def _sequences(file: str, read: Sequence[Record], texts: Sequence[Sequence[str]], names: Sequence[str]) -> Check:
     """Sequences of six words in several texts. Writers who never saw each other's texts show how many are chance."""
     where = _occurrences(_grams(words, SEQUENCE) for words in texts)
+    writers = [r.get("writer") for r in read]
     faults = [
         f"{' '.join(gram)!r} stands in {len(those)} texts: reword some of {', '.join(names[i] for i in those[:8])}"
         for gram, those in where.items()
-        if len(those) > OFTEN
+        if len({read[i].get("topic") or i for i in those}) > OFTEN
     ]
     pairs = _pairs(where)
     found = f"{len(pairs)} pairs of texts share one"
-    allowed = f"none in more than {OFTEN} texts"
+    allowed = f"none in texts on more than {OFTEN} topics"
     if all(writers) and len(set(writers)) > 1:
         within = sum(n * (n - 1) // 2 for n in Counter(writers).values())
         between = len(texts) * (len(texts) - 1) // 2 - within
         same = sum(writers[a] == writers[b] for a, b in pairs)
         chance = (len(pairs) - same) / between
         found += f": {same / within * 1e4:.1f} of 10,000 pairs of one writer, {chance * 1e4:.1f} of two"
-        allowed += "; one writer's no more often than two writers' (p > 0.001)"
-        if binomtest(same, within, max(chance, 1 / between), alternative="greater").pvalue <= 0.001:
+        allowed += f"; one writer's at most {VOICE:g} times as often as two writers'"
+        if binomtest(same, within, min(VOICE * max(chance, 1 / between), 1.0), alternative="greater").pvalue <= 0.01:
             worst = Counter(writers[a] for a, b in pairs if writers[a] == writers[b]).most_common(3)
             faults.append(
                 "writers repeat themselves more than chance allows, most of all "
