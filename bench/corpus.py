@@ -89,7 +89,10 @@ def measured(found: Discovery, engine: Engine, layer: int) -> dict[str, Any]:
         return {f.id: plain(f.estimate, f.null) for f in findings if f.id in ids}
 
     data = separation.data
-    curves = {key: data[key] for key in ("layers", "top1", "top3", "top5", "auroc") if key in data}
+    at = data["layers"].index(best_layer(data))
+    curves = {label.lower().replace(" ", ""): curve for label, curve in data["curves"].items()}
+    n = len(found.activations)
+    at_best = {key: Estimate(*(end[at] for end in curve["real"]), n=n).as_dict() for key, curve in curves.items()}
     return {
         "source": found.stories["source"],
         "stories": found.stories["counts"],
@@ -97,7 +100,9 @@ def measured(found: Discovery, engine: Engine, layer: int) -> dict[str, Any]:
         "best layer": best_layer(data),
         "separation": pick(separation.findings, "top1", "top3", "top5", "auroc", "best_layer"),
         "geometry": pick(geometry.findings, "valence", "arousal", "arousal_component"),
-        "curves": curves,
+        "at best layer": at_best,
+        "at best layer, labels exchanged": {key: [end[at] for end in curve["shuffled"]] for key, curve in curves.items()},
+        "by layer": {"layers": data["layers"], **{key: curve["real"][0] for key, curve in curves.items()}},
         "stability": plain(
             stats.bootstrap(lambda i: found.vectors.stability[found.vectors.row(layer)][i].mean(), len(found.vectors))
         ),
@@ -196,7 +201,7 @@ def curve(found: Discovery, layer: int) -> list[dict[str, Any]]:
             directions = fit_means(group_means(x, labels, names), all_.basis).directions
             r = abs(np.corrcoef(principal_components(directions, 2)[0][rated].T, ratings.T)[:2, 2:])
             hits = np.nan if scores is None else top(scores, labels, 5).mean()
-            area = np.nan if scores is None else float(np.mean(stats.auroc_per_label(scores, labels)))
+            area = np.nan if scores is None else np.mean(stats.auroc_per_label(scores, labels))
             drawn.append([hits, area, r[0, 0], r[1, 1]])
         values = np.array(drawn)
         summary = zip(("top5", "auroc", "valence", "arousal"), values.T, strict=True)

@@ -1,6 +1,6 @@
 """Where the time goes when affectlens reads one layer: shares of processor time by operator, for docs/benchmarks.md.
 
-    python bench/profile_reading.py          writes results/profile_reading.json; python bench/table.py puts it into the page
+python bench/profile_reading.py          writes results/profile_reading.json; python bench/table.py puts it into the page
 """
 
 from __future__ import annotations

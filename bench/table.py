@@ -74,6 +74,89 @@ def profile_reading(result: dict[str, Any]) -> str:
     return "\n".join([head, "", *lines])
 
 
+CORPUS_TARGETS = (
+    # what, where, at least
+    ("top 5 over all emotions, held-out topics, best layer", ("corpora", "bundled", "at best layer", "top5"), 0.40),
+    ("AUROC there", ("corpora", "bundled", "at best layer", "auroc"), 0.89),
+    ("correlation of the first component with pleasure", ("corpora", "bundled", "geometry", "valence", "estimate"), 0.80),
+    ("correlation of the second component with arousal", ("corpora", "bundled", "geometry", "arousal", "estimate"), 0.60),
+    ("top 3 on mufxio's stories, beside their vectors'", ("transfer", "mufxio by bundled", "top3", "share", "estimate"), 0.80),
+)  # fmt: skip
+
+
+def corpus(result: dict[str, Any]) -> str:
+    """The tables of ``bench/corpus.py`` as Markdown."""
+    corpora, layer, ratings = result["corpora"], result["layer"], result["layer of correlations"]
+    lines = [
+        f"{result['model']}, {result['dtype']}, {result['date'][:10]}. Correlations with human ratings at layer {ratings} (fixed "
+        f"beforehand), the rest at layer {layer}, where the bundled stories separate best. Intervals are of 95 %; p is against "
+        "the null of the respective study.",
+        "",
+        "| stories | concepts | used | top 1 | top 3 | AUROC | stability | first component: pleasure | second: arousal |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, found in corpora.items():
+        best, kinds = found["at best layer"], found["geometry"]
+        cells = [name, str(found["concepts"]), f"{found['stories']['kept']:,}"]
+        cells += [_estimate({"estimate": best[key]}) for key in ("top1", "top3", "auroc")]
+        cells += [_estimate(found["stability"]), _estimate(kinds.get("valence")), _estimate(kinds.get("arousal"))]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Each at its own best layer over all its concepts (chance differs with their number). Over the "
+        f"{len(result['shared'])} concepts that all of them have, at layer {layer}:",
+        "",
+        "| stories | read by vectors of | top 1 | top 3 | share of what their own vectors reach (top 3) |",
+        "|---|---|---|---|---|",
+    ]
+    for name, own in result["separation of shared"].items():
+        lines.append(f"| {name} | the same stories, held-out topics | {_estimate(own['top1'])} | {_estimate(own['top3'])} | 1 |")
+        for pair, moved in result["transfer"].items():
+            if pair.startswith(f"{name} by "):
+                accuracy = [_estimate(moved[key]["accuracy"]) for key in ("top1", "top3")]
+                lines.append(
+                    f"| {name} | {pair.split(' by ')[1]} | {' | '.join(accuracy)} | {_estimate(moved['top3']['share'])} |"
+                )
+    lines += ["", "| vectors of | mean cosine of the vectors of a concept |", "|---|---|"]
+    lines += [f"| {pair} | {_estimate(found['mean'])} |" for pair, found in result["agreement"].items()]
+    lines += [
+        "",
+        f"Fewer bundled stories of each emotion, at layer {ratings}: medians (ranges) over random samples. Folds are dealt over "
+        "stories here.",
+        "",
+        "| stories | top 5 | AUROC | first component: pleasure | second: arousal |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["curve"]:
+        cells = [
+            "–"
+            if row[key] is None
+            else "{:.2f} ({:.2f}–{:.2f})".format(*row[key])
+            if row["samples"] > 1
+            else f"{row[key][0]:.2f}"
+            for key in ("top5", "auroc", "valence", "arousal")
+        ]
+        lines.append(f"| {row['stories']} | {' | '.join(cells)} |")
+    lines += ["", "| target, on the demo model | wanted | measured | |", "|---|---|---|---|"]
+    for what, path, least in CORPUS_TARGETS:
+        found = result
+        for key in path:
+            found = found.get(key, {})
+        if found:
+            met = "met" if found["value"] >= least else "**missed**"
+            lines.append(f"| {what} | ≥ {least:.2f} | {found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}] | {met} |")
+    return "\n".join(lines)
+
+
+def _estimate(found: dict[str, Any] | None) -> str:
+    """``0.81 [0.67, 0.90], p = 0.001``."""
+    if not found:
+        return "–"
+    value, null = found["estimate"], found.get("null")
+    p = f", p = {null['p']:.2g}" if null else ""
+    return f"{value['value']:.2f} [{value['low']:.2f}, {value['high']:.2f}]{p}"
+
+
 def one_line(run: dict[str, Any], tokens: int) -> str:
     """One run, for the progress on stderr."""
     if "seconds" not in run:
@@ -207,7 +290,11 @@ def _notes(result: dict[str, Any]) -> str:
     return note
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"extraction": extraction, "profile_reading": profile_reading}
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "extraction": extraction,
+    "profile_reading": profile_reading,
+    "corpus": corpus,
+}
 
 
 def main() -> int:

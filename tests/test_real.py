@@ -12,6 +12,7 @@ from affectlens.activations import Text
 from affectlens.concepts import ConceptSet
 from affectlens.discovery import Recipe, open_stories
 from affectlens.engine import Engine, Readout, Where, open_engine
+from affectlens.studies.geometry import principal_components
 from affectlens.studies.separation import held_out_scores
 
 pytestmark = pytest.mark.real
@@ -40,14 +41,39 @@ def accuracy(engine: Engine, texts: list[Text], layer: int, *, seed: int | None 
     return float((scores.argmax(1) == labels).mean())
 
 
-def test_starter_stories_separate_on_held_out_topics(engine: Engine) -> None:
-    source = open_stories("bundled", ConceptSet.load("emotions"), engine, Recipe())
+@pytest.fixture(scope="module")
+def rated(engine: Engine) -> tuple[list[Text], np.ndarray]:
+    """The first four bundled stories of each of the 45 rated words, and their residuals at LAYER."""
+    source = open_stories("bundled", ConceptSet.load("emotions").rated(), engine, Recipe(per_concept=4))
     texts = [text for i in range(source.shards()) for text in source.shard(i)]
-    assert len(texts) == 250
-    found = accuracy(engine, texts, LAYER)
-    assert found > 0.35  # chance is 0.02
-    assert found > accuracy(engine, texts, -1) + 0.1  # the mean token embedding
-    assert accuracy(engine, texts, LAYER, seed=0) < 0.08
+    readout = Readout((LAYER,), Where(after=49), "mean")
+    return texts, np.stack([reading.values[0] for reading in engine.read([text.text for text in texts], readout)])
+
+
+def test_bundled_stories_tell_emotions_apart(rated: tuple[list[Text], np.ndarray]) -> None:
+    """Each story is scored by vectors of the other three of its emotion: they lie on other topics."""
+    texts, values = rated
+    names = sorted({text.concept for text in texts})
+    labels = np.array([names.index(text.concept) for text in texts])
+    fold = np.arange(len(texts)) % 4
+    assert all(len(set(fold[labels == c])) == 4 for c in range(len(names)))
+    basis = np.zeros((0, values.shape[1]))
+    scores = held_out_scores(values, labels, fold=fold, basis=basis)
+    assert (scores.argmax(1) == labels).mean() > 0.3  # chance is 0.02
+    shuffled = np.random.default_rng(0).permutation(labels)
+    fold = np.concatenate([np.arange(4)] * len(names))[np.argsort(np.argsort(shuffled, kind="stable"))]
+    assert (held_out_scores(values, shuffled, fold=fold, basis=basis).argmax(1) == shuffled).mean() < 0.1
+
+
+def test_bundled_stories_have_a_valence_axis(rated: tuple[list[Text], np.ndarray]) -> None:
+    texts, values = rated
+    concepts = ConceptSet.load("emotions")
+    names = sorted({text.concept for text in texts})
+    labels = np.array([names.index(text.concept) for text in texts])
+    means = np.stack([values[labels == c].mean(axis=0) for c in range(len(names))])
+    first = principal_components(means, 1)[0][:, 0]
+    pleasure = [concepts[name].rating.pleasure for name in names]
+    assert abs(np.corrcoef(first, pleasure)[0, 1]) > 0.7
 
 
 @pytest.mark.skipif(not MUFXIO.exists(), reason="the outside stories are not at hand")

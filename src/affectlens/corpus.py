@@ -27,6 +27,7 @@ FILES: dict[str, str] = {
     "contrasts": "messages that tell what a reading follows: user or reply, the negated, the bound or the changed word",
     "profile": "hard and neutral prompts for comparing checkpoints",
     "manner": "24 texts for each of eight manners of dealing with others",
+    "blind": "what a reader who saw only the text and twelve words took the emotion of 342 stories for",
 }
 """The bundled files: name and content."""
 
