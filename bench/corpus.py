@@ -119,7 +119,7 @@ class Shared:
         self.labels = np.array([names.index(name) for name in found.activations.concepts[rows]])
         self.topics = np.unique(found.activations.topics[rows].astype(str), return_inverse=True)[1]
         self.basis = stats.explained_components(found.neutral.layer(layer), 0.5)[0]
-        self.directions = fit_means(group_means(self.x, self.labels, names), self.basis).directions
+        self.directions = fit_means(group_means(self.x, self.labels, range(len(names))), self.basis).directions
         order = np.random.default_rng(0).permutation(self.topics.max() + 1)
         self.fold = order[self.topics] % FOLDS
 
@@ -129,7 +129,7 @@ class Shared:
 
     def scores_by(self, other: Shared) -> np.ndarray:
         """Scores by another corpus' vectors, centred on these texts: authors and lengths differ, and that needs no labels."""
-        x = self.x - group_means(self.x, self.labels, self.names).mean(axis=0)
+        x = self.x - group_means(self.x, self.labels, range(len(self.names))).mean(axis=0)
         return (x @ other.directions.T) / np.linalg.norm(x, axis=1, keepdims=True)
 
     def macro(self, hits: np.ndarray, index: np.ndarray) -> float:
@@ -198,7 +198,7 @@ def curve(found: Discovery, layer: int) -> list[dict[str, Any]]:
             # Stories of a concept are dealt into the folds one by one: with few of them a whole topic may hold the only ones.
             fold = np.concatenate([rng.permutation(size) % min(FOLDS, size) for _ in names])
             scores = held_out_scores(x, labels, fold=fold, basis=all_.basis) if size > 2 else None
-            directions = fit_means(group_means(x, labels, names), all_.basis).directions
+            directions = fit_means(group_means(x, labels, range(len(names))), all_.basis).directions
             r = abs(np.corrcoef(principal_components(directions, 2)[0][rated].T, ratings.T)[:2, 2:])
             hits = np.nan if scores is None else top(scores, labels, 5).mean()
             area = np.nan if scores is None else np.mean(stats.auroc_per_label(scores, labels))

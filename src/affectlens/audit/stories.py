@@ -40,7 +40,7 @@ _NO_NAMES = re.compile(
 
 
 def check_stories(file: str, read: Sequence[Record], concepts: ConceptSet, *, own: bool) -> list[Check]:
-    """All checks of stories; with ``own`` those that a corpus of one's own can pass: optional fields, other concepts and counts."""
+    """All checks of stories; ``own`` ones may lack optional fields and have other concepts and counts."""
     choices: dict[str, tuple[Any, ...]] = {"person": ("first", "third")}
     if own:
         read = [{**r, "id": r.get("id") or f"record {i + 1}"} for i, r in enumerate(read)]
