@@ -129,6 +129,19 @@ def draws_itself(study: Study, outcome: Outcome) -> list[str]:
 FIVE = ("afraid", "angry", "calm", "happy", "sad")
 
 
+def test_topics_are_dealt_so_that_every_concept_can_be_held_out() -> None:
+    """Concepts on four of sixty topics each: by chance alone many would fall into one or two of the five folds."""
+    rng = np.random.default_rng(0)
+    names = [f"concept {c:03d}" for c in range(171) for _ in range(4)]
+    topics = [f"topic {t}" for _ in range(171) for t in rng.permutation(60)[:4]]
+    texts = Collection(rng.normal(size=(len(names), len(LAYERS), WIDTH)), names, topics)
+    design = separation_module._plan(bench(texts))
+    assert not isinstance(design, str)
+    assert all(len(set(design.fold[design.labels == c])) >= 3 for c in range(171))
+    assert all(len(set(design.fold[design.topics == t])) == 1 for t in range(60))  # whole topics
+    assert set(np.bincount([design.fold[design.topics == t][0] for t in range(60)])) == {12}  # as many in each fold
+
+
 def test_separation_finds_what_was_planted_and_where() -> None:
     texts, neutral = stories(FIVE, strength=(0.1, 0, 1.5, 0.3)), neutral_texts()
     outcome = SEPARATION.run(bench(texts, neutral=neutral))
