@@ -144,6 +144,15 @@ def test_blind_answers(draw: ModuleType, emotions: ConceptSet) -> None:
     assert right / len(answers) >= 0.85 and close / len(answers) >= 0.97
 
 
+def test_the_readme_tells_the_figures_of_the_blind_check(emotions: ConceptSet) -> None:
+    readme = (corpus.bundled("blind").parent / "README.md").read_text(encoding="utf-8")
+    figures = [check.found for check in audit() if check.file == "blind.jsonl" and check.what.endswith("named")]
+    assert len(figures) == 2 and all(found in readme for found in figures), figures
+    concept = {record["id"]: record["concept"] for record in corpus.load("stories")}
+    wrong = [r for r in corpus.load("blind") if r["answer"] != concept[r["id"]]]
+    assert all(f"{r['id']} with {r['answer']}" in readme for r in wrong), wrong
+
+
 # ── planted faults ──
 
 
@@ -263,6 +272,13 @@ FAULTS: dict[str, tuple[str, Callable[[Records], Any], str, str]] = {
     ),
     "a scenario that names its emotion": ("scenarios", _say("happy-1", "happy"), "named", "happy-1: 'happy' names happy"),
     "a prompt too few": ("profile", lambda rs: rs.pop(0), "counts", "hard: 159 prompts: make it 160"),
+    "an answer that was not offered": ("blind", lambda rs: rs[0].update(answer="calm"), "answers", "ask again"),
+    "a reader who guessed": (
+        "blind",
+        lambda rs: [r.update(answer=r["candidates"][0]) for r in rs],
+        "cluster named",
+        "rewrite it",
+    ),
     "a manner named": ("manner", _say("sarcasm-03", "sarcastic"), "named", "sarcasm-03: 'sarcastic' gives sarcasm away"),
 }
 
