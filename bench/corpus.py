@@ -7,8 +7,8 @@ For each corpus: separation on held-out topics (over all its concepts, and over 
 the correlation of the first two components with human ratings. Between corpora: the cosine of the vectors of each shared concept,
 and how well vectors of one corpus read the texts of another. For the bundled one also: what fewer stories would have given.
 
-Fixed beforehand: correlations at layer 18 of 30, as the project's targets say; everything else at the layer where the bundled
-stories separate best, also when another corpus is read, so that no layer is chosen on the texts that are scored.
+Fixed beforehand: correlations and the curve at layer 18 of 30, as the project's targets say; everything else at the layer where
+the bundled stories separate best, also when another corpus is read, so that no layer is chosen on the texts that are scored.
 
 Writes ``bench/results/corpus.json``; ``bench/table.py`` makes the tables in ``docs/benchmarks.md`` of it.
 """
@@ -207,7 +207,7 @@ def curve(found: Discovery, layer: int) -> list[dict[str, Any]]:
         summary = zip(("top5", "auroc", "valence", "arousal"), values.T, strict=True)
         rows.append(
             {"stories": size, "samples": len(values)}
-            | {key: [float(q) for q in np.quantile(v, (0.5, 0, 1))] for key, v in summary}
+            | {key: None if np.isnan(v).any() else [float(q) for q in np.quantile(v, (0.5, 0, 1))] for key, v in summary}
         )
     return rows
 
@@ -237,7 +237,7 @@ def main() -> None:
         "provenance": provenance(),
     }
     path = HERE / "results" / "corpus.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     print(path)
 
 

@@ -19,16 +19,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from affectlens import discovery
-from affectlens.concepts import ConceptSet
+from affectlens.concepts import Concept, ConceptSet
+from affectlens.corpus import read_texts
 from affectlens.discovery import (
+    CorpusStories,
     Discovery,
     Recipe,
+    WrittenStories,
     discover,
     make_vectors,
     neutral_texts,
     open_run,
     open_stories,
-    read_texts,
     unblock,
 )
 from affectlens.engine import Readout, Request, Result, Where
@@ -541,3 +543,49 @@ def test_fresh_starts_again(engine: ToyEngine, corpus: Path, tmp_path: Path) -> 
     assert refused.returncode == 1 and len(refused.stderr.splitlines()) == 1 and "--fresh" in refused.stderr
     subprocess.run(command(tmp_path, corpus, "--share", "0.25", "--fresh"), check=True, capture_output=True)
     assert ConceptVectors.load(tmp_path).method["share"] == 0.25
+
+
+# ── which stories by default ──
+
+
+@pytest.mark.parametrize(
+    ("parameters", "written"), [(135_000_000, False), (2_999_999_999, False), (3_000_000_000, True), (0, True)]
+)
+def test_small_models_read_bundled_stories(parameters: int, written: bool) -> None:
+    engine = ToyEngine()
+    engine.info = replace(engine.info, n_parameters=parameters)
+    emotions = ConceptSet.load("emotions")
+    assert isinstance(open_stories(None, emotions, engine, Recipe()), WrittenStories) == written
+    assert isinstance(open_stories("model", emotions, engine, Recipe()), WrittenStories)
+    assert isinstance(open_stories("bundled", emotions, engine, Recipe()), CorpusStories)
+    assert isinstance(open_stories(None, emotions, engine, Recipe(), writer=ToyEngine()), WrittenStories)
+
+
+def test_bundled_stories_of_each_set_and_of_parts(engine: ToyEngine) -> None:
+    emotions = ConceptSet.load("emotions")
+    counts = {}
+    for name, concepts, recipe in (
+        ("all", emotions, Recipe()),
+        ("part", emotions.select(["calm", "afraid"]), Recipe()),
+        ("first", emotions.select(["calm", "afraid"]), Recipe(per_concept=4)),
+        ("manner", ConceptSet.load("manner"), Recipe()),
+    ):
+        source = open_stories("bundled", concepts, engine, recipe)
+        texts = [text for i in range(source.shards()) for text in source.shard(i)]
+        counts[name] = len(texts)
+        assert {text.concept for text in texts} == set(concepts.names)
+        if name == "first":
+            assert sorted(text.id for text in texts) == [f"{c}-0{i}" for c in ("afraid", "calm") for i in (1, 2, 3, 4)]
+            assert source.describe()["source"] == "bundled stories, the first 4 of each concept"
+    assert counts == {"all": 2052, "part": 24, "first": 8, "manner": 192}
+
+
+def test_a_word_without_bundled_stories_is_not_lost(engine: ToyEngine) -> None:
+    """By default the model then writes; asked for the bundled stories, there is one clear line."""
+    emotions = ConceptSet.load("emotions")
+    more = replace(emotions, concepts=(*emotions.concepts, Concept("saudade", "longing for what may never return")))
+    small = ToyEngine()
+    small.info = replace(small.info, n_parameters=1000)
+    assert isinstance(open_stories(None, more, small, Recipe()), WrittenStories)
+    with pytest.raises(FormatError, match="no stories of 'saudade': leave them out, or use --stories model"):
+        open_stories("bundled", more, engine, Recipe())

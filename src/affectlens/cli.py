@@ -92,7 +92,7 @@ def shared(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
             "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of everything that is drawn at random."
         ),
         "quick": click.option(
-            "--quick", is_flag=True, help="A first look: four bundled stories of each concept, or five short ones written."
+            "--quick", is_flag=True, help="A first look: four stories of each concept that are read, or five short ones written."
         ),
         "fresh": click.option("--fresh", is_flag=True, help="Discard what the run directory holds."),
         "layer": click.option("--layer", type=int, help="Layer.  [default: that of the vectors]"),
@@ -178,7 +178,8 @@ def _open(
         raise click.UsageError("--writer writes stories, --stories reads them: give one of the two")
     if quick and not writer and wanted.name in STORIES:
         stories = stories or "bundled"
-    short = {"per_concept": QUICK if stories == "bundled" else WRITTEN_QUICK, "max_tokens": 160} if quick else {}
+    few = WRITTEN_QUICK if stories in (None, "model") else QUICK
+    short = {"per_concept": few, "max_tokens": 160} if quick else {}
     chosen: dict[str, Any] = {**short, **({"per_concept": per_concept} if per_concept else {}), **recipe}
     settings = Recipe(**chosen)
     engine = _engine(model, device=device, dtype=dtype)

@@ -35,7 +35,7 @@ STORIES = {"emotions": "stories", "manner": "manner"}
 """Bundled concept sets and the bundled file with their stories."""
 
 QUICK = 4
-"""The first look reads the first so many stories of each emotion; they are balanced like all twelve."""
+"""The first look reads so many stories of each emotion: one by each brief, each person in each tense."""
 
 
 def bundled(name: str) -> Path:
@@ -142,7 +142,7 @@ def records(file: Path) -> Iterator[dict[str, Any]]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise FormatError(f"{file}, line {number} is no JSON ({error}): one JSON object a line") from None
         if not isinstance(record, dict):
             raise FormatError(f"{file}, line {number} is no JSON object: one object a line, with a text field")

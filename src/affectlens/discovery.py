@@ -332,15 +332,25 @@ def open_stories(
 
     Args:
         stories: ``model`` to have them written, ``bundled``, a JSONL or parquet file or a folder of them, or None for what
-            suits: bundled stories if the concept set has some and the model is too small to write well, else its own.
+            suits: bundled stories if every concept has some and the model is too small to write well, else its own.
         concepts: What the stories are about.
         engine: The model under study.
         recipe: How many, how long, which seed.
         writer: The model that writes (default: ``engine``).
+
+    Raises:
+        FormatError: The bundled corpus is named and has no stories of a concept, or a file is wrong.
     """
     small = writer is None and 0 < engine.info.n_parameters < LARGE
-    if stories == "bundled" or (stories is None and small and concepts.name in STORIES):
-        file = bundled(STORIES.get(concepts.name, "stories"))
+    set_of = concepts.name if concepts.name in STORIES else "emotions"
+    missing = [name for name in concepts.names if name not in ConceptSet.load(set_of)]
+    if stories == "bundled" or (stories is None and small and not missing):
+        if missing:
+            raise FormatError(
+                f"the bundled corpus has no stories of {', '.join(map(repr, missing[:5]))}{' …' * (len(missing) > 5)}: "
+                "leave them out, or use --stories model"
+            )
+        file = bundled(STORIES[set_of])
         return CorpusStories(file, concepts, others=False, name="bundled stories", per_concept=recipe.per_concept)
     if stories in (None, "model"):
         return WrittenStories(writer or engine, concepts, recipe)

@@ -26,7 +26,7 @@ def audit(path: str | Path | None = None, concepts: ConceptSet | None = None) ->
 
     Args:
         path: A JSONL or parquet file of stories or a folder of them; the bundled corpus by default. A folder laid out like the
-            bundled one (with ``stories.jsonl`` and the other files) is checked as such.
+            bundled one (two or more files named like its own) is checked as such.
         concepts: What stories of your own are about; the 171 emotions by default.
 
     Returns:
@@ -42,7 +42,7 @@ def audit(path: str | Path | None = None, concepts: ConceptSet | None = None) ->
         >>> [check.what for check in audit(file) if not check.passed]
         ['counts', 'named', 'variety', 'rhythm']
     """
-    if path is None or (Path(path) / "stories.jsonl").is_file():
+    if path is None or sum((Path(path) / f"{name}.jsonl").is_file() for name in FILES) > 1:
         folder = bundled("stories").parent if path is None else Path(path)
         return [check for name in FILES for check in _bundled_file(folder / f"{name}.jsonl")]
     checks: list[Check] = []
@@ -51,7 +51,9 @@ def audit(path: str | Path | None = None, concepts: ConceptSet | None = None) ->
         found, broken = read_file(file)
         read += found
         checks += broken
-    if not read and not checks:
+    if not read:
+        if checks:
+            return checks
         raise FormatError(f"{path} holds no texts: each JSONL line or parquet row needs text and concept")
     known = [{**r, "concept": r.get("concept") or r.get("emotion")} for r in read]
     return [*checks, *check_stories(Path(path).name, known, concepts or ConceptSet.load("emotions"), own=True)]
@@ -63,6 +65,8 @@ def _bundled_file(file: Path) -> list[Check]:
     found, broken = read_file(file)
     if broken:
         return broken
+    if not found:
+        return [Check(file.name, "readable", "no records", "one JSON object a line", (f"{file} is empty: put it back",))]
     for concepts, name in STORIES.items():
         if name == file.stem:
             return check_stories(file.name, found, ConceptSet.load(concepts), own=False)

@@ -9,10 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from affectlens.audit.checks import Check, Layout, Record, check_fields, is_filled, text_of
+from affectlens.audit.checks import Check, Layout, Record, check_fields, is_filled, listed, read_file, text_of
 from affectlens.audit.repetition import check_repetition
 from affectlens.concepts import ConceptSet
-from affectlens.corpus import records
 from affectlens.stats import wilson
 
 BLIND = 0.85, 0.97
@@ -73,13 +72,12 @@ def _neutral(file: str, read: Sequence[Record], concepts: ConceptSet) -> Iterato
 def _turns(file: str, read: Sequence[Record], least: int, most: int) -> Check:
     faults = []
     for r in read:
-        turns: Any = r.get("turns")
-        shape = isinstance(turns, list) and all(isinstance(t, list) and len(t) == 2 and all(map(is_filled, t)) for t in turns)
-        if not shape:
+        turns = listed(r, "turns")
+        if not turns or not all(isinstance(t, list) and len(t) == 2 and all(map(is_filled, t)) for t in turns):
             faults.append(f"{r['id']}: turns must be pairs of speaker and words: write them")
         elif not least <= len(turns) <= most or any(a[0] == b[0] for a, b in pairwise(turns)):
             faults.append(f"{r['id']}: {len(turns)} turns: make it {least} to {most}, the speakers taking turns")
-    n = [len(r.get("turns") or ()) for r in read]
+    n = [len(listed(r, "turns")) for r in read]
     return Check(file, "turns", f"{min(n)} to {max(n)}", f"{least} to {most}, speakers taking turns", tuple(faults))
 
 
@@ -95,6 +93,14 @@ def _speakers(file: str, read: Sequence[Record], concepts: ConceptSet) -> Iterat
 def _concealment(file: str, read: Sequence[Record], concepts: ConceptSet) -> Iterator[Check]:
     wanted = {condition: 210 if condition == "hidden" else 90 for condition in _CONDITIONS}
     yield _exactly(file, "conditions", Counter(r["condition"] for r in read), wanted, "scenes")
+    faults = tuple(
+        f"{r['id']}: other {other!r} is not among the {len(concepts)} concepts: correct it"
+        for r in read
+        if r["condition"] == "hidden" and (not is_filled(other := r.get("other")) or other not in concepts)
+    )
+    if faults:
+        yield Check(file, "other", f"{len(faults)} unknown", "hidden scenes show a concept of the set", faults)
+        return
     hidden = Counter((r["real"], r["other"]) for r in read if r["condition"] == "hidden")
     yield _exactly(file, "pairs", hidden, 1, "hidden scenes")
     scenes = [r for r in read if r["condition"] not in ("neutral", "story")]
@@ -132,14 +138,16 @@ def _ladders(file: str, read: Sequence[Record], concepts: ConceptSet) -> Iterato
     yield _exactly(file, "counts", counts, {"ladder": 16, "control": 4}, "messages")
     faults = []
     for r in read:
-        values, affected = r.get("values"), [*r.get("rise", ()), *r.get("fall", ())]
+        values, affected = listed(r, "values"), [*listed(r, "rise"), *listed(r, "fall")]
         if r["text"].count("{value}") != 1:
             faults.append(f"{r['id']}: {{value}} must stand in it once: write it where the number belongs")
-        if not isinstance(values, list) or len(values) < 8 or values != sorted(set(values)):
+        numbers = [value for value in values if isinstance(value, (int, float))]
+        if numbers != values or len(values) < 8 or values != sorted(set(values)):
             faults.append(f"{r['id']}: values must be 8 or more, ascending: correct them")
-        if not affected or any(name not in concepts for name in affected):
+        sides = all(isinstance(r.get(side), list) for side in ("rise", "fall"))
+        if not sides or not affected or not all(is_filled(name) and name in concepts for name in affected):
             faults.append(f"{r['id']}: rise and fall must name concepts of the set, at least one: correct them")
-    steps = [len(r.get("values") or ()) for r in read]
+    steps = [len(listed(r, "values")) for r in read]
     yield Check(file, "values", f"{min(steps)} to {max(steps)} a ladder", "8 or more, ascending, put in once", tuple(faults))
 
 
@@ -157,6 +165,13 @@ def _contrasts(file: str, read: Sequence[Record], concepts: ConceptSet) -> Itera
 
 def _broken_contrast(r: Record, concepts: ConceptSet) -> str:
     """What is wrong with a contrast, or ``""``."""
+    try:
+        return _contrast(r, concepts)
+    except (KeyError, TypeError, AttributeError):
+        return "a part is missing or of the wrong kind: write it as the corpus README says"
+
+
+def _contrast(r: Record, concepts: ConceptSet) -> str:
     names: list[Any]
     if r["kind"] == "audience":
         names, right = [r.get("user"), r.get("reply")], is_filled(r.get("text"))
@@ -183,16 +198,15 @@ def _profile(file: str, read: Sequence[Record], concepts: ConceptSet) -> Iterato
 def _blind(file: Path, read: Sequence[Record], concepts: ConceptSet) -> list[Check]:
     """How often a reader named the emotion of a story, or one of its cluster."""
     fields, *_ = check_fields(file.name, read, _LAYOUTS["blind"], concepts)
-    stories = {r["id"]: r for r in records(file.with_name("stories.jsonl"))} if not fields.faults else {}
-    faults = [
-        f"{r['id']}: no such story with such an answer: ask again"
-        for r in read
-        if stories and (r["id"] not in stories or r["answer"] not in r["candidates"] or len(set(r["candidates"])) != 12)
-    ]
-    if fields.faults or faults:
-        return [fields, *([Check(file.name, "answers", f"{len(faults)} wrong", "none", tuple(faults))] if faults else [])]
+    stories, broken = read_file(file.with_name("stories.jsonl"))
+    told = {r.get("id"): str(r.get("concept")) for r in stories}
+    if fields.faults or broken or any(name not in concepts for name in told.values()):
+        return [fields]  # the stories' own checks say what is wrong with them
+    faults = tuple(f"{r['id']}: no such story with such an answer: ask again" for r in read if not _answers(r, told))
+    if faults:
+        return [fields, Check(file.name, "answers", f"{len(faults)} wrong", "none", faults)]
     checks = [fields]
-    asked = [(concepts[stories[r["id"]]["concept"]], concepts[r["answer"]], r["id"]) for r in read]
+    asked = [(concepts[told[r["id"]]], concepts[r["answer"]], r["id"]) for r in read]
     for what, least, right in (
         ("emotion named", BLIND[0], [a == b for a, b, _ in asked]),
         ("cluster named", BLIND[1], [a.cluster == b.cluster for a, b, _ in asked]),
@@ -202,6 +216,11 @@ def _blind(file: Path, read: Sequence[Record], concepts: ConceptSet) -> list[Che
         found = f"{100 * share.value:.1f} % [{100 * share.low:.1f}, {100 * share.high:.1f}] of {share.n}"
         checks.append(Check(file.name, what, found, f"{least:.0%} or more", tuple(wrong if share.value < least else ())))
     return checks
+
+
+def _answers(r: Record, told: Mapping[Any, str]) -> bool:
+    words = r.get("candidates")
+    return r["id"] in told and isinstance(words, list) and r["answer"] in words and len(set(map(str, words))) == 12
 
 
 _COUNTS: dict[str, Callable[[str, Sequence[Record], ConceptSet], Iterator[Check]]] = {

@@ -69,16 +69,17 @@ def check_fields(file: str, read: Sequence[Record], layout: Layout, concepts: Co
     faults: list[str] = []
     for i, record in enumerate(read):
         name = name_of(record, i)
-        if not isinstance(record.get("id"), str) or not record["id"]:
+        if not is_filled(record.get("id")):
             faults.append(f"{name}: no id: give it one")
         faults += [f"{name}: {key} is missing or empty: write it" for key in layout.texts if not is_filled(record.get(key))]
         for key in layout.concepts:
-            if record.get(key) not in concepts:
+            if not is_filled(record.get(key)) or record[key] not in concepts:
                 faults.append(f"{name}: {key} {record.get(key)!r} is not among the {len(concepts)} concepts: correct it")
         for key, choices in layout.choices.items():
             if record.get(key) not in choices:
                 faults.append(f"{name}: {key} is {record.get(key)!r}: make it one of {', '.join(map(str, choices))}")
-    faults += [f"id {id!r} is used {n} times: make ids unique" for id, n in Counter(r.get("id") for r in read).items() if n > 1]
+    ids = Counter(r["id"] for r in read if is_filled(r.get("id")))
+    faults += [f"id {id!r} is used {n} times: make ids unique" for id, n in ids.items() if n > 1]
     yield Check(file, "fields", f"{len(read)} records", "every field there and valid, ids unique", tuple(faults))
 
 
@@ -90,8 +91,13 @@ def name_of(record: Record, i: int) -> str:
     return str(record.get("id") or f"record {i + 1}")
 
 
+def listed(record: Record, key: str) -> list[Any]:
+    items = record.get(key)
+    return items if isinstance(items, list) else []
+
+
 def text_of(record: Record) -> str:
     """Everything of a record that a model would read."""
     parts = [record.get(key) for key in ("scenario", "text", "first", "second", "affirmed", "negated")]
-    turns = [turn[1] for turn in record.get("turns") or ()]
+    turns = [turn[1] for turn in listed(record, "turns") if isinstance(turn, list) and len(turn) == 2]
     return "\n".join(part for part in (*parts, *turns) if isinstance(part, str))

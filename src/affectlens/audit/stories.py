@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from affectlens.audit.checks import WORD, Check, Layout, Record, check_fields
+from affectlens.audit.checks import WORD, Check, Layout, Record, check_fields, is_filled, name_of
 from affectlens.audit.repetition import check_repetition
 from affectlens.concepts import ConceptSet
 
@@ -43,7 +43,8 @@ def check_stories(file: str, read: Sequence[Record], concepts: ConceptSet, *, ow
     """All checks of stories; ``own`` ones may lack optional fields and have other concepts and counts."""
     choices: dict[str, tuple[Any, ...]] = {"person": ("first", "third")}
     if own:
-        read = [{**r, "id": r.get("id") or f"record {i + 1}"} for i, r in enumerate(read)]
+        # Optional fields may be null or hold anything: what is no text counts as absent. Ids may be numbers.
+        read = [{**{key: value for key, value in r.items() if is_filled(value)}, "id": name_of(r, i)} for i, r in enumerate(read)]
         layout = Layout(("text", "concept"), (), choices if any("person" in r for r in read) else {})
     else:
         choices["topic"] = concepts.topics
@@ -164,7 +165,7 @@ def _texture(file: str, read: Sequence[Record]) -> Iterator[Check]:
 
     def rhythm(text: str) -> float:
         sentences = [len(WORD.findall(part)) for part in re.split(r"[.!?…]+[\"”’)]*(?:\s|$)", text) if WORD.search(part)]
-        return float(np.std(sentences))
+        return float(np.std(sentences)) if sentences else 0.0
 
     yield _least(file, "rhythm", read, rhythm, RHYTHM, "words standard deviation of sentence length")
 

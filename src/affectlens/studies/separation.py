@@ -118,6 +118,9 @@ def _plan(bench: Bench) -> _Design | str:
     groups = np.zeros(len(first)) if exchanged.startswith("within") else labels[first]
     has = np.zeros((len(first), len(names)), dtype=bool)
     has[topics, labels] = True
+    on = has.sum(axis=0)
+    if on.min() < FEW_FOLDS:  # no deal can help
+        return _too_few(names[on.argmin()])
     for attempt in range(10):  # concepts may have texts on some topics only: not every deal leaves enough of each
         rng = np.random.default_rng([bench.seed, attempt])
         order = np.lexsort((rng.random(len(first)), groups))
@@ -128,7 +131,11 @@ def _plan(bench: Bench) -> _Design | str:
         if (occurs >= FEW_FOLDS).all():
             stratum = topics if exchanged.startswith("within") else fold
             return _Design(names, rows, labels, topics, fold, blocks, stratum, exchanged)
-    return f"{names[occurs.argmin()]!r} would be missing from a training set: it needs texts on at least {FEW_FOLDS} topics"
+    return _too_few(names[occurs.argmin()])
+
+
+def _too_few(name: str) -> str:
+    return f"{name!r} would be missing from a training set: it needs texts on at least {FEW_FOLDS} topics"
 
 
 def _spread(dealt: np.ndarray, groups: np.ndarray, has: np.ndarray, rng: np.random.Generator, swaps: int = 3000) -> np.ndarray:
