@@ -104,7 +104,7 @@ def corpus(result: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "Each at its own best layer over all its concepts; the null (97.5 % of it) has the labels exchanged within topics. Over the "
+        "Each at its own best layer over all its concepts; null: 97.5 % of it, labels exchanged within topics. Over the "
         f"{len(result['shared'])} concepts that all of them have, at layer {layer}:",
         "",
         "| stories | read by vectors of | top 1 | top 3 | share of what their own vectors reach (top 3) |",
