@@ -402,10 +402,10 @@ def _print_checks(checks: Sequence[Check], shown: int = 5) -> None:
 
 
 @main.command("list")
-@click.argument("what", type=click.Choice(["engines", "concepts", "studies"]))
+@click.argument("what", type=click.Choice(["engines", "concepts", "corpus", "studies"]))
 @shared("json")
 def list_(what: str, as_json: bool) -> None:
-    """List what there is: engines, concepts or studies."""
+    """List what there is: engines, concepts, files of the bundled corpus, or studies."""
     if what == "engines":
         rows = {
             "hf": "transformers: a Hub id, a folder or a GGUF file",
@@ -416,6 +416,10 @@ def list_(what: str, as_json: bool) -> None:
         from affectlens.concepts import ConceptSet
 
         rows = {concept.name: concept.definition for concept in ConceptSet.load("emotions")}
+    elif what == "corpus":
+        from affectlens.corpus import FILES
+
+        rows = dict(FILES)
     else:
         from affectlens.studies import STUDIES, load_study
 

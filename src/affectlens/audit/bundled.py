@@ -103,8 +103,7 @@ def _concealment(file: str, read: Sequence[Record], concepts: ConceptSet) -> Ite
         return
     hidden = Counter((r["real"], r["other"]) for r in read if r["condition"] == "hidden")
     yield _exactly(file, "pairs", hidden, 1, "hidden scenes")
-    scenes = [r for r in read if r["condition"] not in ("neutral", "story")]
-    yield _turns(file, scenes, 1, 3)
+    yield _turns(file, read, 1, 3)
     faults = tuple(
         f"{r['id']}: {r['speaker']} is not in the scenario: name them there" for r in read if r["speaker"] not in r["scenario"]
     )
