@@ -549,11 +549,12 @@ def test_fresh_starts_again(engine: ToyEngine, corpus: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("parameters", "written"), [(135_000_000, False), (2_999_999_999, False), (3_000_000_000, True), (0, True)]
+    ("family", "parameters", "written"),
+    [("llama", 135_000_000, False), ("llama", 2_999_999_999, False), ("llama", 3_000_000_000, True), ("toy", 1000, True)],
 )
-def test_small_models_read_bundled_stories(parameters: int, written: bool) -> None:
+def test_small_models_read_bundled_stories(family: str, parameters: int, written: bool) -> None:
     engine = ToyEngine()
-    engine.info = replace(engine.info, n_parameters=parameters)
+    engine.info = replace(engine.info, family=family, n_parameters=parameters)
     emotions = ConceptSet.load("emotions")
     assert isinstance(open_stories(None, emotions, engine, Recipe()), WrittenStories) == written
     assert isinstance(open_stories("model", emotions, engine, Recipe()), WrittenStories)
@@ -585,7 +586,7 @@ def test_a_word_without_bundled_stories_is_not_lost(engine: ToyEngine) -> None:
     emotions = ConceptSet.load("emotions")
     more = replace(emotions, concepts=(*emotions.concepts, Concept("saudade", "longing for what may never return")))
     small = ToyEngine()
-    small.info = replace(small.info, n_parameters=1000)
+    small.info = replace(small.info, family="llama", n_parameters=1000)
     assert isinstance(open_stories(None, more, small, Recipe()), WrittenStories)
     with pytest.raises(FormatError, match="no stories of 'saudade': leave them out, or use --stories model"):
         open_stories("bundled", more, engine, Recipe())

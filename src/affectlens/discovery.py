@@ -341,7 +341,8 @@ def open_stories(
     Raises:
         FormatError: The bundled corpus is named and has no stories of a concept, or a file is wrong.
     """
-    small = writer is None and 0 < engine.info.n_parameters < LARGE
+    # The toy is no language model: it reads nothing but what it has written.
+    small = writer is None and engine.info.n_parameters < LARGE and engine.info.family != "toy"
     set_of = concepts.name if concepts.name in STORIES else "emotions"
     missing = [name for name in concepts.names if name not in ConceptSet.load(set_of)]
     if stories == "bundled" or (stories is None and small and not missing):

@@ -178,6 +178,7 @@ class ToyEngine(Engine):
             device="cpu",
             fingerprint=hashlib.sha256(settings.encode()).hexdigest()[:16],
             template="role: content" if template else None,
+            n_parameters=self._own.size + self._signal.size + self._unembedding.size + self._bias.size,
             reply_token=":" if template else None,
         )
 
