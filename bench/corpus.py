@@ -212,6 +212,27 @@ def curve(found: Discovery, layer: int) -> list[dict[str, Any]]:
     return rows
 
 
+def size_of_transfer(read: Shared, by: Shared) -> list[dict[str, Any]]:
+    """Top 3 on these texts by vectors of fewer texts of a concept: of another corpus, and of their own on held-out topics."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for size in SIZES:
+        drawn: dict[str, list[float]] = {"other": [], "own": []}
+        for _ in range(SAMPLES):
+            held = np.isin(read.fold, rng.integers(FOLDS))
+            centre = group_means(read.x, read.labels, range(len(read.names))).mean(axis=0)
+            for key, source, usable in (("other", by, np.ones(len(by.x), bool)), ("own", read, ~held)):
+                keep = np.concatenate(
+                    [rng.permutation(np.flatnonzero(usable & (source.labels == c)))[:size] for c in range(len(read.names))]
+                )
+                means = group_means(source.x[keep], source.labels[keep], range(len(read.names)))
+                scores = (read.x[held] - centre) @ fit_means(means, source.basis).directions.T
+                hits = top(scores, read.labels[held], 3)
+                drawn[key].append(float((np.bincount(read.labels[held], hits) / np.bincount(read.labels[held])).mean()))
+        rows.append({"stories": size} | {key: [float(q) for q in np.quantile(v, (0.5, 0, 1))] for key, v in drawn.items()})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--skip", nargs="*", default=[], choices=["mufxio", "own"])
@@ -234,6 +255,7 @@ def main() -> None:
         "agreement": {f"{a}, {b}": agreement(texts[a], texts[b]) for a in texts for b in texts if a < b},
         "transfer": {f"{a} by {b}": transfer(texts[a], texts[b]) for a in texts for b in texts if a != b},
         "curve": curve(found["bundled"], LAYER),
+        "curve of transfer": size_of_transfer(texts["mufxio"], texts["bundled"]) if "mufxio" in texts else [],
         "provenance": provenance(),
     }
     path = HERE / "results" / "corpus.json"

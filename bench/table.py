@@ -138,6 +138,18 @@ def corpus(result: dict[str, Any]) -> str:
             for key in ("top5", "auroc", "valence", "arousal")
         ]
         lines.append(f"| {row['stories']} | {' | '.join(cells)} |")
+    if result["curve of transfer"]:
+        lines += [
+            "",
+            f"Top 3 on mufxio's stories, shared concepts, layer {layer}, by vectors of fewer stories of each concept: medians "
+            "(ranges) over random samples.",
+            "",
+            "| stories | bundled vectors | mufxio's own, held-out topics |",
+            "|---|---|---|",
+        ]
+        for row in result["curve of transfer"]:
+            cells = ["{:.2f} ({:.2f}–{:.2f})".format(*row[key]) for key in ("other", "own")]
+            lines.append(f"| {row['stories']} | {' | '.join(cells)} |")
     lines += ["", "| target, on the demo model | wanted | measured | |", "|---|---|---|---|"]
     for what, path, least in CORPUS_TARGETS:
         found = result
