@@ -19,7 +19,7 @@ MODULES = {
     for path in sorted(SOURCE.rglob("*.py"))
     if path != SOURCE / "__init__.py"
 }
-NOUNS = ("concepts", "activations", "vectors", "stats", "runs", "models", "exchange", "figures", "corpus")
+NOUNS = ("concepts", "activations", "vectors", "stats", "runs", "models", "exchange", "figures", "corpus", "readings")
 VERBS = ("discovery", "pipeline", "audit", "studies")
 DOORS = ("cli", "report")
 ENGINES = tuple(name for name in MODULES if name.startswith("engines."))

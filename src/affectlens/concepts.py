@@ -36,6 +36,10 @@ from typing import Any, NoReturn
 from affectlens.errors import FormatError, UnknownName
 
 BUNDLED = ("emotions", "manner")
+SHOWCASE = (
+    "happy", "inspired", "loving", "proud", "calm", "desperate", "angry", "guilty", "sad", "afraid", "nervous", "surprised",
+)  # fmt: skip
+"""The twelve emotions that the paper's figures show."""
 
 # What a prompt has to contain, and what it may contain besides.
 _SLOTS: dict[str, tuple[set[str], set[str]]] = {

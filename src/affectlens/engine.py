@@ -381,6 +381,8 @@ class Request:
 
     Args:
         prompt: A plain text, or a chat as ``((role, content), …)``. A chat that ends with an assistant turn is read as it is.
+        transcript: Write the chat as :func:`transcript` does instead of with the model's template: for base models, and for
+            dialogues between people.
         prefill: Beginning of the reply, put after the chat template (or after the plain prompt).
         sampling: How to generate; None reads only, which needs no unembedding and no layer beyond the deepest one recorded.
         steering: What to do to the residual stream.
@@ -396,22 +398,24 @@ class Request:
     readouts: tuple[Readout, ...] = ()
     choices: tuple[str, ...] = ()
     stream: bool = False
+    transcript: bool = False
 
     def key(self) -> str:
         """Content hash: equal requests have equal keys on every machine."""
-        return hashlib.sha256(json.dumps(_plain(self), sort_keys=True).encode()).hexdigest()[:24]
+        return hashlib.sha256(json.dumps(plain_data(self), sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _plain(value: Any) -> Any:
+def plain_data(value: Any) -> Any:
+    """A request or a part of it as JSON data with arrays as hashes: what content hashes are made of."""
     if isinstance(value, np.ndarray):
         data = np.ascontiguousarray(value)
         return [str(data.dtype), list(data.shape), hashlib.sha256(data.tobytes()).hexdigest()]
     if isinstance(value, Steering):
-        return _plain(value.content())
+        return plain_data(value.content())
     if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: plain_data(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
+        return [plain_data(item) for item in value]
     # Layers and strengths often come out of arrays, and numpy's numbers are not JSON.
     return value.item() if isinstance(value, np.generic) else value
 
@@ -483,6 +487,10 @@ class Engine(ABC):
     def vocabulary(self) -> Sequence[str]:
         """The text of every token id, in order."""
 
+    def texts(self, name: str) -> list[dict[str, Any]] | None:
+        """Records to use in place of a bundled file of texts; None to read the bundled ones, as all models but the toy do."""
+        return None
+
     def generate(
         self, prompts: Iterable[str | Chat], *, sampling: Sampling = Sampling(), steering: Steering = Steering()
     ) -> list[str]:
@@ -553,6 +561,11 @@ def check_request(request: Request, info: ModelInfo) -> None:
         for turn in request.prompt:
             if len(turn) != 2 or not all(isinstance(item, str) for item in turn):
                 raise EngineError(f"a chat turn is (role, content), not {turn!r}")
+    if request.transcript:
+        if isinstance(request.prompt, str):
+            raise EngineError("a transcript is written from turns: give ((role, content), …), or leave transcript out")
+        if request.prompt[-1][0] == "assistant" and (request.sampling or request.prefill or request.choices):
+            raise EngineError("the chat ends with the assistant's turn: end it with a user turn, and give a beginning as prefill")
 
 
 def refuse_too_long(n_tokens: int, request: Request, info: ModelInfo) -> None:
@@ -563,6 +576,50 @@ def refuse_too_long(n_tokens: int, request: Request, info: ModelInfo) -> None:
             f"{n_tokens} tokens and {room} to generate do not fit the context of {info.context} tokens of {info.id} "
             f"(prompt {' '.join(str(request.prompt).split())[:40]!r}…): shorten the prompt or lower max_tokens"
         )
+
+
+NAMES = {"user": "Human", "assistant": "Assistant", "system": ""}
+"""What a transcript calls the roles of a chat; every other role is a name and stands as it is."""
+
+
+def transcript(chat: Chat) -> tuple[str, list[tuple[str, int, int]]]:
+    """A chat as plain text: ``Human: … Assistant: …``, turns apart by an empty line (method 2, 7).
+
+    A system turn stands without a name. Behind a last turn of the user stands the assistant's name: its colon is the reply
+    position. Any other last turn ends the text.
+
+    Returns:
+        The text, and for each turn its role and where its words begin and end.
+
+    Example:
+        >>> transcript((("user", "Hi!"), ("assistant", "Hello."), ("user", "Bye.")))[0]
+        'Human: Hi!\\n\\nAssistant: Hello.\\n\\nHuman: Bye.\\n\\nAssistant:'
+    """
+    text, spans = "", []
+    for role, content in chat:
+        name, words = NAMES.get(role, role), content.strip()
+        text += "\n\n" * bool(text) + f"{name}: " * bool(name)
+        spans.append((role, len(text), len(text) + len(words)))
+        text += words
+    return text + "\n\nAssistant:" * (chat[-1][0] == "user"), spans
+
+
+def roles_in(spans: Sequence[tuple[str, int, int]], offsets: Sequence[tuple[int, int]]) -> list[str]:
+    """Role of each token: whose words it carries, or ``template``.
+
+    Args:
+        spans: Role, start and end of each turn's words, in order.
+        offsets: ``(start, end)`` of each token.
+    """
+    roles = ["template"] * len(offsets)
+    spans_left = iter(spans)
+    role, start, end = next(spans_left)
+    for i, (a, b) in enumerate(offsets):
+        while a >= end and (following := next(spans_left, None)) is not None:
+            role, start, end = following
+        if b > a and a < end and b > start:
+            roles[i] = role
+    return roles
 
 
 def mark_chat(chat: Chat) -> Chat:
@@ -591,16 +648,7 @@ def chat_roles(text: str, chat: Chat, offsets: Sequence[tuple[int, int]], *, mar
     Raises:
         EngineError: The template dropped or rewrote a message, so positions in it would be guesses.
     """
-    spans = (_spans_by_mark(text, chat, marked) if marked else None) or _spans_by_search(text, chat)
-    roles = ["template"] * len(offsets)
-    spans_left = iter(spans)
-    role, start, end = next(spans_left)
-    for i, (a, b) in enumerate(offsets):
-        while a >= end and (following := next(spans_left, None)) is not None:
-            role, start, end = following
-        if b > a and a < end and b > start:
-            roles[i] = role
-    return roles
+    return roles_in((_spans_by_mark(text, chat, marked) if marked else None) or _spans_by_search(text, chat), offsets)
 
 
 def _spans_by_mark(text: str, chat: Chat, marked: str) -> list[tuple[str, int, int]] | None:

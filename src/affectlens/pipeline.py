@@ -6,24 +6,22 @@ Run it as ``affectlens study MODEL``, or call :func:`study` with an engine of yo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from affectlens.concepts import ConceptSet
-from affectlens.discovery import Discovery, Recipe, StorySource, make_vectors, open_run, open_stories
+from affectlens.concepts import SHOWCASE, ConceptSet
+from affectlens.corpus import FILES, bundled, files_of
+from affectlens.discovery import CorpusStories, Discovery, Recipe, StorySource, make_vectors, open_run, open_stories
 from affectlens.engine import Engine, Request, Where
+from affectlens.errors import MismatchError
+from affectlens.readings import Readings
 from affectlens.report import Report
-from affectlens.runs import Progress, Run, provenance, read_json, write_json
-from affectlens.studies import STUDIES, Bench, Outcome, load_study
+from affectlens.runs import Progress, Run, Stage, atomic_write, content_id, provenance, read_json, sha256_file, write_json
+from affectlens.studies import STUDIES, Bench, Checkpoint, Outcome, Sources, Study, load_study
 from affectlens.vectors import ConceptVectors
-
-SHOWCASE = (
-    "happy", "inspired", "loving", "proud", "calm", "desperate", "angry", "guilty", "sad", "afraid", "nervous", "surprised",
-)  # fmt: skip
-"""The twelve emotions that the paper's figures show."""
 
 
 def study(
@@ -35,6 +33,8 @@ def study(
     recipe: Recipe = Recipe(),
     writer: Engine | None = None,
     only: Sequence[str] = STUDIES,
+    base: Engine | None = None,
+    sources: Sources = Sources(),
 ) -> Report:
     """Vectors, studies and the report of a model; whatever ``out`` already holds is used.
 
@@ -46,6 +46,8 @@ def study(
         recipe: How vectors are made.
         writer: The model that writes stories (default: ``engine``).
         only: Names of the studies to run.
+        base: An earlier checkpoint of the same architecture to compare with.
+        sources: Texts of yours for the studies to read.
 
     Returns:
         The report, which is also in ``out`` as ``report.html``, ``report.md`` and ``report.json``.
@@ -57,7 +59,7 @@ def study(
     concepts = concepts if isinstance(concepts, ConceptSet) else ConceptSet.load(concepts)
     source = open_stories(stories, concepts, engine, recipe, writer=writer)
     with open_run(out, engine, source, recipe) as run:
-        return study_run(engine, source, run, recipe, writer=writer, only=only)
+        return study_run(engine, source, run, recipe, writer=writer, only=only, base=base, sources=sources)
 
 
 def study_run(
@@ -69,27 +71,98 @@ def study_run(
     writer: Engine | None = None,
     only: Sequence[str] = STUDIES,
     draws: int = 1000,
+    base: Engine | None = None,
+    sources: Sources = Sources(),
 ) -> Report:
     """What :func:`study` does in an open run directory; ``draws`` resamples and permutations lie behind intervals and nulls."""
     studies = [load_study(name) for name in only]
     found = make_vectors(engine, source, run, recipe, writer=writer)
-    bench = Bench(found.vectors, found.concepts, found.activations, found.neutral, engine, draws, recipe.seed)
-    outcomes: dict[str, Outcome] = {}
+    bench = Bench(
+        found.vectors, found.concepts, found.activations, found.neutral, engine, draws, recipe.seed, sources,
+        readings=_readings(engine, run), base=_checkpoint(base, found, run, recipe) if base else None,
+    )  # fmt: skip
+    outcomes = run_studies(studies, bench, run, found.stage_id)
     with Progress() as progress:
-        for each in studies:
-            inputs = {"vectors": found.stage_id, "version": each.version, "draws": draws, "seed": recipe.seed}
-            stage = run.stage(f"study-{each.name}", inputs)
-            if not stage.done:
-                progress.start(1, f"study: {each.name}")
-                write_json(stage.path / "outcome.json", each.run(bench).as_dict())
-                stage.finish({})
-                progress.advance()
-            outcomes[each.name] = Outcome.from_dict(read_json(stage.path / "outcome.json"))
         progress.start(1, "report")
         report = _report(engine, found, run, outcomes, draws)
         report.save(run.path)
         progress.advance()
     return report
+
+
+def run_studies(studies: Sequence[Study], bench: Bench, run: Run, vectors_id: str) -> dict[str, Outcome]:
+    """Run the studies whose outcome is not there yet; all that they read, they read in one pass over the distinct prompts."""
+    stages: dict[str, Stage] = {}
+    for each in studies:
+        inputs: dict[str, Any] = {"vectors": vectors_id, "version": each.version, "draws": bench.draws, "seed": bench.seed}
+        stages[each.name] = run.stage(f"study-{each.name}", inputs | {use: _identity(use, bench) for use in each.uses})
+    todo = [each for each in studies if not stages[each.name].done]
+    with Progress() as progress:
+        if bench.readings and todo:
+            asked = [request for each in todo for request in each.requests(bench)]
+            if waiting := len(bench.readings.missing(asked)):
+                progress.start(waiting, "reading what the studies ask")
+                bench.readings.gather(asked, progress.advance)
+        for each in todo:
+            stage = stages[each.name]
+            progress.start(1, f"study: {each.name}")
+            outcome = each.run(replace(bench, folder=stage.path))
+            for name, columns in outcome.raw.items():
+                _write_table(stage.path / f"{name}.parquet", columns)
+            write_json(stage.path / "outcome.json", outcome.as_dict())
+            stage.finish({})
+            progress.advance()
+    return {name: Outcome.from_dict(read_json(stage.path / "outcome.json")) for name, stage in stages.items()}
+
+
+def _write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with atomic_write(path) as temporary:
+        pq.write_table(pa.table({name: np.asarray(values).tolist() for name, values in columns.items()}), temporary)
+
+
+def _readings(engine: Engine, run: Run, name: str = "readings") -> Readings:
+    info = engine.info
+    stage = run.stage(name, {"fingerprint": info.fingerprint, "dtype": info.dtype, "template": info.template})
+    return Readings(engine, stage.path)
+
+
+def _checkpoint(base: Engine, found: Discovery, run: Run, recipe: Recipe) -> Checkpoint:
+    """Vectors of an earlier checkpoint from the very stories of the model under study, whoever wrote those.
+
+    Raises:
+        MismatchError: It is another architecture, or the same weights.
+    """
+    mine = found.vectors.model
+    for key in ("family", "n_layers", "width"):
+        if mine[key] != getattr(base.info, key):
+            raise MismatchError(
+                f"{base.info.id} ({key} {getattr(base.info, key)}) is no checkpoint of the architecture of "
+                f"{mine['id']} ({key} {mine[key]}): name one that is with --base"
+            )
+    if base.info.fingerprint == mine["fingerprint"]:
+        raise MismatchError(f"{base.info.id} has the very weights of {mine['id']}: name an earlier checkpoint with --base")
+    source = CorpusStories(found.activations.folder.parent / "stories", found.concepts, name=found.stories["source"])
+    with open_run(run.path / "base", base, source, recipe) as nested:
+        return Checkpoint(base, make_vectors(base, source, nested, recipe).vectors, _readings(base, nested))
+
+
+def _identity(use: str, bench: Bench) -> Any:
+    """What a study depends on, as plain data: a change starts the study again."""
+    if use == "base":
+        return bench.base and bench.base.engine.info.fingerprint
+    if use == "texts":
+        folder = bench.sources.texts
+        files = [folder / f"{name}.jsonl" if folder else bundled(name) for name in FILES]
+        return content_id([sha256_file(file) for file in [*map(bundled, FILES), *files] if file.exists()])
+    value = getattr(bench.sources, use)
+    if value is None or not Path(value).exists():
+        return value and str(value)
+    # A corpus may be larger than memory: its files are told apart by size and time.
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files_of(Path(value))]
+    return [str(value), content_id(stats)]
 
 
 def _report(engine: Engine, found: Discovery, run: Run, outcomes: Mapping[str, Outcome], draws: int) -> Report:
@@ -113,8 +186,12 @@ def _report(engine: Engine, found: Discovery, run: Run, outcomes: Mapping[str, O
         },
         checks=_checks(engine, found),
         findings=[finding for outcome in outcomes.values() for finding in outcome.findings],
-        figures=[figure for name, outcome in outcomes.items() for figure in load_study(name).draw(outcome.data)],
-        tables=[table for outcome in outcomes.values() for table in outcome.tables],
+        figures=[
+            replace(figure, id=f"{name}-{figure.id}")
+            for name, outcome in outcomes.items()
+            for figure in load_study(name).draw(outcome.data)
+        ],
+        tables=[replace(table, id=f"{name}-{table.id}") for name, outcome in outcomes.items() for table in outcome.tables],
         stories=_token_view(engine, found),
         provenance={**provenance(), "command": run.command, "seeds": vectors.method["seed"], "draws": draws},
         resume=run.command,

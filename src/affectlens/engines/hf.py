@@ -35,6 +35,8 @@ from affectlens.engine import (
     check_request,
     mark_chat,
     refuse_too_long,
+    roles_in,
+    transcript,
 )
 from affectlens.engines.residual import Pass, Recorder, Stop, Taps, find_blocks, plan_steering
 from affectlens.errors import EngineError, FormatError, ModelSupportError
@@ -273,12 +275,14 @@ class HFEngine(Engine):
         Raises:
             EngineError: A chat without a template, a template without a reply position, or an empty prompt.
         """
-        if isinstance(request.prompt, str):
-            text, n_reply = request.prompt, None
+        n_reply = None
+        if isinstance(request.prompt, str) or request.transcript:
+            text, spans = (request.prompt, None) if isinstance(request.prompt, str) else transcript(request.prompt)
             ids, offsets = self._encode(text, special=True)
+            own = ["text"] * len(ids) if spans is None else roles_in(spans, offsets)
             roles = [
-                "special" if a == b and i in self.tokenizer.all_special_ids else "text"
-                for i, (a, b) in zip(ids, offsets, strict=True)
+                "special" if a == b and i in self.tokenizer.all_special_ids else role
+                for i, (a, b), role in zip(ids, offsets, own, strict=True)
             ]
             while len(ids) > 1 and roles[-1] == "special":  # an end-of-sequence token would stand between prompt and reply
                 ids, offsets, roles = ids[:-1], offsets[:-1], roles[:-1]
@@ -288,12 +292,13 @@ class HFEngine(Engine):
             roles = chat_roles(text, request.prompt, offsets, marked=self._render(mark_chat(request.prompt), request))
             if ids and ids[0] == self.tokenizer.bos_token_id and roles[0] == "template":
                 roles[0] = "special"  # the attention sink, whether the tokenizer or the template put it there
+        if not isinstance(request.prompt, str):
             n_reply = _start_of_reply(request.prompt, roles)
         n_prompt = len(ids) if n_reply is None else n_reply
         if request.prefill:
-            more, spans = self._encode(request.prefill, special=False)
+            more, places = self._encode(request.prefill, special=False)
             ids += more
-            offsets += [(len(text) + a, len(text) + b) for a, b in spans]
+            offsets += [(len(text) + a, len(text) + b) for a, b in places]
             roles += ["assistant"] * len(more)
             text += request.prefill
         if not any(role != "special" for role in roles):

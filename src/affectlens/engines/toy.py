@@ -8,9 +8,14 @@ final norm and an unembedding. What it knows is planted, so every study has a ri
 * Each block makes the token's own part longer (norms grow with depth), writes the word's signal, and adds an exponentially fading
   average of what it reads from the *residual stream* of the tokens before: so steering spreads to later tokens too. Context
   gathers up to layer 4, two thirds of the depth; the last block writes mostly the token's own part.
+* In a text of several speakers (lines that begin ``Anna:``) a token reads what the *other* speakers and the narrator convey
+  through two copies of the emotion space that are orthogonal to it: self, other and untold are told apart.
+* From layer 3 on ``not`` turns the word behind it round, and a person's name that comes again recalls what was said of them.
+* ``fever-40`` is worse than ``fever-20``, ``exam-40`` better than ``exam-20``; the number of a ``page-40`` means nothing.
 * A concept's direction is valence and arousal axes times its place on the circumplex, plus a part of its own.
 * The unembedding promotes a concept's name and cue words along its direction.
 * The beginning-of-sequence token is an attention sink: its norm is a hundred times that of words. Nothing reads it.
+* It knows no English, so it brings texts of its own for the studies to read (:mod:`affectlens.engines.toy_texts`).
 * Asked for stories (a prompt with ``[story 1]`` or ``[dialogue 1]`` in it) it does not sample but recites: blocks of words of a
   topic, mixed, in stories, with cue words of the concept that the prompt names most often. That is enough for the whole pipeline.
 """
@@ -23,6 +28,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +47,8 @@ from affectlens.engine import (
     check_request,
     mark_chat,
     refuse_too_long,
+    roles_in,
+    transcript,
 )
 from affectlens.errors import EngineError, UnknownName
 
@@ -82,14 +90,20 @@ PLAIN = (
 )
 TALK = (
     "I you we my your me am yes no true false good bad do can will would what how why think feel sea world user assistant system "
-    "story dialogue person"
+    "story dialogue person human not never Anna Boris Clara David"
 )
+PEOPLE = ("Anna", "Boris", "Clara", "David")
+NEGATIONS = ("not", "never")
+QUANTITIES = {"fever": ("afraid", "calm"), "exam": ("happy", "sad"), "page": None}
+"""What the number behind a word means: towards the first concept and away from the second with every step, or nothing."""
 N_LAYERS, WIDTH, CONTEXT = 6, 64, 2048
 BOS, EOS = 0, 1
 BUCKETS = 4096
 """Words it does not know share this many ids. They can be read and scored; they are never generated."""
 
 DECAY = 0.97
+LATE = 3
+"""From this layer on a negation and a name that comes again are understood."""
 # What each block adds: the token's own part, its word's signal, and the context it reads. The first entry is the embedding.
 OWN = (1.0, 0.2, 0.3, 0.4, 0.5, 0.6, 2.0)
 SIGNAL = (0.05, 0.0, 0.25, 0.4, 0.5, 0.4, 0.0)
@@ -123,10 +137,10 @@ class Truth:
 
 @dataclass(frozen=True)
 class _Memory:
-    """What the blocks remember of the tokens so far: fading sums of what each has read, and the fading number of tokens."""
+    """What the blocks remember of the tokens so far: their ids, and what each block can read of them ``(L, T, k)``."""
 
-    sums: np.ndarray
-    count: float = 0.0
+    ids: tuple[int, ...]
+    read: np.ndarray
 
 
 class ToyEngine(Engine):
@@ -138,9 +152,14 @@ class ToyEngine(Engine):
         effect: Strength of what is planted. 0 plants nothing, the null for every study: cue words have no direction, are not
             promoted, and are used in stories of every concept alike (or the words themselves would tell the concepts apart).
         template: Whether it has a chat template. Without one, chats are refused.
+        coupled: Carry what other speakers and the narrator convey in the speaker's own directions.
+        tone: Concept to strength of a constant component at every token from layer 1 on: another checkpoint of the same model,
+            tuned towards a tone.
+        drift: How far the tokens' own parts have wandered from those of the model: another checkpoint without a tone.
 
     Raises:
         EngineError: There is no concept.
+        UnknownName: A tone names no concept.
 
     Example:
         >>> engine = ToyEngine()
@@ -158,16 +177,28 @@ class ToyEngine(Engine):
         seed: int = 0,
         effect: float = 1.0,
         template: bool = True,
+        coupled: bool = False,
+        tone: Mapping[str, float] | None = None,
+        drift: float = 0.0,
     ) -> None:
         self.concepts = {name: tuple(cues) for name, cues in (concepts or {n: w.split() for n, w in CUES.items()}).items()}
         if not self.concepts:
             raise EngineError("the toy model needs a concept: give concepts={'name': ['cue', ...]}")
+        self.seed = seed
         self._template = template
         self._effect = effect
-        settings = repr((sorted(self.concepts.items()), seed, effect, N_LAYERS, WIDTH, OWN, SIGNAL, GAIN, DECAY))
+        if unknown := [name for name in tone or {} if name not in self.concepts]:
+            raise UnknownName("concept", unknown[0], self.concepts)
+        checkpoint = (effect, coupled, sorted((tone or {}).items()), drift)
+        settings = repr((sorted(self.concepts.items()), seed, checkpoint, N_LAYERS, WIDTH, OWN, SIGNAL, GAIN, DECAY))
         self._rng = np.random.default_rng([seed, 20261])
         self.truth, self._carried = self._plant()
+        self._other, self._untold = (self._carried, self._carried) if coupled else self._copies(seed)
         self._build_words()
+        self._tone = np.zeros(WIDTH, np.float32)
+        for name, strength in (tone or {}).items():
+            self._tone += np.float32(strength * 4 * sum(OWN[:4])) * self.truth[name][0]
+        self._own += np.float32(drift * 4 / np.sqrt(WIDTH)) * np.random.default_rng([seed, 8]).normal(size=self._own.shape)
         self.info = ModelInfo(
             id="toy",
             family="toy",
@@ -201,6 +232,23 @@ class ToyEngine(Engine):
         single = [a.astype(np.float32) for a in (nuisance, valence, arousal)]
         return Truth(names, every_layer, *single), carried
 
+    def _copies(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """How what is carried reads from other speakers and from the narrator: the nuisance as it is, emotions in a copy each."""
+        nuisance = self.truth.nuisance.astype(np.float64)
+        carried = self._carried.astype(np.float64)
+        emotions = carried - carried @ nuisance.T @ nuisance
+        axes = np.linalg.svd(emotions)[2][: np.linalg.matrix_rank(emotions, tol=1e-3)]
+        rng = np.random.default_rng([seed, 7])
+        taken = np.concatenate([nuisance, axes])
+        spare = np.linalg.svd(taken)[2][len(taken) :] if len(taken) < WIDTH else np.zeros((0, WIDTH))
+        if len(spare) < 2 * len(axes):  # too many concepts for copies of their own: turned at random they overlap
+            spare = np.concatenate([np.linalg.qr(rng.normal(size=(WIDTH, WIDTH)))[0][: len(axes)] for _ in range(2)])
+        else:
+            spare = np.linalg.qr(rng.normal(size=(len(spare), len(spare))))[0] @ spare
+        copies = (spare[: len(axes)], spare[len(axes) : 2 * len(axes)])
+        first, second = (carried @ nuisance.T @ nuisance + emotions @ axes.T @ copy for copy in copies)
+        return first.astype(np.float32), second.astype(np.float32)
+
     def _build_words(self) -> None:
         """Ids, embeddings and unembedding. Words come with and without a space before them and a capital, as in real BPE."""
         directions, nuisance = self.truth.directions[0], self.truth.nuisance
@@ -212,6 +260,12 @@ class ToyEngine(Engine):
         for name, direction in zip(self.truth.names, directions, strict=True):
             signals.update(dict.fromkeys(self.concepts[name], 3 * self._effect * direction))
         signals.update({name: 5 * self._effect * d for name, d in zip(self.truth.names, directions, strict=True)})
+        counted = dict.fromkeys((f"{what}-{n}" for what in QUANTITIES for n in range(100)), np.zeros(WIDTH))
+        for what, towards in QUANTITIES.items():
+            if towards and set(towards) <= set(self.truth.names):
+                axis = self.truth[towards[0]][0] - self.truth[towards[1]][0]
+                counted |= {f"{what}-{n}": 6 * self._effect * (n - 49.5) / 49.5 * axis for n in range(100)}
+        signals.update(counted)
         # (text, word, bias): small letters after a space are the ordinary form.
         forms = [("<start>", "", -30.0), ("<end>", "", 0.5)]
         forms += [(s + mark, "", b) for mark in ".,;:?!\"'()[]-" for s, b in (("", 1.0 if mark in ".," else -6.0), (" ", -6.0))]
@@ -219,11 +273,13 @@ class ToyEngine(Engine):
         marks = [*"0123456789", *(str(n) for n in range(10, 100)), *(c for c in "BCDEFGHJKLMNOPQRSTUVWXYZ")]
         forms += [(s + mark, "", -6.0) for mark in marks for s in ("", " ")]
         for word in signals:
-            common = 1.5 if word in ordinary else -0.8
+            common = 1.5 if word in ordinary else -30.0 if word in counted else -0.8
             forms += [(" " + word, word, common), (word, word, common - 5)]
             if word[0].islower():
                 forms += [(" " + word.capitalize(), word, common - 3), (word.capitalize(), word, common - 5)]
         self._words = [text for text, _, _ in forms]
+        self._people = {i: word for i, (_, word, _) in enumerate(forms) if word in PEOPLE}
+        self._negations = {i for i, (_, word, _) in enumerate(forms) if word in NEGATIONS}
         self._ids = {text: i for i, text in enumerate(self._words)}
         size = len(forms) + BUCKETS
         self._own = (4 / np.sqrt(WIDTH) * self._rng.normal(size=(size, WIDTH))).astype(np.float32)
@@ -282,6 +338,11 @@ class ToyEngine(Engine):
             text, answer = request.prompt, None
             ids, spans = self._encode(text)
             roles = ["text"] * len(ids)
+        elif request.transcript:
+            text, turns = transcript(request.prompt)
+            ids, spans = self._encode(text)
+            roles = roles_in(turns, spans)
+            answer = turns[-1][1] - 1 if turns[-1][0] == "assistant" else None
         else:
             text, answer = self._render(request)
             ids, spans = self._encode(text)
@@ -300,18 +361,28 @@ class ToyEngine(Engine):
         self, ids: Sequence[int], steering: Steering, masks: Mapping[Where, np.ndarray], memory: _Memory
     ) -> tuple[np.ndarray, _Memory]:
         """Residuals ``(1 + L, n, D)`` of the next ``n`` tokens, the embedding first, and the memory after them."""
-        index = np.asarray(ids, dtype=np.int64)
-        lag = np.arange(len(index))[:, None] - np.arange(len(index))
-        weights = np.where(lag >= 0, DECAY ** np.abs(lag), 0).astype(np.float32) * (index != BOS)
-        fade = (DECAY ** np.arange(1, len(index) + 1)).astype(np.float32)
-        count = weights.sum(1) + fade * memory.count
-        own, signal = self._own[index], self._signal[index]
+        before = len(memory.ids)
+        every = np.asarray([*memory.ids, *ids], dtype=np.int64)
+        new = every[before:]
+        lag = np.arange(before, len(every))[:, None] - np.arange(len(every))
+        weights = np.where(lag >= 0, DECAY ** np.abs(lag), 0).astype(np.float32) * (every != BOS)
+        weights /= np.maximum(weights.sum(1, keepdims=True), 1)
+        speaker = self._speakers(every)
+        listening = speaker[before:, None]
+        # Whom a token listens to: itself or its own speaker, another speaker, the narrator.
+        same, told = listening == speaker, (speaker > 0) & (listening > 0)
+        shares = [weights * same, weights * (~same & told), weights * (~same & ~told)]
+        copies = [self._carried, self._other, self._untold]
+        own, signal = self._own[new], self._signal[new]
+        late = self._understood(every)[before:]
         h = OWN[0] * own + SIGNAL[0] * signal
-        stream, sums = [h], []
+        stream, read = [h], []
         for layer in range(N_LAYERS):
-            total = weights @ (h @ self._carried.T) + fade[:, None] * memory.sums[layer]
-            context = total / np.maximum(count, 1)[:, None]
-            h = h + OWN[layer + 1] * own + SIGNAL[layer + 1] * signal + GAIN[layer + 1] * (context @ self._carried)
+            read.append(np.concatenate([memory.read[layer], h @ self._carried.T]))
+            context = sum(share @ read[-1] @ copy for share, copy in zip(shares, copies, strict=True))
+            signal = late if layer == LATE else signal
+            h = h + OWN[layer + 1] * own + SIGNAL[layer + 1] * signal + GAIN[layer + 1] * context
+            h = h + (self._tone if 0 < layer < N_LAYERS - 1 else 0) / (N_LAYERS - 2)
             pushes, pins = steering.at_layer(layer)
             for push in pushes:
                 h[masks[push.where]] += push.vector
@@ -319,8 +390,39 @@ class ToyEngine(Engine):
                 rows = masks[pin.where]
                 h[rows] += (pin.amount * (pin.target - h[rows] @ pin.basis.T)) @ pin.dual.T
             stream.append(h)
-            sums.append(total[-1])
-        return np.stack(stream), _Memory(np.stack(sums), float(count[-1]))
+        return np.stack(stream), _Memory(tuple(every.tolist()), np.stack(read))
+
+    def _speakers(self, ids: np.ndarray) -> np.ndarray:
+        """Who speaks each token: 0 for the narrator; a line that begins ``Anna:`` makes a speaker of what follows the colon."""
+        speaker, known, now, start = np.zeros(len(ids), dtype=np.int64), {(): 0}, 0, 1
+        colon, newline = self._ids[":"], self._ids["\n"]
+        for i, token in enumerate(ids.tolist()):
+            speaker[i] = now
+            if token == newline:
+                start = i + 1
+            elif token == colon and 0 < i - start <= 2 and self._capital(ids[start]):
+                now = known.setdefault(tuple(ids[start:i].tolist()), len(known))
+        return speaker
+
+    def _capital(self, token: int) -> bool:
+        return token < len(self._words) and self._words[token][:1].isupper()
+
+    def _understood(self, ids: np.ndarray) -> np.ndarray:
+        """Each token's signal once negations and people are understood."""
+        signal, first = self._signal[ids], dict[str, int]()
+        for i, token in enumerate(ids.tolist()):
+            if i and ids[i - 1] in self._negations:
+                signal[i] *= -2
+            if (person := self._people.get(token)) is not None:
+                if person in first:
+                    span = signal[first[person] + 1 : first[person] + 9]
+                    ends = [
+                        k for k, other in enumerate(ids[first[person] + 1 : first[person] + 9].tolist()) if other in self._people
+                    ]
+                    signal[i] = signal[i] + span[: ends[0] if ends else None].sum(axis=0)
+                else:
+                    first[person] = i
+        return signal
 
     def unembed(self, residuals: np.ndarray) -> np.ndarray:
         """Logits ``(n, vocabulary)`` of residuals ``(n, width)``: each is scaled to the norm ``sqrt(width)``, then unembedded.
@@ -355,7 +457,7 @@ class ToyEngine(Engine):
     def _run(self, request: Request, layout: Layout, choices: list[list[int]]) -> Iterator[Result]:
         steering = request.steering
         wheres = {term.where for term in steering.terms}
-        start = _Memory(np.zeros((N_LAYERS, len(self._carried)), np.float32))
+        start = _Memory((), np.zeros((N_LAYERS, 0, len(self._carried)), np.float32))
         masks = {where: where.mask(layout) for where in wheres}
         given, memory = self._forward(layout.ids, steering, masks, start)
         # How many tokens each Where has passed, for those that are yet to come.
@@ -425,7 +527,13 @@ class ToyEngine(Engine):
         ends = ends[:n]
         return int(order[min(np.searchsorted(ends, rng.random() * ends[-1], side="right"), len(ends) - 1)])
 
-    # ── stories ──
+    # ── texts ──
+
+    def texts(self, name: str) -> list[dict[str, Any]] | None:
+        """Records in its own words; see :mod:`affectlens.engines.toy_texts`."""
+        from affectlens.engines.toy_texts import write
+
+        return write(self, name)
 
     def write(self, concept: str | None, topic: str, *, seed: int = 0, words: int = 90) -> str:
         """Write a labelled text: words of a topic, and cue words of a concept that it never names.

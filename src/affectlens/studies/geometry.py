@@ -22,7 +22,7 @@ Source: method 10 (paper, Figs 5 to 9, 57, Table 12), 22 (rows 12 to 14). Rating
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +31,7 @@ from scipy.linalg import eigh
 
 from affectlens import stats
 from affectlens.concepts import Concept
+from affectlens.engine import Request
 from affectlens.stats import Estimate, Null
 from affectlens.studies import Bench, Figure, Finding, Outcome, Table, Verdict
 from affectlens.vectors import fit_means, group_means
@@ -162,6 +163,11 @@ class Geometry:
     title = "Geometry of the vectors"
     question = "Do valence and arousal span the space of the vectors, and do families of feelings lie together?"
     version = 1
+    uses: tuple[str, ...] = ()
+
+    def requests(self, bench: Bench) -> Sequence[Request]:
+        """Nothing: the stories were read when the vectors were made."""
+        return ()
 
     def run(self, bench: Bench) -> Outcome:
         """Measure.

@@ -30,7 +30,8 @@ from typing import Any
 import numpy as np
 
 from affectlens import stats
-from affectlens.concepts import Concept
+from affectlens.concepts import SHOWCASE, Concept
+from affectlens.engine import Request
 from affectlens.stats import Estimate, Null
 from affectlens.studies import Bench, Figure, Finding, Outcome, Table, Verdict
 
@@ -43,10 +44,6 @@ PERCENTILE, AUROC, SHARE = 95.0, 0.75, 0.5
 CURVE = 6
 """Layers on the curve, evenly spaced."""
 BATCH = 64
-SHOWCASE = (
-    "happy", "inspired", "loving", "proud", "calm", "desperate", "angry", "guilty", "sad", "afraid", "nervous", "surprised",
-)  # fmt: skip
-"""The paper's twelve come first in tables."""
 
 _RULE = "holds: p <= {} and the lower end of the interval is at least {}; weak: p <= {} only; fails: otherwise"
 CLAIMS: dict[str, tuple[str, str]] = {
@@ -126,6 +123,11 @@ class Lens:
     title = "Logit lens"
     question = "Does each direction promote the words that name its concept?"
     version = 1
+    uses: tuple[str, ...] = ()
+
+    def requests(self, bench: Bench) -> Sequence[Request]:
+        """Nothing: the lens asks for no text."""
+        return ()
 
     def run(self, bench: Bench) -> Outcome:
         """Measure.

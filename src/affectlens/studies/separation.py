@@ -24,7 +24,7 @@ Source: ours, the paper gives no such number; method 4, 22 (row 10, centring), 2
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ from scipy.sparse import csr_array
 from scipy.special import gammaln
 
 from affectlens import stats
+from affectlens.engine import Request
 from affectlens.stats import Estimate, Null
 from affectlens.studies import Bench, Figure, Finding, Outcome, Table, Verdict
 
@@ -307,6 +308,11 @@ class Separation:
     title = "Separation on held-out topics"
     question = "Do the vectors tell concepts apart in texts on topics they have never seen?"
     version = 2
+    uses: tuple[str, ...] = ()
+
+    def requests(self, bench: Bench) -> Sequence[Request]:
+        """Nothing: the stories were read when the vectors were made."""
+        return ()
 
     def run(self, bench: Bench) -> Outcome:
         """Measure.

@@ -1,0 +1,180 @@
+"""What the toy reads in place of the bundled texts, which are English and mean nothing to it: the same records, in its own words.
+
+Every effect that a study looks for is in them, through what :mod:`affectlens.engines.toy` plants, and goes away with it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from affectlens.engines.toy import ToyEngine
+
+SCENARIOS, HELD_OUT = 6, 2
+"""Messages of each concept, and how many of them are held out."""
+CONTRASTS = 24
+TALKS = 4
+"""How often each concept stands on either side of a dialogue."""
+HIDERS = 6
+"""So many concepts are concealed, each behind each other one."""
+
+
+class _Writer:
+    def __init__(self, engine: ToyEngine, name: str) -> None:
+        self.engine, self.names = engine, tuple(engine.concepts)
+        self.rng = np.random.default_rng([engine.seed, *name.encode()])
+
+    def words(self, concept: str | None, n: int) -> str:
+        """``n`` words of a concept, or neutral ones, on some topic."""
+        seed, topic = int(self.rng.integers(2**31)), f"topic {self.rng.integers(40)}"
+        return self.engine.write(concept, topic, seed=seed, words=n)
+
+    def other(self, concept: str) -> str:
+        return str(self.rng.choice([name for name in self.names if name != concept]))
+
+    def cue(self, concept: str) -> str:
+        return str(self.rng.choice(self.engine.concepts[concept]))
+
+
+def _scenarios(w: _Writer) -> list[dict[str, Any]]:
+    return [
+        {"id": f"{name}-{i}", "concept": name, "text": w.words(name, 40), "held_out": i >= SCENARIOS - HELD_OUT}
+        for name in w.names
+        for i in range(SCENARIOS)
+    ]
+
+
+def _ladders(w: _Writer) -> list[dict[str, Any]]:
+    from affectlens.engines.toy import QUANTITIES
+
+    values = [2, 14, 27, 39, 52, 64, 77, 89, 98]
+    records = []
+    for (what, towards), i in itertools.product(QUANTITIES.items(), range(6)):
+        known = towards if towards and set(towards) <= set(w.names) else None
+        records.append(
+            {
+                "id": f"{what}-{i}",
+                "text": f"{w.words(None, 12)} {what}-{{value}} {w.words(None, 12)}",
+                "values": values,
+                "rise": [known[0]] if known else [w.names[i % len(w.names)]],
+                "fall": [known[1]] if known else [w.names[(i + 1) % len(w.names)]],
+                "control": known is None,
+            }
+        )
+    return records
+
+
+def _contrasts(w: _Writer) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = []
+    for i in range(CONTRASTS):
+        first = w.names[i % len(w.names)]
+        second = w.other(first)
+        records.append(
+            {
+                "id": f"audience-{i}",
+                "kind": "audience",
+                "text": f"{w.words(first, 27)} {w.words(second, 36)}",
+                "user": first,
+                "reply": second,
+            }
+        )
+        plain, rest = w.words(None, 9), w.words(None, 9)
+        negation = {"affirmed": f"{plain} I am {first} {rest}", "negated": f"{plain} I am not {first} {rest}"}
+        records.append({"id": f"negation-{i}", "kind": "negation", "concept": first, **negation, "word": first})
+        ends = [w.cue(first), w.cue(second)]
+        ending = w.words(None, 14)
+        early = {
+            "first": f"{plain} {ends[0]} {ending}",
+            "second": f"{plain} {ends[1]} {ending}",
+            "changed": ends,
+            "ending": ending,
+        }
+        records.append({"id": f"early-{i}", "kind": "early word", **early, "rises": first, "falls": second})
+        people = w.rng.permutation(["Anna", "Boris", "Clara", "David"])[:2].tolist()
+        feelings = {people[0]: first, people[1]: second}
+        to = int(w.rng.integers(2))
+        said = " ".join(f"{who} {w.cue(how)} {w.cue(how)} {w.cue(how)}." for who, how in feelings.items())
+        one, two = ({"name": who, "concept": how, "word": said.split(f"{who} ")[1].split()[0]} for who, how in feelings.items())
+        records.append(
+            {
+                "id": f"binding-{i}",
+                "kind": "binding",
+                "text": f"{said} {w.words(None, 9)} The door opened on {people[to]}",
+                "first": one,
+                "second": two,
+                "reference": {"to": ("first", "second")[to], "span": f"opened on {people[to]}"},
+            }
+        )
+    return sorted(records, key=lambda record: str(record["kind"]))
+
+
+def _speakers(w: _Writer) -> list[dict[str, Any]]:
+    records = []
+    for i in range(TALKS):
+        answers = w.rng.permutation(w.names).tolist()
+        for n, (person, assistant) in enumerate(zip(w.names, answers, strict=True)):
+            if person == assistant:  # exchanging with the next one leaves every concept as often on either side
+                other = (n + 1) % len(answers)
+                answers[n], answers[other] = answers[other], answers[n]
+                assistant = answers[n]
+            turns = [[side, w.words(how, 24)] for _ in range(3) for side, how in (("person", person), ("assistant", assistant))]
+            names = ["Anna", "Boris"] if i == TALKS - 1 else None
+            record = {"id": f"speakers-{i}-{n}", "person": person, "assistant": assistant, "topic": f"topic {i}"}
+            records.append({**record, "names": names, "turns": turns})
+    return records
+
+
+def _concealment(w: _Writer) -> list[dict[str, Any]]:
+    hiders = w.names[:HIDERS]
+    wanted: list[tuple[str, str, str | None]] = [
+        ("hidden", real, other) for _ in range(2) for real in hiders for other in hiders if real != other
+    ]
+    for condition, real, _ in itertools.product(("open", "neutral", "story", "others"), hiders, range(6)):
+        others = [name for name in hiders if name != real]
+        wanted.append((condition, real, str(w.rng.choice(others)) if condition in ("story", "others") and others else None))
+    records = []
+    for i, (condition, real, other) in enumerate(wanted):
+        speaker, listener = w.rng.permutation(["Anna", "Boris", "Clara", "David"])[:2].tolist()
+        shown = {"hidden": other, "open": real, "neutral": None, "story": other, "others": other}[condition]
+        turns = [[listener, w.words(None, 12)], [speaker, w.words(shown, 27)], [listener, w.words(None, 12)]]
+        record = {"id": f"concealment-{i}", "condition": condition, "real": real, "other": other, "topic": f"topic {i % 8}"}
+        records.append({**record, "speaker": speaker, "listener": listener, "scenario": w.words(real, 36), "turns": turns})
+    return records
+
+
+def _profile(w: _Writer) -> list[dict[str, Any]]:
+    hard = [("hard", f"category {i % 4}", w.words(w.names[i % len(w.names)], 27)) for i in range(48)]
+    neutral = [("neutral", f"plain {i % 2}", w.words(None, 27)) for i in range(24)]
+    return [{"id": f"profile-{i}", "kind": k, "category": c, "text": t} for i, (k, c, t) in enumerate(hard + neutral)]
+
+
+def _neutral(w: _Writer) -> list[dict[str, Any]]:
+    return [
+        {"id": f"n{i}", "topic": f"topic {i}", "text": f"Person: {w.words(None, 27)}\nAI: {w.words(None, 45)}"} for i in range(40)
+    ]
+
+
+WRITERS: dict[str, Callable[[_Writer], list[dict[str, Any]]]] = {
+    "scenarios": _scenarios,
+    "ladders": _ladders,
+    "contrasts": _contrasts,
+    "speakers": _speakers,
+    "concealment": _concealment,
+    "profile": _profile,
+    "neutral": _neutral,
+}
+
+
+def write(engine: ToyEngine, name: str) -> list[dict[str, Any]] | None:
+    """The toy's records for a file of texts, the same on every call; None where it has none.
+
+    Example:
+        >>> from affectlens.engines.toy import ToyEngine
+        >>> len(write(ToyEngine(), "scenarios"))
+        72
+    """
+    return WRITERS[name](_Writer(engine, name)) if name in WRITERS else None
