@@ -1,4 +1,4 @@
-"""A bench of the toy engine, where every effect is planted or left out at will: what the tests of studies and ``bench/power.py`` use."""
+"""A bench of the toy engine with every effect planted or left out: what tests of studies and ``bench/power.py`` use."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def test_scores_agree_with_an_independent_computation() -> None:
 
 def test_centring_takes_away_what_reads_high_everywhere() -> None:
     scores = np.random.default_rng(0).normal(size=(3, 8, 4))
-    np.testing.assert_allclose(centred(scores + [5, 0, 0, 0]), centred(scores))
+    np.testing.assert_allclose(centred(scores + np.array([5, 0, 0, 0])), centred(scores))
 
 
 def test_without_a_model_or_with_too_few_emotions_it_says_so(tmp_path) -> None:
