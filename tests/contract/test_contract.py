@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from affectlens.engine import Chat, Engine, Readout, Request, Result, Sampling, Steering, Where
+from affectlens.engine import Chat, Engine, Readout, Request, Result, Sampling, Steering, Where, transcript
 from affectlens.errors import AffectlensError, EngineError, MismatchError
 
 HELLO: Chat = (("user", "Hello there"),)
@@ -696,6 +696,11 @@ REFUSED: dict[str, tuple[type[AffectlensError], Callable[[Subject], Request]]] =
     "endless strength": (EngineError, lambda s: Request("A", steering=s.steering(0, float("nan")))),
     "empty chat": (EngineError, lambda s: Request(())),
     "broken turn": (EngineError, lambda s: Request((("user",),))),  # type: ignore[arg-type]
+    "transcript of a text": (EngineError, lambda s: Request("A", transcript=True)),
+    "prefill of an answered transcript": (
+        EngineError,
+        lambda s: Request((*HELLO, ("assistant", "Hi")), prefill="A", transcript=True),
+    ),
     "empty text": (EngineError, lambda s: Request("")),
     "empty choice": (EngineError, lambda s: Request("A", choices=("",))),
 }
@@ -737,3 +742,35 @@ def test_an_abandoned_run_leaves_nothing_behind(subject: Subject) -> None:
         stream.close()
     after = subject.run(plain)[0]
     np.testing.assert_array_equal(after.readings[0].values, before.readings[0].values)
+
+
+# ── transcripts ──
+
+
+def test_a_transcript_has_roles_and_a_reply_position_without_a_template(subject: Subject) -> None:
+    [result] = subject.run(Request(TALK, transcript=True, readouts=(Readout((0,), Where("prompt", last=1), "none"),)))
+    layout = result.layout
+    assert layout.text == "Be brief.\n\nHuman: I lost my keys.\n\nAssistant: Oh no.\n\nHuman: Help me!\n\nAssistant:"
+    assert layout.n_prompt == len(layout) and result.readings[0].positions.tolist() == [len(layout) - 1]
+    for role, words in (("user", "lost my keys"), ("assistant", "Oh no"), ("system", "Be brief")):
+        found = selected(subject, TALK, Where(role=role), transcript=True)
+        assert words in found and "Human" not in found and "Assistant" not in found
+
+
+def test_a_transcript_reads_as_its_plain_text(subject: Subject) -> None:
+    chat = (("Anna", "I lost my keys."), ("Boris", "Oh no."))
+    everything = (subject.everything,)
+    one, other = subject.run(
+        Request(chat, transcript=True, readouts=everything), Request(transcript(chat)[0], readouts=everything)
+    )
+    assert (
+        one.layout.ids == other.layout.ids and subject.apart(one.readings[0].values, other.readings[0].values) < subject.tolerance
+    )
+    assert "Oh no." in selected(subject, chat, Where(role="Boris"), transcript=True)
+
+
+def test_a_transcript_that_ends_with_the_answer_has_its_reply_in_it(subject: Subject) -> None:
+    chat = (("user", "I lost my keys."), ("assistant", "Oh no."))
+    assert selected(subject, chat, Where("response"), transcript=True).strip() == "Oh no."
+    [result] = subject.run(Request(chat[:1], transcript=True, sampling=GREEDY))
+    assert result.text and set(result.layout.roles[result.layout.n_prompt :]) == {"assistant"}
