@@ -16,6 +16,7 @@ from affectlens.errors import AffectlensError
 if TYPE_CHECKING:
     from affectlens.audit import Check
     from affectlens.engine import Engine, Steering
+    from affectlens.report import Report
     from affectlens.vectors import ConceptVectors
 
 WRITTEN_QUICK = 5
@@ -117,25 +118,57 @@ def shared(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 MAKING = ("out", "concepts", "stories", "writer", "neutral", "per_concept", "first_token", "share", "per_token", "seed", "quick")
 
 
+FILE = click.Path(exists=True, path_type=Path)
+
+
 @main.command()
-@click.argument("model")
+@click.argument("model", required=False)
 @shared(*MAKING, "device", "dtype", "fresh")
 @click.option("--only", help="Studies to run, separated by commas.  [default: all]")
 @click.option("--draws", type=click.IntRange(100), default=1000, show_default=True, help="Resamples and permutations.")
-def study(model: str, only: str | None, draws: int, **options: Any) -> None:
+@click.option("--base", metavar="MODEL", help="An earlier checkpoint of the architecture, to compare with.")
+@click.option("--corpus", metavar="PATH|DATASET", help="Texts to search for the strongest passages.  [default: bundled]")
+@click.option("--labels", type=FILE, help="TOML file that maps the labels of --corpus to concepts.")
+@click.option("--conversations", type=FILE, help="Conversations to rank.  [default: bundled]")
+@click.option("--texts", type=FILE, help="Folder with scenarios.jsonl and the like, to read instead of the bundled ones.")
+@click.option("--vectors", type=FILE, help="Study these vectors without a model: a folder, or an .npz file of raw vectors.")
+def study(model: str | None, only: str | None, draws: int, **options: Any) -> None:
     """The main job: vectors, every study and the report of MODEL. Resumes where it stopped."""
     from affectlens.pipeline import study_run
-    from affectlens.studies import STUDIES, load_study
+    from affectlens.studies import STUDIES, Sources, load_study
 
     names = tuple(name.strip() for name in only.split(",") if name.strip()) if only else STUDIES
     for name in names:
         load_study(name)
+    base, vectors = options.pop("base"), options.pop("vectors")
+    sources = Sources(**{key: options.pop(key) for key in ("texts", "corpus", "labels", "conversations")})
+    if (model is None) == (vectors is None):
+        raise click.UsageError("name a MODEL, or --vectors to study vectors without one")
+    if model is None:
+        _study_vectors(vectors, names, draws=draws, **options)
+        return
     engine, source, run, recipe, writer = _open(model, **options)
     with run:
-        report = study_run(engine, source, run, recipe, writer=writer, only=names, draws=draws)
+        earlier = _engine(base, device=options["device"], dtype=options["dtype"]) if base else None
+        report = study_run(engine, source, run, recipe, writer=writer, only=names, draws=draws, base=earlier, sources=sources)
         report.print()
         click.echo(f"\nReport: {run.path.resolve() / 'report.html'}")
         click.echo(f"To resume or repeat: {run.command}", err=True)
+
+
+def _study_vectors(
+    vectors: Path, names: Sequence[str], *, draws: int, out: Path | None, concepts: str, seed: int, fresh: bool, **_: Any
+) -> None:
+    from affectlens.concepts import ConceptSet
+    from affectlens.pipeline import study_vectors
+
+    folder = out or Path("runs") / f"{vectors.resolve().parent.name}-{vectors.stem}"
+    report = study_vectors(
+        vectors, folder, concepts=ConceptSet.load(concepts), only=names, draws=draws, seed=seed,
+        command=click.get_current_context().obj, fresh=fresh,
+    )  # fmt: skip
+    report.print()
+    click.echo(f"\nReport: {folder.resolve() / 'report.html'}")
 
 
 @main.command()
@@ -280,14 +313,31 @@ def _texts(file: str) -> list[str]:
 
 @main.command()
 @click.argument("path")
+@click.argument("other", required=False)
+@click.option("--html", type=click.Path(path_type=Path), help="Write the comparison with OTHER as a page.")
 @click.option("--lens", is_flag=True, help="Print the tokens each direction promotes, as JSON lines (loads the model).")
 @shared("json", "layer", "model", "device", "dtype")
-def show(path: str, as_json: bool, layer: int | None, lens: bool, model: str | None, device: str, dtype: str) -> None:
-    """Show a run, a report or vectors."""
+def show(
+    path: str,
+    other: str | None,
+    html: Path | None,
+    as_json: bool,
+    layer: int | None,
+    lens: bool,
+    model: str | None,
+    device: str,
+    dtype: str,
+) -> None:
+    """Show a run, a report or vectors; with OTHER, the findings of two runs beside each other."""
     from affectlens.errors import FormatError
     from affectlens.exchange import load_vectors
     from affectlens.report import Report
 
+    if other is not None:
+        _compare(Report.load(path), Report.load(other), html, as_json)
+        return
+    if html is not None:
+        raise click.UsageError("--html writes a comparison: name two runs")
     folder = Path(path)
     report = folder if folder.suffix == ".json" else folder / "report.json"
     if report.exists() and report.name != "config.json" and not lens and layer is None:
@@ -312,6 +362,19 @@ def show(path: str, as_json: bool, layer: int | None, lens: bool, model: str | N
         )
     else:
         click.echo(vectors.card().split("---\n", 2)[-1].strip())
+
+
+def _compare(mine: Report, theirs: Report, html: Path | None, as_json: bool) -> None:
+    from affectlens.runs import atomic_write
+
+    if html is not None:
+        with atomic_write(html) as temporary:
+            temporary.write_text(mine.html(theirs), encoding="utf-8")
+        click.echo(f"Comparison: {html.resolve()}", err=True)
+    if as_json:
+        click.echo(json.dumps([mine.as_dict(), theirs.as_dict()], ensure_ascii=False))
+    else:
+        mine.print(other=theirs)
 
 
 @main.command()

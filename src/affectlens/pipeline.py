@@ -5,6 +5,7 @@ Run it as ``affectlens study MODEL``, or call :func:`study` with an engine of yo
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from affectlens.corpus import FILES, bundled, files_of
 from affectlens.discovery import CorpusStories, Discovery, Recipe, StorySource, make_vectors, open_run, open_stories
 from affectlens.engine import Engine, Request, Where
 from affectlens.errors import MismatchError
+from affectlens.exchange import load_vectors
 from affectlens.readings import Readings
 from affectlens.report import Report
 from affectlens.runs import Progress, Run, Stage, atomic_write, content_id, provenance, read_json, sha256_file, write_json
@@ -87,6 +89,49 @@ def study_run(
         report = _report(engine, found, run, outcomes, draws)
         report.save(run.path)
         progress.advance()
+    return report
+
+
+def study_vectors(
+    vectors: str | Path,
+    out: str | Path,
+    *,
+    concepts: ConceptSet,
+    only: Sequence[str] = STUDIES,
+    draws: int = 1000,
+    seed: int = 0,
+    command: str = "",
+    fresh: bool = False,
+) -> Report:
+    """The studies of vectors without their model: what needs a text to be read is untestable and says so.
+
+    Args:
+        vectors: A folder of vectors, or an ``.npz`` file of raw vectors (:func:`affectlens.exchange.load_vectors`).
+        out: Run directory.
+        concepts: The set with ratings and families.
+        only, draws, seed: As in :func:`study_run`.
+        command, fresh: As in :meth:`affectlens.runs.Run.open`.
+
+    Raises:
+        FormatError: Not vectors.
+        AffectlensError: ``out`` was made of other vectors.
+    """
+    loaded = load_vectors(str(vectors))
+    identity = content_id([loaded.names, loaded.layers, loaded.layer, hashlib.sha256(loaded.directions.tobytes()).hexdigest()])
+    what = {"vectors": identity, "concepts": concepts.hash, "seed": seed}
+    with Run.open(out, what=what, command=command, fresh=fresh) as run:
+        outcomes = run_studies(
+            [load_study(name) for name in only], Bench(loaded, concepts, draws=draws, seed=seed), run, identity
+        )
+        report = Report(
+            f"Emotion vectors of {loaded.model.get('id', vectors)}",
+            model=dict(loaded.model),
+            vectors={"concepts": len(loaded), "layer": loaded.layer, "layers": len(loaded.layers), **loaded.method},
+            **_parts(outcomes),
+            provenance={**provenance(), "command": command, "seeds": seed, "draws": draws},
+            resume=command,
+        )
+        report.save(run.path)
     return report
 
 
@@ -185,17 +230,21 @@ def _report(engine: Engine, found: Discovery, run: Run, outcomes: Mapping[str, O
             "projected out": f"{vectors.method['share']:.0%} of their variance, {vectors.method['neutral components']}",
         },
         checks=_checks(engine, found),
-        findings=[finding for outcome in outcomes.values() for finding in outcome.findings],
-        figures=[
-            replace(figure, id=f"{name}-{figure.id}")
-            for name, outcome in outcomes.items()
-            for figure in load_study(name).draw(outcome.data)
-        ],
-        tables=[replace(table, id=f"{name}-{table.id}") for name, outcome in outcomes.items() for table in outcome.tables],
+        **_parts(outcomes),
         stories=_token_view(engine, found),
         provenance={**provenance(), "command": run.command, "seeds": vectors.method["seed"], "draws": draws},
         resume=run.command,
     )
+
+
+def _parts(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    """Findings, figures and tables of all studies for a report; ids get the study's name, as each study counts its own."""
+    drawn = {name: load_study(name).draw(outcome.data) for name, outcome in outcomes.items()}
+    return {
+        "findings": [finding for outcome in outcomes.values() for finding in outcome.findings],
+        "figures": [replace(figure, id=f"{name}-{figure.id}") for name, figures in drawn.items() for figure in figures],
+        "tables": [replace(table, id=f"{name}-{table.id}") for name, outcome in outcomes.items() for table in outcome.tables],
+    }
 
 
 def _check(name: str, status: str, value: Any, detail: str) -> dict[str, Any]:

@@ -15,15 +15,15 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from affectlens.errors import FormatError
 from affectlens.runs import atomic_write, read_json, write_json
-from affectlens.stats import Estimate, Null
-from affectlens.studies import Figure, Finding, Table, Verdict
+from affectlens.stats import Estimate, Null, benjamini_hochberg
+from affectlens.studies import ALPHA, STUDIES, Figure, Finding, Table, Verdict, load_study
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -198,8 +198,23 @@ class Report:
         except FormatError as error:
             raise FormatError(f"{path}: {error}; {_FIX}") from error
 
-    def html(self) -> str:
-        """The report as one page: no network, light and dark, for screens, phones and paper."""
+    @property
+    def corrected(self) -> str:
+        """How many findings stand when p is corrected for the number of findings in the report; empty without findings."""
+        tested = [finding.null.p for finding in self.findings if finding.null and not math.isnan(finding.null.p)]
+        if not tested:
+            return ""
+        kept = int((benjamini_hochberg(tested) <= ALPHA).sum())
+        return (
+            f"{kept} of {len(tested)} tested findings keep q ≤ {ALPHA} when p is corrected for their number (Benjamini-Hochberg)."
+        )
+
+    def html(self, other: Report | None = None) -> str:
+        """The report as one page: no network, light and dark, for screens, phones and paper.
+
+        Args:
+            other: A second report, whose findings get columns of their own beside these.
+        """
         from jinja2 import Environment, StrictUndefined
         from markupsafe import Markup
         from plotly.offline import get_plotlyjs
@@ -209,18 +224,34 @@ class Report:
         environment.filters |= {"cell": _cell, "ordered": _ordered, "embed": lambda value: Markup(_embedded(value))}
         environment.globals |= {"trusted": Markup, "hash": _hash}
         template = environment.from_string((data / "report.html.j2").read_text(encoding="utf-8"))
+        numbers = {figure.id: number for number, figure in enumerate(self.figures, 1)}
         return template.render(
             report=self,
+            other=other,
             css=(data / "report.css").read_text(encoding="utf-8"),
             plotly=get_plotlyjs() if self.figures else "",
-            findings=[{"finding": finding, **_shown(finding), "strip": _strip(finding)} for finding in self.findings],
-            wide=_wide(self.figures),
-            tables=[(table, _numeric(table), _formatted(table)) for table in self.tables],
+            findings=[
+                {
+                    "finding": mine,
+                    **_shown(mine),
+                    "strip": _strip(mine),
+                    "figure": numbers.get(f"{mine.study}-{mine.figure}"),
+                    "detectable": _reach(mine),
+                    "other": theirs and {**_shown(theirs), "verdict": theirs.verdict},
+                }
+                for mine, theirs in _beside(self, other)
+            ],
+            titles={name: _title(name) for name in {finding.study for finding in self.findings}},
+            sections=_sections(self),
             disclaimer=DISCLAIMER,
         )
 
-    def markdown(self) -> str:
-        """The report as Markdown: summary, checks, findings, the first rows of each table, captions, provenance."""
+    def markdown(self, other: Report | None = None) -> str:
+        """The report as Markdown: summary, checks, findings, the first rows of each table, captions, provenance.
+
+        Args:
+            other: A second report, whose findings get columns of their own beside these.
+        """
         lines = [f"# {_md(self.title)}", "", _md(self.summary), "", f"> {DISCLAIMER}", ""]
         lines += [f"**Model:** {_md(_facts(self.model))}  ", f"**Vectors:** {_md(_facts(self.vectors))}", ""]
         if self.checks:
@@ -228,12 +259,16 @@ class Report:
             lines += ["## Instrument checks", "", *_md_table(("status", "check", "value", "detail"), rows), ""]
         if self.findings:
             rows = []
-            for finding in self.findings:
+            for finding, theirs in _beside(self, other):
                 own = _shown(finding)
                 claim = f"{finding.claim} ({finding.note})" if finding.note else finding.claim
                 rows.append([f"**{finding.verdict}**", claim, *(own[key] for key in _NUMBERS)])
-            head = ("verdict", "finding", "published", "here [interval]", "chance [95 %]", "p", "n")
-            lines += ["## Findings", "", *_md_table(head, rows, safe=(0,)), ""]
+                if other is not None:
+                    rows[-1] += [f"**{theirs.verdict}**", _shown(theirs)["here"], _shown(theirs)["p"]] if theirs else ["–"] * 3
+            head = ["verdict", "finding", "published", "here [interval]", "chance [95 %]", "p", "n"]
+            if other is not None:
+                head += [f"{_name(other)}: {what}" for what in ("verdict", "here [interval]", "p")]
+            lines += ["## Findings", "", *_md_table(head, rows, safe=(0, len(_NUMBERS) + 2)), "", self.corrected, ""]
         for table in self.tables:
             rows, more = _formatted(table)[:20], len(table.rows) - 20
             lines += [f"## {_md(table.title)}", "", _md(table.caption), "", *_md_table(table.columns, rows), ""]
@@ -247,11 +282,12 @@ class Report:
             lines += ["Go on with this run:", "", *(f"    {line}" for line in self.resume.splitlines()), ""]
         return "\n".join(lines)
 
-    def print(self, console: Console | None = None) -> None:
+    def print(self, console: Console | None = None, *, other: Report | None = None) -> None:
         """Print the report to a terminal: checks, findings with coloured verdicts, and the first rows of each table.
 
         Args:
             console: Where to print; standard output when None.
+            other: A second report to compare with: only findings are printed then, with columns for either.
 
         Example:
             >>> Report("Emotions in toy", model={"id": "toy"}).print()
@@ -277,8 +313,23 @@ class Report:
                 made.add_column(text(name), justify="right" if right else "left", overflow="fold")
             return made
 
+        def verdict(finding: Finding) -> Text:
+            return text(f"{_GLYPHS[finding.verdict]} {finding.verdict}", _COLOURS[finding.verdict])
+
         console.print(text(self.title, "bold"))
         console.print(text(self.summary))
+        if other is not None:
+            console.print(text(f"beside {other.title}", "bold"))
+            console.print(text(other.summary))
+            heads = [(name, False) for name in (_name(self), _name(other))]
+            made = grid("Findings", [("study", False), ("finding", False), ("published", True), *heads])
+            for mine, theirs in _beside(self, other):
+                cells = []
+                for one in (mine, theirs):
+                    cells.append(verdict(one).append(f"  {_shown(one)['here']}", "default") if one else text("–"))
+                made.add_row(text(mine.study), text(mine.claim), text(mine.published or "–"), *cells)
+            console.print(made)
+            return
         if self.checks:
             made = grid("Instrument checks", [("", False), ("check", False), ("value", True), ("detail", False)])
             for check in self.checks:
@@ -292,9 +343,9 @@ class Report:
                 claim = text(finding.claim)
                 if finding.note:
                     claim.append("\n").append_text(text(finding.note, "dim"))
-                verdict = text(f"{_GLYPHS[finding.verdict]} {finding.verdict}", _COLOURS[finding.verdict])
-                made.add_row(verdict, claim, *(text(own[key]) for key in _NUMBERS))
+                made.add_row(verdict(finding), claim, *(text(own[key]) for key in _NUMBERS))
             console.print(made)
+            console.print(text(self.corrected))
         for table in self.tables:
             made = grid(table.title, zip(table.columns, _numeric(table), strict=True))
             for row in _formatted(table)[:8]:
@@ -444,6 +495,49 @@ def _strip(finding: Finding) -> dict[str, float] | None:
         return None  # an interval with nothing beside it shows nothing
     low, high = min(marks.values()), max(marks.values())
     return {name: round(6 + 88 * (mark - low) / (high - low), 1) for name, mark in marks.items()} if high > low else None
+
+
+def _beside(report: Report, other: Report | None) -> list[tuple[Finding, Finding | None]]:
+    """Each finding with the same one of another report; findings that only the other has come last, as untested here."""
+    theirs = {(finding.study, finding.id): finding for finding in other.findings} if other is not None else {}
+    pairs = [(mine, theirs.pop((mine.study, mine.id), None)) for mine in report.findings]
+    missing = [
+        (replace(finding, estimate=None, null=None, verdict="untestable", note="Not in this report.", figure=""), finding)
+        for finding in theirs.values()
+    ]
+    return pairs + sorted(missing, key=lambda pair: pair[0].study)
+
+
+def _name(report: Report) -> str:
+    return str(report.model.get("id") or report.title)
+
+
+def _reach(finding: Finding) -> str:
+    """What this n could have shown, as a text; empty where there is no null."""
+    return "" if finding.detectable is None else _cell(float(f"{finding.detectable:.2g}"))
+
+
+def _title(study: str) -> str:
+    return load_study(study).title if study in STUDIES else study.replace("_", " ")
+
+
+def _sections(report: Report) -> list[dict[str, Any]]:
+    """Figures and tables of each study together, in the order of the report; the part of their ids before a hyphen names it."""
+    sections: dict[str, dict[str, Any]] = {}
+
+    def section(id: str) -> dict[str, Any]:
+        name = id.partition("-")[0]
+        known = name in STUDIES
+        head = {"name": name, "title": _title(name), "question": load_study(name).question} if known else {}
+        return sections.setdefault(name if known else "", {"figures": [], "tables": [], **head})
+
+    for number, figure in enumerate(report.figures, 1):
+        section(figure.id)["figures"].append((number, figure))
+    for number, table in enumerate(report.tables, 1):
+        section(table.id)["tables"].append((number, table, _numeric(table), _formatted(table)))
+    for each in sections.values():
+        each["wide"] = _wide([figure for _, figure in each["figures"]])
+    return list(sections.values())
 
 
 def _wide(figures: Sequence[Figure]) -> list[bool]:
