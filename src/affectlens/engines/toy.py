@@ -137,10 +137,21 @@ class Truth:
 
 @dataclass(frozen=True)
 class _Memory:
-    """What the blocks remember of the tokens so far: their ids, and what each block can read of them ``(L, T, k)``."""
+    """What the model remembers of the tokens so far.
 
-    ids: tuple[int, ...]
+    Args:
+        ids: The tokens, ``(T,)``.
+        read: What each block can read of them, ``(L, T, k)``.
+        speaker: Who speaks each: 0 for the narrator, ``(T,)``.
+        speakers: The number of every name that has spoken.
+        people: Where each person was first named.
+    """
+
+    ids: np.ndarray
     read: np.ndarray
+    speaker: np.ndarray
+    speakers: Mapping[tuple[int, ...], int]
+    people: Mapping[str, int]
 
 
 class ToyEngine(Engine):
@@ -281,6 +292,7 @@ class ToyEngine(Engine):
         self._people = {i: word for i, (_, word, _) in enumerate(forms) if word in PEOPLE}
         self._negations = {i for i, (_, word, _) in enumerate(forms) if word in NEGATIONS}
         self._ids = {text: i for i, text in enumerate(self._words)}
+        self._colon, self._newline = self._ids[":"], self._ids["\n"]
         size = len(forms) + BUCKETS
         self._own = (4 / np.sqrt(WIDTH) * self._rng.normal(size=(size, WIDTH))).astype(np.float32)
         self._own[BOS] *= 100
@@ -362,24 +374,26 @@ class ToyEngine(Engine):
     ) -> tuple[np.ndarray, _Memory]:
         """Residuals ``(1 + L, n, D)`` of the next ``n`` tokens, the embedding first, and the memory after them."""
         before = len(memory.ids)
-        every = np.asarray([*memory.ids, *ids], dtype=np.int64)
+        every = np.concatenate([memory.ids, np.asarray(ids, dtype=np.int64)])
         new = every[before:]
         lag = np.arange(before, len(every))[:, None] - np.arange(len(every))
         weights = np.where(lag >= 0, DECAY ** np.abs(lag), 0).astype(np.float32) * (every != BOS)
         weights /= np.maximum(weights.sum(1, keepdims=True), 1)
-        speaker = self._speakers(every)
+        speaker, speakers = self._speakers(every, memory)
         listening = speaker[before:, None]
         # Whom a token listens to: itself or its own speaker, another speaker, the narrator.
         same, told = listening == speaker, (speaker > 0) & (listening > 0)
         shares = [weights * same, weights * (~same & told), weights * (~same & ~told)]
-        copies = [self._carried, self._other, self._untold]
+        heard = [
+            (share, copy) for share, copy in zip(shares, (self._carried, self._other, self._untold), strict=True) if share.any()
+        ]
         own, signal = self._own[new], self._signal[new]
-        late = self._understood(every)[before:]
+        late, people = self._understood(every, memory)
         h = OWN[0] * own + SIGNAL[0] * signal
         stream, read = [h], []
         for layer in range(N_LAYERS):
             read.append(np.concatenate([memory.read[layer], h @ self._carried.T]))
-            context = sum(share @ read[-1] @ copy for share, copy in zip(shares, copies, strict=True))
+            context = sum(share @ read[-1] @ copy for share, copy in heard)
             signal = late if layer == LATE else signal
             h = h + OWN[layer + 1] * own + SIGNAL[layer + 1] * signal + GAIN[layer + 1] * context
             h = h + (self._tone if 0 < layer < N_LAYERS - 1 else 0) / (N_LAYERS - 2)
@@ -390,39 +404,39 @@ class ToyEngine(Engine):
                 rows = masks[pin.where]
                 h[rows] += (pin.amount * (pin.target - h[rows] @ pin.basis.T)) @ pin.dual.T
             stream.append(h)
-        return np.stack(stream), _Memory(tuple(every.tolist()), np.stack(read))
+        return np.stack(stream), _Memory(every, np.stack(read), speaker, speakers, people)
 
-    def _speakers(self, ids: np.ndarray) -> np.ndarray:
-        """Who speaks each token: 0 for the narrator; a line that begins ``Anna:`` makes a speaker of what follows the colon."""
-        speaker, known, now, start = np.zeros(len(ids), dtype=np.int64), {(): 0}, 0, 1
-        colon, newline = self._ids[":"], self._ids["\n"]
-        for i, token in enumerate(ids.tolist()):
-            speaker[i] = now
-            if token == newline:
-                start = i + 1
-            elif token == colon and 0 < i - start <= 2 and self._capital(ids[start]):
-                now = known.setdefault(tuple(ids[start:i].tolist()), len(known))
-        return speaker
+    def _speakers(self, ids: np.ndarray, memory: _Memory) -> tuple[np.ndarray, Mapping[tuple[int, ...], int]]:
+        """Who speaks each token, and the names so far; a line that begins ``Anna:`` makes a speaker of what follows the colon."""
+        before, known = len(memory.ids), dict(memory.speakers)
+        speaker = np.concatenate([memory.speaker, np.zeros(len(ids) - before, dtype=np.int64)])
+        for i in range(before, len(ids)):
+            speaker[i] = speaker[i - 1] if i else 0
+            if i and ids[i - 1] == self._colon:
+                for start in range(max(1, i - 3), i - 1):  # a name has one or two tokens
+                    if (start == 1 or ids[start - 1] == self._newline) and self._capital(ids[start]):
+                        speaker[i] = known.setdefault(tuple(ids[start : i - 1].tolist()), len(known) + 1)
+        return speaker, known
 
     def _capital(self, token: int) -> bool:
         return token < len(self._words) and self._words[token][:1].isupper()
 
-    def _understood(self, ids: np.ndarray) -> np.ndarray:
-        """Each token's signal once negations and people are understood."""
-        signal, first = self._signal[ids], dict[str, int]()
-        for i, token in enumerate(ids.tolist()):
-            if i and ids[i - 1] in self._negations:
-                signal[i] *= -2
-            if (person := self._people.get(token)) is not None:
-                if person in first:
-                    span = signal[first[person] + 1 : first[person] + 9]
-                    ends = [
-                        k for k, other in enumerate(ids[first[person] + 1 : first[person] + 9].tolist()) if other in self._people
-                    ]
-                    signal[i] = signal[i] + span[: ends[0] if ends else None].sum(axis=0)
-                else:
-                    first[person] = i
-        return signal
+    def _understood(self, ids: np.ndarray, memory: _Memory) -> tuple[np.ndarray, Mapping[str, int]]:
+        """Signals of the new tokens once negations and people are understood, and where each person was first named."""
+        before, first = len(memory.ids), dict(memory.people)
+        signal = self._signal[ids[before:]]
+        for i, token in enumerate(ids[before:].tolist(), before):
+            if i and int(ids[i - 1]) in self._negations:
+                signal[i - before] *= -2
+            if (person := self._people.get(token)) is None:
+                continue
+            if person not in first:
+                first[person] = i
+                continue
+            said = ids[first[person] + 1 : min(first[person] + 9, i)].tolist()
+            ends = next((k for k, other in enumerate(said) if other in self._people), len(said))
+            signal[i - before] += self._signal[said[:ends]].sum(axis=0)
+        return signal, first
 
     def unembed(self, residuals: np.ndarray) -> np.ndarray:
         """Logits ``(n, vocabulary)`` of residuals ``(n, width)``: each is scaled to the norm ``sqrt(width)``, then unembedded.
@@ -457,7 +471,8 @@ class ToyEngine(Engine):
     def _run(self, request: Request, layout: Layout, choices: list[list[int]]) -> Iterator[Result]:
         steering = request.steering
         wheres = {term.where for term in steering.terms}
-        start = _Memory((), np.zeros((N_LAYERS, 0, len(self._carried)), np.float32))
+        nothing = np.zeros(0, dtype=np.int64)
+        start = _Memory(nothing, np.zeros((N_LAYERS, 0, len(self._carried)), np.float32), nothing, {}, {})
         masks = {where: where.mask(layout) for where in wheres}
         given, memory = self._forward(layout.ids, steering, masks, start)
         # How many tokens each Where has passed, for those that are yet to come.
