@@ -36,6 +36,9 @@ OPTIONS = {
         "--seed", "--temperature",
     ],
     "score": ["--allow", "--device", "--dtype", "--json", "--kind", "--layer", "--model", "--top"],
+    "browse": [
+        "--allow", "--conversation", "--device", "--dtype", "--json", "--layer", "--model", "--out", "--probe", "--top",
+    ],
     "show": ["--device", "--dtype", "--json", "--layer", "--lens", "--model"],
     "export": ["--add", "--gguf", "--hub", "--layer", "--public"],
     "doctor": ["--device", "--dtype", "--json"],
@@ -47,6 +50,7 @@ ARGUMENTS = {
     "discover": ["model"],
     "steer": ["vectors", "prompt"],
     "score": ["vectors", "file"],
+    "browse": ["vectors", "file"],
     "show": ["path"],
     "export": ["vectors"],
     "doctor": ["model"],

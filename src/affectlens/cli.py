@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from affectlens.errors import AffectlensError
 
 if TYPE_CHECKING:
     from affectlens.audit import Check
+    from affectlens.conversations import Conversation
     from affectlens.engine import Engine, Steering
     from affectlens.report import Report
     from affectlens.vectors import ConceptVectors
@@ -309,6 +310,82 @@ def _texts(file: str) -> list[str]:
     if not text.strip():
         raise FormatError(f"{'stdin' if file == '-' else file} is empty: give at least one text")
     return [text.strip()]
+
+
+@main.command()
+@click.argument("vectors")
+@click.argument("file")
+@click.option("--conversation", metavar="ID", help="Make a page of this conversation alone.")
+@click.option("--probe", "probes", metavar="NAME", multiple=True, help="Rank for this concept; may be repeated.  [default: 12]")
+@click.option("--top", type=click.IntRange(1), default=10, show_default=True, help="Conversations of each list.")
+@click.option("--out", type=click.Path(path_type=Path), help="The page.  [default: FILE.html, in the current directory]")
+@shared("layer", "model", "device", "dtype", "allow", "json")
+def browse(
+    vectors: str, file: str, conversation: str | None, probes: tuple[str, ...], top: int, out: Path | None, **options: Any
+) -> None:
+    """Rank the conversations of FILE by what the assistant's words read, and make a page to browse them in.
+
+    FILE is a JSONL, JSON or parquet file of conversations, a folder of them, or bundled for the bundled dialogues.
+    """
+    from affectlens.browse import LIMIT, page, survey
+    from affectlens.concepts import SHOWCASE
+    from affectlens.conversations import strongest
+    from affectlens.errors import FormatError
+    from affectlens.runs import atomic_write
+
+    source = None if file == "bundled" and not Path(file).exists() else Path(file)
+    out = out or Path(f"{Path(file).resolve().stem}.html")
+    if source and out.resolve() == source.resolve():
+        raise FormatError(f"{out} is what is to be read: name another page with --out")
+    loaded, engine = _vectors_and_engine(vectors, **options)
+    names = list(dict.fromkeys(probes)) or [name for name in SHOWCASE if name in loaded] or list(loaded.names[:12])
+    for name in names:
+        loaded.index(name)
+    talks = _conversations(engine, source, conversation)
+    found = survey(engine.run, talks, loaded, probes=names, top=top, template=engine.info.template is not None)
+    ranking, traces = found.ranking, found.traces
+    note = f"{ranking.note}; layer {loaded.layer}, centred cosine. "
+    if conversation is None:
+        note += f"The page holds {len(traces)} of {len(ranking)}: the first {top} of {len(names)} lists, {LIMIT} at most."
+    with atomic_write(out) as temporary:
+        title = f"Conversation {conversation}" if conversation else f"Conversations of {Path(file).name}"
+        temporary.write_text(page(list(traces.values()), title, note=note, model=engine.info.id), encoding="utf-8")
+    if options["as_json"]:
+        lists = {
+            name: [{"id": ranking.ids[row], "score": round(float(ranking.scores[row, loaded.index(name)]), 6)} for row in head]
+            for name, head in found.heads.items()
+        }
+        facts = {"page": str(out), "layer": loaded.layer, "read": len(ranking), "skipped": dict(ranking.skipped)}
+        click.echo(json.dumps({**facts, "ranking": lists}, ensure_ascii=False))
+        return
+    for name, head in found.heads.items():
+        for place, row in enumerate(head, start=1):
+            score = ranking.scores[row, loaded.index(name)]
+            words = f"   | {strongest(traces[row], name)[:60]}" if row in traces else ""
+            click.echo(f"{name:12} {place:3} {score:+.3f}  {ranking.ids[row]}{words}")
+    click.echo(f"{note}\nPage: {out.resolve()}", err=True)
+
+
+def _conversations(engine: Engine, path: Path | None, only: str | None) -> Callable[[], Iterator[Conversation]]:
+    """The stream of a file's conversations (None: the bundled dialogues), or of one of them alone."""
+    from affectlens.conversations import conversation, read_conversations
+    from affectlens.corpus import load
+    from affectlens.errors import UnknownName
+
+    def every() -> Iterator[Conversation]:
+        if path:
+            return read_conversations(path)
+        own = engine.texts("speakers")
+        return (conversation(record) for record in (load("speakers") if own is None else own))
+
+    if only is None:
+        return every
+    known = []
+    for talk in every():
+        if talk.id == only:
+            return lambda: iter([talk])
+        known.append(talk.id)
+    raise UnknownName("conversation", only, known)
 
 
 @main.command()
