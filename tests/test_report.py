@@ -402,3 +402,45 @@ def test_a_browser_draws_the_page_without_errors_or_network(page: str, tmp_path)
     assert "CONSOLE" not in done.stderr
     assert "<title>Emotion concepts in Qwen3-1.7B</title>" in done.stdout, "the story's script did not run"
     assert done.stdout.count('class="main-svg"') >= 4 and done.stdout.count('class="story"') == 3
+
+
+# ── two reports ──
+
+
+def other_report() -> Report:
+    """One finding that the first report has too, and one that it has not."""
+    rate = Estimate(0.25, 0.1, 0.5, 20)
+    findings = [
+        Finding("scenarios", "top1", "Read first", rate, Null(0.1, 0.0, 0.2, 0.2, 100, "exchange"), None, "fails", "a rule"),
+        Finding("lens", "share", "Only there", rate, None, None, "weak", "a rule"),
+    ]
+    return Report("Second", model={"id": "other/model"}, findings=findings)
+
+
+def first_report() -> Report:
+    estimate, null = Estimate(0.9, 0.8, 0.95, 40), Null(0.1, 0.0, 0.2, 0.01, 100, "exchange")
+    finding = Finding("scenarios", "top1", "Read first", estimate, null, None, "holds", "a rule", figure="matrix")
+    figure = Figure("scenarios-matrix", "A matrix", "Of numbers.", {"data": [], "layout": {"height": 100}})
+    return Report("First", model={"id": "my/model"}, findings=[finding], figures=[figure])
+
+
+def test_two_reports_stand_beside_each_other_on_the_page_in_markdown_and_in_the_terminal(capsys):
+    mine, theirs = first_report(), other_report()
+    mine.print(other=theirs)
+    for text in (mine.html(theirs), mine.markdown(theirs), capsys.readouterr().out):
+        for wanted in ("other/model", "0.90 [0.80, 0.95]", "0.25 [0.10, 0.50]", "Only there"):
+            assert wanted in text
+    rows = [line for line in mine.markdown(theirs).splitlines() if line.startswith("| **")]
+    assert "**holds**" in rows[0] and "**fails**" in rows[0] and rows[1].startswith("| **untestable**") and "**weak**" in rows[1]
+
+
+def test_two_runs_of_one_model_are_told_apart():
+    assert "my/model, second run" in first_report().html(first_report())
+
+
+def test_a_finding_leads_to_its_figure_and_says_what_it_could_have_seen():
+    page = first_report().html()
+    assert '<a href="#figure-1">1</a>' in page and 'id="figure-1"' in page
+    reach = 0.1 + 0.84 * 0.15 / 3.92
+    assert first_report().findings[0].detectable == pytest.approx(reach) and f"a distance of {reach:.2g} from chance" in page
+    assert "1 of 1 tested findings keep q ≤ 0.05" in page

@@ -228,6 +228,7 @@ class Report:
         return template.render(
             report=self,
             other=other,
+            names=_names(self, other) if other is not None else (),
             css=(data / "report.css").read_text(encoding="utf-8"),
             plotly=get_plotlyjs() if self.figures else "",
             findings=[
@@ -267,7 +268,7 @@ class Report:
                     rows[-1] += [f"**{theirs.verdict}**", _shown(theirs)["here"], _shown(theirs)["p"]] if theirs else ["–"] * 3
             head = ["verdict", "finding", "published", "here [interval]", "chance [95 %]", "p", "n"]
             if other is not None:
-                head += [f"{_name(other)}: {what}" for what in ("verdict", "here [interval]", "p")]
+                head += [f"{_names(self, other)[1]}: {what}" for what in ("verdict", "here [interval]", "p")]
             lines += ["## Findings", "", *_md_table(head, rows, safe=(0, len(_NUMBERS) + 2)), "", self.corrected, ""]
         for table in self.tables:
             rows, more = _formatted(table)[:20], len(table.rows) - 20
@@ -321,7 +322,7 @@ class Report:
         if other is not None:
             console.print(text(f"beside {other.title}", "bold"))
             console.print(text(other.summary))
-            heads = [(name, False) for name in (_name(self), _name(other))]
+            heads = [(name, False) for name in _names(self, other)]
             made = grid("Findings", [("study", False), ("finding", False), ("published", True), *heads])
             for mine, theirs in _beside(self, other):
                 cells = []
@@ -508,8 +509,10 @@ def _beside(report: Report, other: Report | None) -> list[tuple[Finding, Finding
     return pairs + sorted(missing, key=lambda pair: pair[0].study)
 
 
-def _name(report: Report) -> str:
-    return str(report.model.get("id") or report.title)
+def _names(report: Report, other: Report) -> tuple[str, str]:
+    """What to call two reports beside each other."""
+    first, second = (str(one.model.get("id") or one.title) for one in (report, other))
+    return (first, second) if first != second else (f"{first}, first run", f"{second}, second run")
 
 
 def _reach(finding: Finding) -> str:
