@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 SCENARIOS, HELD_OUT = 6, 2
 """Messages of each concept, and how many of them are held out."""
 CONTRASTS = 24
-TALKS = 4
-"""How often each concept stands on either side of a dialogue."""
+TALKS, TURNS = 24, 6
+"""How often each concept stands on either side of a dialogue, and how often each side speaks."""
 HIDERS = 6
 """So many concepts are concealed, each behind each other one."""
 
@@ -32,6 +32,11 @@ class _Writer:
         """``n`` words of a concept, or neutral ones, on some topic."""
         seed, topic = int(self.rng.integers(2**31)), f"topic {self.rng.integers(40)}"
         return self.engine.write(concept, topic, seed=seed, words=n)
+
+    def dense(self, concept: str, n: int) -> str:
+        """What is left of ``n`` words of a concept when only cue words stay: a preamble that says the feeling outright."""
+        cues = {cue for own in self.engine.concepts.values() for cue in own}
+        return " ".join(word for word in self.words(concept, n).lower().replace(".", "").split() if word in cues).capitalize() + "."
 
     def other(self, concept: str) -> str:
         return str(self.rng.choice([name for name in self.names if name != concept]))
@@ -51,10 +56,11 @@ def _scenarios(w: _Writer) -> list[dict[str, Any]]:
 def _ladders(w: _Writer) -> list[dict[str, Any]]:
     from affectlens.engines.toy import QUANTITIES
 
-    values = [2, 14, 27, 39, 52, 64, 77, 89, 98]
     records = []
     for (what, towards), i in itertools.product(QUANTITIES.items(), range(6)):
         known = towards if towards and set(towards) <= set(w.names) else None
+        # Every number is a word of its own: other values in each ladder, or ladders of one kind would share their noise.
+        values = sorted(w.rng.choice(100, 9, replace=False).tolist())
         records.append(
             {
                 "id": f"{what}-{i}",
@@ -73,15 +79,10 @@ def _contrasts(w: _Writer) -> list[dict[str, Any]]:
     for i in range(CONTRASTS):
         first = w.names[i % len(w.names)]
         second = w.other(first)
-        records.append(
-            {
-                "id": f"audience-{i}",
-                "kind": "audience",
-                "text": f"{w.words(first, 27)} {w.words(second, 36)}",
-                "user": first,
-                "reply": second,
-            }
-        )
+        # What the writer feels is told; what the reply should feel is in the question, one long sentence.
+        told, question = w.words(first, 27), w.words(second, 90).replace(".", ",")[:-1] + "?"
+        audience = {"id": f"audience-{i}", "kind": "audience", "text": f"{told} {question}"}
+        records.append({**audience, "user": first, "reply": second})
         plain, rest = w.words(None, 9), w.words(None, 9)
         negation = {"affirmed": f"{plain} I am {first} {rest}", "negated": f"{plain} I am not {first} {rest}"}
         records.append({"id": f"negation-{i}", "kind": "negation", "concept": first, **negation, "word": first})
@@ -121,7 +122,7 @@ def _speakers(w: _Writer) -> list[dict[str, Any]]:
                 other = (n + 1) % len(answers)
                 answers[n], answers[other] = answers[other], answers[n]
                 assistant = answers[n]
-            turns = [[side, w.words(how, 24)] for _ in range(3) for side, how in (("person", person), ("assistant", assistant))]
+            turns = [[side, w.words(how, 12)] for _ in range(TURNS) for side, how in (("person", person), ("assistant", assistant))]
             names = ["Anna", "Boris"] if i == TALKS - 1 else None
             record = {"id": f"speakers-{i}-{n}", "person": person, "assistant": assistant, "topic": f"topic {i}"}
             records.append({**record, "names": names, "turns": turns})
@@ -140,9 +141,9 @@ def _concealment(w: _Writer) -> list[dict[str, Any]]:
     for i, (condition, real, other) in enumerate(wanted):
         speaker, listener = w.rng.permutation(["Anna", "Boris", "Clara", "David"])[:2].tolist()
         shown = {"hidden": other, "open": real, "neutral": None, "story": other, "others": other}[condition]
-        turns = [[listener, w.words(None, 12)], [speaker, w.words(shown, 27)], [listener, w.words(None, 12)]]
+        turns = [[speaker, w.words(shown, 27)], [listener, w.words(None, 12)]]
         record = {"id": f"concealment-{i}", "condition": condition, "real": real, "other": other, "topic": f"topic {i % 8}"}
-        records.append({**record, "speaker": speaker, "listener": listener, "scenario": w.words(real, 36), "turns": turns})
+        records.append({**record, "speaker": speaker, "listener": listener, "scenario": w.dense(real, 90), "turns": turns})
     return records
 
 
