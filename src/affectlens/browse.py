@@ -17,8 +17,6 @@ from affectlens.vectors import ConceptVectors
 
 LIMIT = 100
 """Conversations on one page: about 50 kB each."""
-FEW = 10
-"""Below so many conversations their spread says little, and what stands out in one is judged by its plain score."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +66,9 @@ def survey(
     places = range(min(top, len(ranking)))
     chosen = list(dict.fromkeys(head[place] for place in places for head in heads.values()))[:LIMIT]
     number = {ranking.ids[row]: row for row in chosen}
-    typical = ranking.typical if len(ranking) >= FEW else None
     wanted = (talk for talk in talks() if talk.id in number)
     found = {
-        number[each.talk.id]: trace(each, vectors, probes=probes, typical=typical)
+        (row := number[each.talk.id]): trace(each, vectors, ranking=ranking, row=row, probes=probes)
         for each in read(run, wanted, trace_readout(vectors), template=template)
     }
     return Survey(ranking, heads, {row: found[row] for row in chosen})

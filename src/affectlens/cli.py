@@ -348,7 +348,13 @@ def browse(
     if conversation is None:
         note += f"The page holds {len(traces)} of {len(ranking)}: the first {top} of {len(names)} lists, {LIMIT} at most."
     with atomic_write(out) as temporary:
-        title = f"Conversation {conversation}" if conversation else f"Conversations of {Path(file).name}"
+        title = (
+            f"Conversation {conversation}"
+            if conversation
+            else f"Conversations of {source.name}"
+            if source
+            else "Bundled dialogues"
+        )
         temporary.write_text(page(list(traces.values()), title, note=note, model=engine.info.id), encoding="utf-8")
     if options["as_json"]:
         lists = {

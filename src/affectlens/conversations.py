@@ -23,6 +23,9 @@ from affectlens.vectors import ConceptVectors
 CHUNK = 64
 """Conversations that are read together: one among them that the model refuses sends each half on its own."""
 
+FEW = 10
+"""Below so many conversations their spread says little."""
+
 TEMPLATE, TRANSCRIPT = "chat template", "plain transcript"
 ASSISTANT = Where(role="assistant")
 WORDS = Where(after=1)
@@ -308,9 +311,9 @@ class Ranking:
     @property
     def note(self) -> str:
         """How many were read and how, and how many were left out and why."""
-        read = ", ".join(f"{n} as {format}" for format, n in Counter(self.formats).items()) or "none"
+        read = " and ".join(f"{n} conversations as {format}" for format, n in Counter(self.formats).items())
         left = "".join(f"; {n} left out: {reason}" for reason, n in self.skipped.items())
-        return f"{read}{left}"
+        return f"{read or 'no conversation read'}{left}"
 
 
 def mean_readout(vectors: ConceptVectors) -> Readout:
@@ -360,7 +363,8 @@ class Trace:
         turns: Role and number of pieces of each turn.
         pieces: The text of each token; tokens that share a character are one piece. Together they are the turns' words.
         scores: For each shown concept the score of each piece in thousandths, None where it was not read.
-        means: For each shown concept the mean score over the assistant's pieces.
+        means: For each shown concept the score by which the conversation is ranked. It is that of the mean over the assistant's
+            words, and larger than the mean of their scores.
     """
 
     id: str
@@ -379,22 +383,17 @@ def trace_readout(vectors: ConceptVectors) -> Readout:
     return vectors.readout(where=WORDS, pool="none")
 
 
-def trace(
-    each: Read,
-    vectors: ConceptVectors,
-    *,
-    probes: Sequence[str],
-    typical: tuple[np.ndarray, np.ndarray] | None = None,
-    more: int = 5,
-) -> Trace:
+def trace(each: Read, vectors: ConceptVectors, *, ranking: Ranking, row: int, probes: Sequence[str], more: int = 5) -> Trace:
     """Scores along a conversation, for the probes asked for and for those that stand out in it.
 
     Args:
         each: Read with :func:`trace_readout` alone.
         vectors: What it was read with.
+        ranking: Where it stands among others.
+        row: Its number there.
         probes: Concepts to show in any case; the conversation's labels are added.
-        typical: :attr:`Ranking.typical`; a concept stands out from that. None: by its plain score.
-        more: How many concepts to add that stand out by their mean over the assistant's words, and as many by their peak.
+        more: How many concepts to add whose rank score stands out from those of the other conversations (from those of other
+            concepts where there are few), and as many whose strongest stretch stands out from the conversation's own tokens.
 
     Raises:
         UnknownName: A probe is no concept of the vectors.
@@ -406,26 +405,27 @@ def trace(
     turns, pieces, groups = _pieces(layout)
     # The mean over the tokens of a piece; almost every piece is one token.
     scores = np.stack([tokens[group[0]] if len(group) == 1 else tokens[group].mean(axis=0) for group in groups])
-    spoken = np.repeat([role == "assistant" for role, _ in turns], [n for _, n in turns]) & ~np.isnan(scores[:, 0])
-    known = scores[~np.isnan(scores[:, 0])]
-    mean, peak = scores[spoken].mean(axis=0), smoothed(scores[spoken]).max(axis=0)
-    middle, spread = typical if typical is not None else (0.0, 1.0)
-    spread = np.maximum(spread, 1e-9)
+    known = ~np.isnan(scores[:, 0])
+    spoken = scores[np.repeat([role == "assistant" for role, _ in turns], [n for _, n in turns]) & known]
+    ranked = own = ranking.scores[row].astype(np.float64)
+    if len(ranking) >= FEW:
+        ranked = (own - ranking.typical[0]) / np.maximum(ranking.typical[1], 1e-9)
+    peak = (smoothed(spoken).max(axis=0) - spoken.mean(axis=0)) / np.maximum(spoken.std(axis=0), 1e-9)
     chosen = [vectors.index(name) for name in probes]
     chosen += [vectors.index(label) for label in each.talk.labels.values() if label in vectors]
-    for ranked in ((mean - middle) / spread, (peak - middle) / spread):
-        chosen += np.argsort(-ranked)[:more].tolist()
-    shown = {vectors.names[i]: scores[:, i] for i in dict.fromkeys(chosen)}
+    for standing_out in (ranked, peak):
+        chosen += np.argsort(-standing_out)[:more].tolist()
+    shown = {vectors.names[i]: i for i in dict.fromkeys(chosen)}
     return Trace(
         id=each.talk.id,
         labels=dict(each.talk.labels),
         format=each.format,
         layer=vectors.layer,
-        scale=round(float(np.percentile(np.abs(known), 99)), 5),
+        scale=round(float(np.percentile(np.abs(scores[known]), 99)), 5),
         turns=[list(turn) for turn in turns],
         pieces=pieces,
-        scores={n: [None if v != v else round(1000 * v) for v in own.tolist()] for n, own in shown.items()},
-        means={name: round(float(own[spoken].mean()), 5) for name, own in shown.items()},
+        scores={n: [None if v != v else round(1000 * v) for v in scores[:, i].tolist()] for n, i in shown.items()},
+        means={name: round(float(own[i]), 5) for name, i in shown.items()},
     )
 
 

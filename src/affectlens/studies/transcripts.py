@@ -239,8 +239,7 @@ def _tokens(
         assert each.result is not None, "what could be ranked can be traced"
         reading, number = each.result.readings[0], row[each.talk.id]
         if number in shown:
-            typical = ranking.typical if len(ranking) >= 10 else None
-            traces[number] = trace(each, vectors, probes=probes, typical=typical)
+            traces[number] = trace(each, vectors, ranking=ranking, row=number, probes=probes)
         if number in inside:
             spoken = np.array([each.result.layout.roles[at] == "assistant" for at in reading.positions])
             scores = vectors.scores(reading)[spoken]
@@ -534,12 +533,10 @@ def _drawn_trace(found: Mapping[str, Any]) -> Figure:
 
 
 def _around(scores: np.ndarray) -> np.ndarray:
-    """Mean over the stretch around each token, shorter at the ends; tokens that were not read do not count."""
-    known = ~np.isnan(scores)
-    window = np.ones(min(STRETCH, 2 * len(scores) - 1))
-    sums = np.convolve(np.where(known, scores, 0), window)[len(window) // 2 :][: len(scores)]
-    counts = np.convolve(known, window)[len(window) // 2 :][: len(scores)]
-    return np.asarray(np.where(counts > 0, sums / np.maximum(counts, 1), np.nan))
+    """Mean over the stretch around each token of a turn; at the ends the stretch is moved, not cut."""
+    means = smoothed(np.where(np.isnan(scores), np.nanmean(scores), scores)) if not np.isnan(scores).all() else scores[:1]
+    before = (len(scores) - len(means)) // 2
+    return np.pad(means, (before, len(scores) - len(means) - before), mode="edge")
 
 
 STUDY = Transcripts()
