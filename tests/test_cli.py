@@ -29,7 +29,9 @@ MAKING = [
     "--quick", "--seed", "--share", "--stories", "--writer",
 ]  # fmt: skip
 OPTIONS = {
-    "study": sorted([*MAKING, "--draws", "--only"]),
+    "study": sorted(
+        [*MAKING, "--base", "--conversations", "--corpus", "--draws", "--labels", "--only", "--texts", "--vectors"]
+    ),
     "discover": MAKING,
     "steer": [
         "--add", "--allow", "--compare", "--device", "--dtype", "--json", "--layer", "--max-tokens", "--model", "--plain",
@@ -39,7 +41,7 @@ OPTIONS = {
     "browse": [
         "--allow", "--conversation", "--device", "--dtype", "--json", "--layer", "--model", "--out", "--probe", "--top",
     ],
-    "show": ["--device", "--dtype", "--json", "--layer", "--lens", "--model"],
+    "show": ["--device", "--dtype", "--html", "--json", "--layer", "--lens", "--model"],
     "export": ["--add", "--gguf", "--hub", "--layer", "--public"],
     "doctor": ["--device", "--dtype", "--json"],
     "corpus check": ["--concepts", "--json"],
@@ -51,7 +53,7 @@ ARGUMENTS = {
     "steer": ["vectors", "prompt"],
     "score": ["vectors", "file"],
     "browse": ["vectors", "file"],
-    "show": ["path"],
+    "show": ["path", "other"],
     "export": ["vectors"],
     "doctor": ["model"],
     "corpus check": ["path"],
@@ -315,7 +317,7 @@ def test_a_gguf_file_of_no_bytes(run: Run, tmp_path: Path) -> None:
         (("doctor", "gpt2"), "unknown model 'gpt2'"),
         (("study", "smolm2-135m"), "did you mean smollm2-135m?"),
         (("study", "/nowhere/at/all"), "unknown model"),
-        (("study", "toy", "--only", "separatoin"), "did you mean separation?"),
+        (("study", "toy", "--only", "separatoin"), "did you mean separation"),
         (("study", "toy", "--concepts", "emotoins"), "did you mean emotions?"),
         (("discover", "toy", "--concepts", "none.toml"), "no such file"),
         (("discover", "toy", "--stories", "none.jsonl"), "does not exist"),
@@ -440,7 +442,7 @@ def test_steering_changes_the_answer_and_strength_0_does_not(made: Path, run: Ru
 
 
 def test_scoring_stdin_text_and_jsonl(folder: Path, made: Path, run: Run, tmp_path: Path) -> None:
-    angry, calm = (ToyEngine().write(name, "train", seed=99) for name in ("angry", "calm"))
+    angry, calm = (ToyEngine().write(name, "train", seed=98) for name in ("angry", "calm"))
     line = fine(run("score", made, "-", "--top", "2", stdin=angry)).stdout
     assert line.startswith("angry +") and line.count("+") + line.count("-") >= 2 and len(line.splitlines()) == 1
     (tmp_path / "t.txt").write_text(angry)

@@ -19,7 +19,7 @@ from affectlens.errors import FormatError
 from affectlens.figures import blank, circumplex, heat_map, layer_curves, to_figure
 from affectlens.report import DISCLAIMER, VERDICTS, Report
 from affectlens.stats import Estimate, Null
-from affectlens.studies import Finding, Table
+from affectlens.studies import Figure, Finding, Table
 
 CLUSTERS = {
     "Exuberant Joy": (
@@ -427,7 +427,7 @@ def first_report() -> Report:
 def test_two_reports_stand_beside_each_other_on_the_page_in_markdown_and_in_the_terminal(capsys):
     mine, theirs = first_report(), other_report()
     mine.print(other=theirs)
-    for text in (mine.html(theirs), mine.markdown(theirs), capsys.readouterr().out):
+    for text in (mine.html(theirs), mine.markdown(theirs).replace("\\", ""), capsys.readouterr().out):
         for wanted in ("other/model", "0.90 [0.80, 0.95]", "0.25 [0.10, 0.50]", "Only there"):
             assert wanted in text
     rows = [line for line in mine.markdown(theirs).splitlines() if line.startswith("| **")]
