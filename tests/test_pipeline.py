@@ -97,3 +97,15 @@ def test_vectors_alone_are_studied_without_a_model(tmp_path: Path) -> None:
     other.save(tmp_path / "other")
     with pytest.raises(AffectlensError, match="made with other settings"):
         pipeline.study_vectors(tmp_path / "other", tmp_path / "alone", concepts=CONCEPTS)
+
+
+def test_a_study_whose_texts_do_not_fit_the_model_says_so_and_the_others_run(tmp_path: Path) -> None:
+    own = tmp_path / "texts"
+    own.mkdir()
+    long = {"id": "long", "concept": "calm", "text": "the sea " * 2000, "held_out": False}
+    records = [*(ToyEngine().texts("scenarios") or ()), long]
+    (own / "scenarios.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    report = study(tmp_path / "run", only=("scenarios", "dose"), sources=Sources(texts=own))
+    by_study = {name: [f for f in report.findings if f.study == name] for name in ("scenarios", "dose")}
+    assert [f.verdict for f in by_study["scenarios"]] == ["untestable"] and "shorten the prompt" in by_study["scenarios"][0].note
+    assert "holds" in {f.verdict for f in by_study["dose"]}

@@ -17,12 +17,12 @@ from affectlens.concepts import SHOWCASE, ConceptSet
 from affectlens.corpus import FILES, bundled, files_of
 from affectlens.discovery import CorpusStories, Discovery, Recipe, StorySource, make_vectors, open_run, open_stories
 from affectlens.engine import Engine, Request, Where
-from affectlens.errors import MismatchError
+from affectlens.errors import EngineError, MismatchError
 from affectlens.exchange import load_vectors
 from affectlens.readings import Readings
 from affectlens.report import Report
 from affectlens.runs import Progress, Run, Stage, atomic_write, content_id, provenance, read_json, sha256_file, write_json
-from affectlens.studies import STUDIES, Bench, Checkpoint, Outcome, Sources, Study, load_study
+from affectlens.studies import STUDIES, Bench, Checkpoint, Finding, Outcome, Sources, Study, load_study
 from affectlens.vectors import ConceptVectors
 
 
@@ -143,21 +143,51 @@ def run_studies(studies: Sequence[Study], bench: Bench, run: Run, vectors_id: st
         stages[each.name] = run.stage(f"study-{each.name}", inputs | {use: _identity(use, bench) for use in each.uses})
     todo = [each for each in studies if not stages[each.name].done]
     with Progress() as progress:
-        if bench.readings and todo:
-            asked = [request for each in todo for request in each.requests(bench)]
-            if waiting := len(bench.readings.missing(asked)):
-                progress.start(waiting, "reading what the studies ask")
-                bench.readings.gather(asked, progress.advance)
+        refused = _gather(todo, bench, progress)
         for each in todo:
             stage = stages[each.name]
             progress.start(1, f"study: {each.name}")
-            outcome = each.run(replace(bench, folder=stage.path))
+            try:
+                reason = refused.get(each.name)
+                outcome = _refused(each, reason) if reason else each.run(replace(bench, folder=stage.path))
+            except EngineError as error:
+                outcome = _refused(each, str(error))
             for name, columns in outcome.raw.items():
                 _write_table(stage.path / f"{name}.parquet", columns)
             write_json(stage.path / "outcome.json", outcome.as_dict())
             stage.finish({})
             progress.advance()
     return {name: Outcome.from_dict(read_json(stage.path / "outcome.json")) for name, stage in stages.items()}
+
+
+def _gather(studies: Sequence[Study], bench: Bench, progress: Progress) -> dict[str, str]:
+    """Read what the studies ask, each distinct prompt once; say of which study the model refused a request, and why."""
+    if bench.readings is None:
+        return {}
+    asked = {each.name: list(each.requests(bench)) for each in studies}
+    waiting = len(bench.readings.missing(request for own in asked.values() for request in own))
+    if waiting:
+        progress.start(waiting, "reading what the studies ask")
+    try:
+        bench.readings.gather((request for own in asked.values() for request in own), progress.advance)
+    except EngineError:  # a dialogue too long for the model, say: the other studies can do without it
+        refused = {}
+        for name, own in asked.items():
+            try:
+                bench.readings.gather(own, progress.advance)
+            except EngineError as error:
+                refused[name] = str(error)
+        return refused
+    return {}
+
+
+def _refused(study: Study, reason: str) -> Outcome:
+    """The outcome of a study whose texts the model cannot run."""
+    rule = "the model must be able to run every text of the study"
+    finding = Finding(
+        study.name, "refused", study.question, None, None, None, "untestable", rule, f"{reason[0].upper()}{reason[1:]}."
+    )
+    return Outcome((finding,), (), {"reason": reason})
 
 
 def _write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
