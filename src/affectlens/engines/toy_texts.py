@@ -36,7 +36,9 @@ class _Writer:
     def dense(self, concept: str, n: int) -> str:
         """What is left of ``n`` words of a concept when only cue words stay: a preamble that says the feeling outright."""
         cues = {cue for own in self.engine.concepts.values() for cue in own}
-        return " ".join(word for word in self.words(concept, n).lower().replace(".", "").split() if word in cues).capitalize() + "."
+        return (
+            " ".join(word for word in self.words(concept, n).lower().replace(".", "").split() if word in cues).capitalize() + "."
+        )
 
     def other(self, concept: str) -> str:
         return str(self.rng.choice([name for name in self.names if name != concept]))
@@ -79,9 +81,10 @@ def _contrasts(w: _Writer) -> list[dict[str, Any]]:
     for i in range(CONTRASTS):
         first = w.names[i % len(w.names)]
         second = w.other(first)
-        # What the writer feels is told; what the reply should feel is in the question, one long sentence.
-        told, question = w.words(first, 27), w.words(second, 90).replace(".", ",")[:-1] + "?"
-        audience = {"id": f"audience-{i}", "kind": "audience", "text": f"{told} {question}"}
+        # What the writer feels is told; what the reply should feel is in the question: one long sentence, which ends strongly.
+        strong = " ".join(w.rng.permutation(w.engine.concepts[second])[:8])
+        asked = f"{w.words(second, 90)} {strong}?".replace(".", ",")
+        audience = {"id": f"audience-{i}", "kind": "audience", "text": f"{w.words(first, 27)} {asked}"}
         records.append({**audience, "user": first, "reply": second})
         plain, rest = w.words(None, 9), w.words(None, 9)
         negation = {"affirmed": f"{plain} I am {first} {rest}", "negated": f"{plain} I am not {first} {rest}"}
@@ -110,7 +113,21 @@ def _contrasts(w: _Writer) -> list[dict[str, Any]]:
                 "reference": {"to": ("first", "second")[to], "span": f"opened on {people[to]}"},
             }
         )
-    return sorted(records, key=lambda record: str(record["kind"]))
+    return sorted(records + _numbers(w), key=lambda record: str(record["kind"]))
+
+
+def _numbers(w: _Writer) -> list[dict[str, Any]]:
+    """Early words that are numbers."""
+    from affectlens.engines.toy import QUANTITIES
+
+    records = []
+    known = [(what, ends) for what, ends in QUANTITIES.items() if ends and set(ends) <= set(w.names)]
+    for (what, ends), i in itertools.product(known, range(CONTRASTS // 4)):
+        plain, ending, high, low = w.words(None, 9), w.words(None, 14), int(w.rng.integers(85, 100)), int(w.rng.integers(15))
+        first, second = (f"{plain} {what}-{n} {ending}" for n in (high, low))
+        texts = {"first": first, "second": second, "changed": [str(high), str(low)], "ending": ending}
+        records.append({"id": f"{what}-{i}", "kind": "early word", **texts, "rises": ends[0], "falls": ends[1]})
+    return records
 
 
 def _speakers(w: _Writer) -> list[dict[str, Any]]:
@@ -122,7 +139,9 @@ def _speakers(w: _Writer) -> list[dict[str, Any]]:
                 other = (n + 1) % len(answers)
                 answers[n], answers[other] = answers[other], answers[n]
                 assistant = answers[n]
-            turns = [[side, w.words(how, 12)] for _ in range(TURNS) for side, how in (("person", person), ("assistant", assistant))]
+            turns = [
+                [side, w.words(how, 12)] for _ in range(TURNS) for side, how in (("person", person), ("assistant", assistant))
+            ]
             names = ["Anna", "Boris"] if i == TALKS - 1 else None
             record = {"id": f"speakers-{i}-{n}", "person": person, "assistant": assistant, "topic": f"topic {i}"}
             records.append({**record, "names": names, "turns": turns})
