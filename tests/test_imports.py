@@ -32,6 +32,7 @@ NOUNS = (
     "readings",
     "conversations",
     "space",
+    "search",
 )
 VERBS = ("discovery", "pipeline", "audit", "studies")
 DOORS = ("cli", "report", "browse")

@@ -12,6 +12,7 @@ import csv
 import importlib.resources
 import json
 import re
+import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -230,6 +231,50 @@ def stream(source: str | Path) -> Iterator[Document]:
         raise FormatError(f"{source} holds no texts: give {', '.join(READABLE)} files with something in them")
 
 
+def identity(source: str | Path) -> list[Any]:
+    """What tells a corpus from another one or from itself before a change: names, sizes and times, as files may be large.
+
+    Raises:
+        FormatError: A file in it cannot be looked at.
+    """
+    path = Path(source)
+    if not path.exists():
+        return [str(source)]
+    try:
+        states = [(str(file), file.stat()) for file in files_of(path, READABLE)]
+    except OSError as error:
+        raise FormatError(f"{source} cannot be read ({error}): check its files") from None
+    return [str(source), [[name, state.st_size, state.st_mtime_ns] for name, state in states]]
+
+
+def read_labels(file: str | Path) -> dict[str, tuple[str, ...]]:
+    """What the labels of a corpus mean: a TOML file with a table ``[labels]``, label to concept or concepts.
+
+    Raises:
+        FormatError: The file is no TOML, or has no such table.
+
+    Example:
+        >>> import tempfile; file = Path(tempfile.mkdtemp()) / "labels.toml"
+        >>> _ = file.write_text('[labels]\\nanger = ["angry", "furious"]\\nneutral = []')
+        >>> read_labels(file)
+        {'anger': ('angry', 'furious'), 'neutral': ()}
+    """
+    fix = 'write [labels], and under it lines like anger = ["angry"]'
+    try:
+        table = tomllib.loads(Path(file).read_text(encoding="utf-8")).get("labels")
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise FormatError(f"{file} is no TOML that can be read ({error}): {fix}") from None
+    if not isinstance(table, dict) or not table:
+        raise FormatError(f"{file} has no table of labels: {fix}")
+    meaning = {}
+    for label, value in table.items():
+        concepts = [value] if isinstance(value, str) else value
+        if not isinstance(concepts, list) or not all(isinstance(name, str) for name in concepts):
+            raise FormatError(f"{file}: {label} is neither a concept nor a list of concepts: {fix}")
+        meaning[label] = tuple(concepts)
+    return meaning
+
+
 def _documents(file: Path, root: Path) -> Iterator[Document]:
     name = file.relative_to(root).as_posix() if root.is_dir() else file.name
     if file.suffix == ".txt":
@@ -263,7 +308,13 @@ def document_of(record: Mapping[str, Any], where: str, names: Mapping[str, str] 
     found = next((record[key] for key in LABELS if record.get(key) not in (None, "", [])), ())
     labels = (str(label) for label in (found if isinstance(found, list | tuple) else [found]))
     if text.strip():
-        yield Document(str(record.get("id") or where), text, tuple(dict.fromkeys(names.get(n, n) for n in labels)), kind)
+        id, own = _whole(str(record.get("id") or where)), dict.fromkeys(_whole(names.get(label, label)) for label in labels)
+        yield Document(id, _whole(text), tuple(own), kind)
+
+
+def _whole(text: str) -> str:
+    """Half characters (lone surrogates) as question marks: no file could hold them."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _turn(turn: Any) -> str:
