@@ -38,9 +38,9 @@ from affectlens.discovery import (
 )
 from affectlens.engine import Engine
 from affectlens.runs import content_id, provenance
+from affectlens.space import principal_components
 from affectlens.stats import Estimate, Null
 from affectlens.studies import Bench, Finding, load_study
-from affectlens.studies.geometry import principal_components
 from affectlens.studies.separation import best_layer, held_out_scores
 from affectlens.vectors import fit_means, group_means
 

@@ -12,7 +12,7 @@ from affectlens.activations import Text
 from affectlens.concepts import ConceptSet
 from affectlens.discovery import Recipe, open_stories
 from affectlens.engine import Engine, Readout, Where, open_engine
-from affectlens.studies.geometry import principal_components
+from affectlens.space import principal_components
 from affectlens.studies.separation import held_out_scores
 
 pytestmark = pytest.mark.real

@@ -15,12 +15,12 @@ from sklearn.metrics import roc_auc_score
 
 from affectlens.concepts import Concept, ConceptSet
 from affectlens.engines.toy import ToyEngine
+from affectlens.space import principal_components
 from affectlens.stats import explained_components
 from affectlens.studies import Bench, Outcome, Study
 from affectlens.studies import geometry as geometry_module
 from affectlens.studies import separation as separation_module
 from affectlens.studies.geometry import STUDY as GEOMETRY
-from affectlens.studies.geometry import principal_components
 from affectlens.studies.lens import STUDY as LENS
 from affectlens.studies.lens import own_tokens
 from affectlens.studies.separation import STUDY as SEPARATION
@@ -30,6 +30,7 @@ from affectlens.vectors import ConceptVectors, centred_cosine, fit_means, group_
 EMOTIONS = ConceptSet.load("emotions")
 RATED = EMOTIONS.rated().names
 WIDTH, LAYERS = 24, (-1, 0, 1, 2)
+LAYERS_DRAWN = ("layers", "layers-cosine")
 
 
 class Collection:
@@ -298,7 +299,8 @@ def test_geometry_finds_planted_axes_and_agrees_with_scipy() -> None:
     low, high = finding(outcome, "pc1_share").estimate.low, finding(outcome, "pc1_share").estimate.high
     assert low - 1e-6 <= share[0] <= high + 1e-6 and finding(outcome, "pc1_share").null.high < share[0]
     assert finding(outcome, "beyond_embedding").verdict == "holds"  # nothing was planted in the embedding
-    assert draws_itself(GEOMETRY, outcome) == ["circumplex", "similarity", "pleasure", "arousal", "along", "shares", "layers"]
+    clusters = ["similarity", "families", "silhouette"]
+    assert draws_itself(GEOMETRY, outcome) == ["circumplex", *clusters, "pleasure", "arousal", "along", "shares", *LAYERS_DRAWN]
 
 
 def test_signs_of_components_do_not_matter() -> None:
@@ -317,7 +319,8 @@ def test_geometry_finds_planted_families() -> None:
 
 def test_geometry_does_not_find_what_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three tests of 5 % each in 20 runs; more than four of 20 would have a probability of 0.3 %. No refits: not their turn."""
-    monkeypatch.setattr(geometry_module, "_families", lambda space: [])
+    monkeypatch.setattr(geometry_module, "_families", lambda space, by_layer, runs: ([], {}))
+    monkeypatch.setattr(geometry_module, "kmeans", lambda vectors, k, seed: np.arange(len(vectors))[None] % k)
     ids = ("valence", "valence_best_layer", "arousal_best_layer", "arousal_component", "opposites")
     hits = dict.fromkeys(ids, 0)
     for seed in range(20):
@@ -353,9 +356,9 @@ def test_geometry_without_ratings_clusters_or_concepts() -> None:
     found = verdicts(outcome)
     assert {id for id, verdict in found.items() if verdict == "untestable"} == {
         "valence", "arousal", "arousal_component", "valence_best_layer", "arousal_best_layer", "beyond_embedding",
-        "opposites", "clusters", "cohesion",
+        "opposites", "clusters", "clusters_best_k", "cohesion", "embedding",
     }  # fmt: skip
-    assert draws_itself(GEOMETRY, outcome) == ["circumplex", "similarity", "shares", "layers"]
+    assert draws_itself(GEOMETRY, outcome) == ["circumplex", "similarity", "silhouette", "shares", *LAYERS_DRAWN]
     few = GEOMETRY.run(bench(None, fitted(circle(names=RATED[:9]))))
     assert set(verdicts(few).values()) == {"untestable"} and "too few" in few.findings[0].note and GEOMETRY.draw(few.data) == []
 

@@ -246,21 +246,85 @@ def heat_map(
     return figure
 
 
+def tree_map(
+    matrix: ArrayLike,
+    labels: Sequence[str],
+    joints: ArrayLike,
+    groups: Sequence[str] | None = None,
+    *,
+    legend: Sequence[str] = (),
+    unit: str = "cosine",
+    height: int = 860,
+) -> go.Figure:
+    """A heat map whose rows are the leaves of a tree, with the tree above and a strip of each leaf's group between them.
+
+    Args:
+        matrix, labels, unit: As for :func:`heat_map`, in the order of the leaves.
+        joints: Each joint of the tree as a bracket of four points (place along the leaves, distance), ``(N - 1, 4, 2)``.
+        groups: Group of each leaf; None for no strip.
+        legend: The groups in the order of the legend and of the colours; default: as they come.
+        height: Height in pixels.
+
+    Example:
+        >>> joints = [[[0, 0], [0, 0.2], [1, 0.2], [1, 0]]]
+        >>> figure = tree_map([[1, 0.8], [0.8, 1]], ["calm", "serene"], joints, ["peace", "peace"])
+        >>> [trace.name for trace in figure.data]
+        [None, 'tree', 'groups', 'peace']
+    """
+    figure = heat_map(matrix, labels, unit=unit, height=height)
+    figure.update_layout(meta={"wide": True}, coloraxis_colorbar={"len": 0.8, "y": 0, "yanchor": "bottom"})
+    figure.update_yaxes(domain=[0, 0.8], scaleanchor=None)
+    points = np.asarray(joints, dtype=np.float64).round(4)
+    gaps = np.full((len(points), 1, 2), np.nan)  # a bracket is not joined to the next one
+    x, y = np.concatenate([points, gaps], axis=1).reshape(-1, 2).T
+    line = {"color": GREY, "width": 1}
+    figure.add_scatter(x=x, y=y, mode="lines", line=line, name="tree", showlegend=False, hoverinfo="skip", xaxis="x2", yaxis="y2")
+    hidden = {"showgrid": False, "zeroline": False, "showline": False, "showticklabels": False, "ticks": "", "fixedrange": True}
+    figure.update_layout(
+        xaxis2={**hidden, "anchor": "y2", "range": [-0.5, len(labels) - 0.5]},
+        yaxis2={**hidden, "anchor": "x2", "domain": [0.84, 1.0], "range": [0, 1.03 * float(np.nanmax(y))]},
+    )
+    if groups is not None:
+        order = [*dict.fromkeys([*legend, *groups])]
+        colours = [PALETTE[i % len(PALETTE)] for i in range(len(order))]
+        steps = [(edge / len(order), colour) for i, colour in enumerate(colours) for edge in (i, i + 1)]
+        figure.add_heatmap(
+            z=[[order.index(group) for group in groups]],
+            x=[_text(name) for name in labels],
+            y=["group"],
+            text=[[_text(group) for group in groups]],
+            hovertemplate="%{x}<br>%{text}<extra></extra>",
+            name="groups",
+            zmin=-0.5,
+            zmax=len(order) - 0.5,
+            colorscale=steps,
+            showscale=False,
+            yaxis="y3",
+        )
+        figure.update_layout(yaxis3={**hidden, "anchor": "x", "domain": [0.81, 0.83], "type": "category"})
+        for group, colour in zip(order, colours, strict=True):
+            marker = {"color": colour, "symbol": "square", "size": 10}
+            figure.add_scatter(x=[None], y=[None], mode="markers", marker=marker, name=_text(group), xaxis="x2", yaxis="y2")
+    return figure
+
+
 def layer_curves(
     layers: Sequence[int],
     curves: Mapping[str, tuple[ArrayLike, ArrayLike | None, ArrayLike | None]],
     *,
     y: str = "",
+    x: str = "layer",
     chance: float | None = None,
     mark: int | None = None,
     height: int = 360,
 ) -> go.Figure:
-    """One curve for each name over layers, with its interval as a band.
+    """One curve for each name over layers (or another whole number), with its interval as a band.
 
     Args:
         layers: Layer numbers.
         curves: Name to (value, low, high), each one number for each layer; low and high None for no band.
         y: Axis title, with the unit.
+        x: What is counted, where it is not the layer.
         chance: Level of the null, a dashed line.
         mark: The layer chosen, a vertical line.
         height: Height in pixels.
@@ -273,7 +337,7 @@ def layer_curves(
         >>> [trace.name for trace in figure.data]
         ['top 1, interval', 'top 1']
     """
-    figure = blank(x="layer", y=y, height=height)
+    figure = blank(x=x, y=y, height=height)
     for number, (name, curve) in enumerate(curves.items()):
         value, low, high = (None if part is None else np.asarray(part, dtype=np.float64) for part in curve)
         if any(part is not None and part.shape != (len(layers),) for part in (value, low, high)) or value is None:
@@ -298,7 +362,7 @@ def layer_curves(
             mode="lines",
             line={"color": colour, "width": 2, "dash": _DASHES[number % len(_DASHES)]},
             showlegend=len(curves) > 1,
-            hovertemplate=f"layer %{{x}}<br>{text} %{{y:.3f}}<extra></extra>",
+            hovertemplate=f"{_text(x)} %{{x}}<br>{text} %{{y:.3f}}<extra></extra>",
         )
     note = {"font": {"size": 11, "color": GREY}, "showarrow": False}
     if chance is not None:
@@ -306,7 +370,9 @@ def layer_curves(
         figure.add_annotation(**note, text="chance", xref="paper", x=1, xanchor="right", y=chance, yanchor="bottom", yshift=1)
     if mark is not None:
         figure.add_vline(x=mark, line={"color": GREY, "width": 1})
-        figure.add_annotation(**note, text=f"layer {mark}", x=mark, xanchor="left", xshift=3, yref="paper", y=1, yanchor="top")
+        figure.add_annotation(
+            **note, text=f"{_text(x)} {mark}", x=mark, xanchor="left", xshift=3, yref="paper", y=1, yanchor="top"
+        )
     return figure
 
 
