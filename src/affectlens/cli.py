@@ -151,7 +151,8 @@ def study(model: str | None, only: str | None, draws: int, **options: Any) -> No
     engine, source, run, recipe, writer = _open(model, **options)
     with run:
         earlier = _engine(base, device=options["device"], dtype=options["dtype"]) if base else None
-        report = study_run(engine, source, run, recipe, writer=writer, only=names, draws=draws, base=earlier, sources=sources)
+        how = {"only": names, "draws": draws, "base": earlier, "sources": sources, "quick": options["quick"]}
+        report = study_run(engine, source, run, recipe, writer=writer, **how)
         report.print()
         click.echo(f"\nReport: {run.path.resolve() / 'report.html'}")
         click.echo(f"To resume or repeat: {run.command}", err=True)

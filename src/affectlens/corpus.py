@@ -43,6 +43,15 @@ QUICK = 4
 """The first look reads so many stories of each emotion: one by each brief, each person in each tense."""
 
 
+QUICK_TEXTS = {
+    "speakers": slice(171),
+    "concealment": slice(None, None, 2),
+    "neutral": slice(None, None, 4),
+    "manner": slice(None, None, 3),
+}
+"""What a first look reads of other bundled files: every emotion once on either side, each condition and emotion alike."""
+
+
 def bundled(name: str) -> Path:
     """Where a bundled file lies.
 

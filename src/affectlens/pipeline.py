@@ -75,13 +75,19 @@ def study_run(
     draws: int = 1000,
     base: Engine | None = None,
     sources: Sources = Sources(),
+    quick: bool = False,
 ) -> Report:
-    """What :func:`study` does in an open run directory; ``draws`` resamples and permutations lie behind intervals and nulls."""
+    """What :func:`study` does in an open run directory.
+
+    Args:
+        draws: Resamples and permutations behind intervals and nulls.
+        quick: Read only a part of the largest bundled files.
+    """
     studies = [load_study(name) for name in only]
     found = make_vectors(engine, source, run, recipe, writer=writer)
     bench = Bench(
         found.vectors, found.concepts, found.activations, found.neutral, engine, draws, recipe.seed, sources,
-        readings=_readings(engine, run), base=_checkpoint(base, found, run, recipe) if base else None,
+        readings=_readings(engine, run), base=_checkpoint(base, found, run, recipe) if base else None, quick=quick,
     )  # fmt: skip
     outcomes = run_studies(studies, bench, run, found.stage_id)
     with Progress() as progress:
@@ -140,6 +146,7 @@ def run_studies(studies: Sequence[Study], bench: Bench, run: Run, vectors_id: st
     stages: dict[str, Stage] = {}
     for each in studies:
         inputs: dict[str, Any] = {"vectors": vectors_id, "version": each.version, "draws": bench.draws, "seed": bench.seed}
+        inputs |= {"quick": True} if bench.quick else {}
         stages[each.name] = run.stage(f"study-{each.name}", inputs | {use: _identity(use, bench) for use in each.uses})
     todo = [each for each in studies if not stages[each.name].done]
     with Progress() as progress:

@@ -219,6 +219,7 @@ class Bench:
         readings: What was read already, shared by all studies; None asks the engine.
         base: An earlier checkpoint to compare with.
         folder: Where a study may keep files of its own while it works, so that it resumes.
+        quick: A first look: of the largest bundled files only a part is read.
     """
 
     vectors: ConceptVectors
@@ -232,6 +233,7 @@ class Bench:
     readings: Readings | None = None
     base: Checkpoint | None = None
     folder: Path | None = None
+    quick: bool = False
 
     def texts(self, name: str) -> list[dict[str, Any]]:
         """Records of a file of texts: the user's, else the engine's own (the toy knows no English), else the bundled one.
@@ -243,7 +245,9 @@ class Bench:
         if self.sources.texts and (file := self.sources.texts / f"{name}.jsonl").exists():
             return list(corpus.records(file))
         own = self.engine.texts(name) if self.engine else None
-        return corpus.load(name) if own is None else own
+        if own is not None:
+            return own
+        return corpus.load(name)[corpus.QUICK_TEXTS.get(name, slice(None)) if self.quick else slice(None)]
 
     @property
     def plain(self) -> bool:
