@@ -1,6 +1,6 @@
-"""Vectors and steering in other people's formats: llama.cpp control vectors and the Hugging Face Hub.
+"""Vectors and steering in other people's formats: llama.cpp control vectors, NumPy archives, and the Hugging Face Hub.
 
-Both directions are data only. A GGUF control vector is a handful of arrays; from the Hub come the three files that
+All of them are data only. A GGUF control vector or an archive is a handful of arrays; from the Hub come the three files that
 ``ConceptVectors.save`` writes and nothing else, whatever the repository holds: no pickle, no code.
 """
 
@@ -10,6 +10,8 @@ import contextlib
 import json
 import re
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +22,14 @@ import numpy as np
 from affectlens.engine import Steering, Where
 from affectlens.errors import AffectlensError, EngineError, FormatError, MismatchError
 from affectlens.runs import atomic_write
-from affectlens.vectors import ConceptVectors
+from affectlens.vectors import ConceptVectors, fit_means
 
 FORMAT = 1
 FILES = ("vectors.safetensors", "config.json", "README.md")
 """What vectors consist of: all that is ever uploaded or downloaded."""
 
 _ARCHITECTURE = "controlvector"
+_KEY = re.compile(r"layer_(\d+)__(.+)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
 
 
@@ -173,6 +176,90 @@ def read_gguf(path: str | Path) -> dict[int, np.ndarray]:
     return dict(sorted(directions.items()))
 
 
+# ── NumPy archives ──
+
+
+def read_vectors(path: str | Path) -> ConceptVectors:
+    """Read somebody's emotion vectors from an ``.npz`` file with one array ``layer_N__NAME`` for each layer and concept.
+
+    Taken on trust: N is the residual stream after block N, counted from 0, and the arrays are mean residuals of a concept's texts
+    or contrasts with their mean. Here they are centred over the concepts of the file and scaled to unit length, which changes
+    nothing about contrasts that were centred; their lengths are kept. What such a file does not say stays unknown, as nan: mean
+    residual norms, without which a strength has no unit, the centre that centred readings subtract, the baseline, stability.
+    No neutral components are removed. So these vectors can be looked at (geometry, likeness) but not steer or read centred.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The vectors, in the order of the file. Their default layer stands two thirds along the layers in the file.
+
+    Raises:
+        FormatError: Missing, broken, or no such file; concepts or widths differ between layers; a number is not finite.
+
+    Example:
+        >>> path = tempfile.mkdtemp() + "/vectors.npz"
+        >>> np.savez(path, layer_3__calm=np.array([2.0, 0.0]), layer_3__sad=np.array([0.0, 2.0]))
+        >>> read_vectors(path).at(3).round(2)
+        array([[ 0.71, -0.71],
+               [-0.71,  0.71]], dtype=float32)
+    """
+    path = Path(path)
+    arrays: dict[int, dict[str, np.ndarray]] = {}
+    for key, array in _arrays(path).items():
+        match = _KEY.fullmatch(key)
+        if not match or array.ndim != 1 or array.dtype.kind != "f":
+            raise FormatError(f"{path} holds {key!r}, which is no vector layer_N__NAME: give one row of floats for each")
+        arrays.setdefault(int(match[1]), {})[match[2]] = np.asarray(array, dtype=np.float64)
+    layers = tuple(sorted(arrays))
+    names = tuple(arrays[layers[0]]) if layers else ()
+    if len(names) < 2 or any(set(arrays[layer]) != set(names) for layer in layers):
+        raise FormatError(f"{path} needs the same concepts at every layer, two at least: complete it")
+    rows = [array for layer in layers for array in arrays[layer].values()]
+    if len({len(row) for row in rows}) != 1 or not all(np.isfinite(row).all() for row in rows):
+        raise FormatError(f"{path} holds vectors of different widths, or numbers that are not finite: write it again")
+    width, size = len(rows[0]), (len(layers), len(names))
+    fits = [fit_means(np.stack([arrays[layer][name] for name in names]), np.zeros((0, width))) for layer in layers]
+    norms = np.stack([fit.norms for fit in fits])
+    if not (norms > 0).all():
+        raise FormatError(f"{path} holds a vector that is the mean of all, so it has no direction: leave that concept out")
+
+    def unknown(*shape: int) -> np.ndarray:
+        return np.full(shape, np.nan, np.float32)
+
+    return ConceptVectors(
+        names=names,
+        layers=layers,
+        layer=layers[round((len(layers) - 1) * 2 / 3)],
+        directions=np.stack([fit.directions for fit in fits]).astype(np.float32),
+        norms=norms.astype(np.float32),
+        centre=unknown(len(layers), width),
+        residual_norms=unknown(len(layers)),
+        neutral=(np.zeros((0, width), np.float32),) * len(layers),
+        baseline=unknown(*size, 2),
+        stability=unknown(*size),
+        counts=np.zeros(len(names), dtype=np.int64),
+        model={"id": f"{path.resolve().parent.name} {path.stem}", "width": width},
+        method={"source": f"imported from {path.name}", "share": 0.0},
+    )
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an archive; none that would have to be unpickled."""
+    found = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                with archive.open(name) as stream:
+                    found[name.removesuffix(".npy")] = np.lib.format.read_array(stream, allow_pickle=False)
+    except FileNotFoundError:
+        raise FormatError(f"there is no file {path}: check the name") from None
+    # Broken archives show as whatever the reader runs into; ValueError is also what NumPy says of pickled objects.
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, RuntimeError, MemoryError) as error:
+        raise FormatError(f"{path} is no whole .npz file of plain arrays ({_first_line(error)}): write it again") from None
+    return found
+
+
 # ── Hugging Face Hub ──
 
 
@@ -266,7 +353,8 @@ def load_vectors(name: str | Path, *, token: str | None = None) -> ConceptVector
     """Vectors from wherever they are. What exists here wins over a repository that is spelled the same.
 
     Args:
-        name: A folder with vectors, a run's folder, or a Hub id ``org/name`` with an optional ``@revision``.
+        name: A folder with vectors, a run's folder, an ``.npz`` file (:func:`read_vectors`), or a Hub id ``org/name`` with an
+            optional ``@revision``.
         token: A Hub token that may read; default: ``HF_TOKEN`` or what ``hf auth login`` stored.
 
     Returns:
@@ -283,7 +371,7 @@ def load_vectors(name: str | Path, *, token: str | None = None) -> ConceptVector
     repo, _, revision = str(name).partition("@")
     if isinstance(name, str) and not path.exists() and _HUB_ID.fullmatch(repo):
         return from_hub(repo, revision=revision or None, token=token)
-    return ConceptVectors.load(path)
+    return read_vectors(path) if path.suffix == ".npz" else ConceptVectors.load(path)
 
 
 @contextlib.contextmanager

@@ -348,6 +348,7 @@ def layer_curves(
                 x=[*layers, *reversed(layers)],
                 y=[*high.round(4), *low[::-1].round(4)],
                 name=f"{text}, interval",
+                mode="lines",  # of fewer than 20 points plotly would draw each
                 fill="toself",
                 fillcolor=colour,
                 opacity=0.18,

@@ -25,6 +25,7 @@ from affectlens.stats import explained_components
 
 FORMAT = 1
 ScoreKind = Literal["centred", "cosine", "z"]
+_ORPHANS = "from a file come without the norms and the centre of their model's residuals"
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,14 @@ class ConceptVectors:
         return self.directions[self.row(layer)]
 
     def __getitem__(self, name: str) -> Steering:
-        """Steering of strength 1 (one mean residual norm) along a concept at :attr:`layer`: scale it before use."""
+        """Steering of strength 1 (one mean residual norm) along a concept at :attr:`layer`: scale it before use.
+
+        Raises:
+            UnknownName: There is no such concept.
+            MismatchError: The vectors were imported without residual norms.
+        """
+        if not np.isfinite(self.residual_norms).all():
+            raise MismatchError(f"vectors {_ORPHANS}, so a strength has no unit: fit vectors with affectlens discover")
         return Steering(
             (
                 Term(
@@ -268,6 +276,9 @@ class ConceptVectors:
             layer: The layer that was read (default: :attr:`layer`).
             kind: ``cosine`` with the residual; ``centred`` cosine with the residual minus the stored centre; ``z``: the
                 centred cosine in standard deviations from its mean over the texts the vectors were fitted on.
+
+        Raises:
+            MismatchError: The vectors were imported without the centre, or without the baseline of z.
         """
         row = self.row(layer)
         dots = reading.values[0].astype(np.float64)
@@ -275,6 +286,8 @@ class ConceptVectors:
         if kind == "cosine":
             return dots[..., :-1] / np.maximum(norm, 1e-30)[..., None]
         centre = self.centre[row].astype(np.float64)
+        if not np.isfinite(centre).all():
+            raise MismatchError(f"vectors {_ORPHANS}, so they cannot be read {kind}: use cosine, or fit vectors of the model")
         onto_centre = dots[..., -1]
         moved_norm = np.sqrt(np.maximum(norm**2 - 2 * onto_centre + centre @ centre, 1e-30))
         cosine = (dots[..., :-1] - self.directions[row].astype(np.float64) @ centre) / moved_norm[..., None]

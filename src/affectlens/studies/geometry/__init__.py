@@ -45,6 +45,7 @@ from affectlens.space import (
     likeness,
     likeness_with_null,
     principal_components,
+    rand_indices,
     silhouette,
     tree,
     umap_plane,
@@ -389,8 +390,6 @@ def _families(
     space: _Space, by_layer: Mapping[int, np.ndarray], runs: Mapping[int, Mapping[int, np.ndarray]]
 ) -> tuple[list[Finding], dict[str, Any]]:
     """Agreement of k-means with the published clusters, cosines within against between them; the curves over k."""
-    from sklearn.metrics import adjusted_rand_score
-
     layer, default = space.bench.vectors.layer, runs[space.bench.vectors.layer]
     ks = list(default)
     similarity = {at: by_layer[at] @ by_layer[at].T for at in runs}
@@ -414,7 +413,6 @@ def _families(
         curves.setdefault("rand", {})[place(at)] = [_round(getattr(e, end) for e, _ in made) for end in ("value", "low", "high")]
     curves["null"] = [_round(getattr(null, end) for _, null in pairs[layer]) for end in ("value", "low", "high")]
     curves["families"] = round(silhouette(similarity[layer][np.ix_(rows, rows)], clusters), 4)
-    curves["families k"] = k
     (estimate, null), words = pairs[layer][ks.index(k)], f"{len(rows)} words, layer {layer}"
     others = [stats.adjusted_rand_with_null(labels[rows], clusters, draws=1)[0].value for labels in default[k]]
     note = (
@@ -424,11 +422,11 @@ def _families(
     note += f"; clusters of the token embeddings reach {pairs[-1][ks.index(k)][0].value:.2f}." if -1 in pairs else "."
     found = [CLAIMS["clusters"].tested(estimate, null, estimate.value >= ARI, note)]
 
-    def indices(own: np.ndarray) -> list[float]:
-        return [adjusted_rand_score(own, default[j][0][rows]) for j in ks]
-
+    each_k = np.stack([default[j][0][rows] for j in ks])
     how = {"side": "greater", "kind": f"clusters exchanged between words, best of {len(ks)}", **space.options()}
-    best, null = stats.selection_adjusted_null(indices, indices(clusters), permute=_exchange(clusters), **how)
+    best, null = stats.selection_adjusted_null(
+        lambda own: rand_indices(each_k, own), rand_indices(each_k, clusters), permute=_exchange(clusters), **how
+    )
     estimate, note = pairs[layer][best][0], f"k = {ks[best]}, the best of {', '.join(map(str, ks))}; {words}; "
     note += "the value is optimistic, p is corrected."
     found.append(CLAIMS["clusters_best_k"].tested(estimate, null, estimate.value >= ARI, note))

@@ -117,7 +117,7 @@ def _clusters(data: Mapping[str, Any]) -> list[Figure]:
         made.append(to_figure("families", "Clusters and published families", caption, figure))
     caption = "Mean silhouette by cosine distance, to look at, without a null: 1 is a perfect cluster, 0 is none."
     if "families" in agreement:
-        caption += f" The published families themselves have {agreement['families']:.2f}."
+        caption += f" The published families themselves have {agreement['families']:.2f}.".replace("-", "\u2212")
     silhouettes = {at: (values, None, None) for at, values in agreement["silhouette"].items()}
     figure = layer_curves(ks, silhouettes, y="silhouette", x="k", mark=k)
     return [*made, to_figure("silhouette", "How distinct the clusters are", caption, figure)]
@@ -148,13 +148,15 @@ def _layers(data: Mapping[str, Any]) -> list[Figure]:
     curves = {component: (share, None, None) for component, share in data["shares"].items()}
     shares = layer_curves(data["layers"], curves, y="% of the variance over concepts", mark=data["layer"])
     made = [to_figure("shares", "Variance of the first components over layers", "Without intervals.", shares)]
-    labels = [f"layer {layer}" for layer in data["matrix"]]
+    # One scale for both, as narrow as the paper's where that shows everything.
+    low = np.floor(10 * min(np.min(data["likeness"]), np.min(data["whole"]), 0.8)) / 10
     for id, key, unit, what in (
         ("layers", "likeness", "correlation", "over pairs of different words"),
         ("layers-cosine", "whole", "cosine", "of the whole matrices, as in the paper"),
     ):
         caption = f"The {unit} of two layers' matrices of cosines, {what}.{_embedding(data['matrix'])}"
-        figure = heat_map(data[key], labels, limit=(0.0, 1.0), unit=unit)
+        figure = heat_map(data[key], [str(layer) for layer in data["matrix"]], limit=(float(low), 1.0), unit=unit)
+        figure.update_xaxes(title_text="layer").update_yaxes(title_text="layer")
         made.append(to_figure(id, f"Likeness of layers, {unit}", caption, figure))
     return made
 
