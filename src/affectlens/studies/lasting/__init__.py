@@ -319,7 +319,8 @@ class _Measured:
         whole = table(self.felt)
         estimate = stats.bootstrap(lambda rows: float(table(self.felt, rows)[off].mean()), self.kind, **self.options)
         null = self._null(lambda felt: float(table(felt)[off].mean()), estimate.value)
-        note = f"Mean of 20 pairs of conditions; in the same condition {whole.diagonal().mean():.2f}, of scenes as few; {self.where}."
+        same = whole.diagonal().mean()
+        note = f"Mean of 20 pairs of conditions; within a condition, from scenes as few, {same:.2f}; {self.where}."
         return whole, CLAIMS["one_state"].tested(estimate, null, self._clear(estimate), note)
 
     def _to_neutral(self) -> Finding:
