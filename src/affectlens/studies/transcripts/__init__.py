@@ -87,7 +87,8 @@ CLAIMS = {
             NAME,
             "averaging",
             f"The strongest stretch of {STRETCH} tokens tells the emotion better than the strongest token",
-            _ABOVE,
+            f"holds: p <= {ALPHA}, the interval above 0, and that of the stretch's own AUROC above 0.5; weak: p <= {ALPHA} only; "
+            "fails: otherwise",
             figure="averaging",
         ),
     )
@@ -166,7 +167,9 @@ class Transcripts:
 
     def draw(self, data: Mapping[str, Any]) -> list[Figure]:
         """Draw scores by family, AUROC against the length of the stretch, and one conversation; those that there are."""
-        return _figures(data)
+        from affectlens.studies.transcripts.drawing import figures
+
+        return figures(data)
 
 
 def _measure(bench: Bench, ranking: Ranking) -> Outcome:
@@ -374,13 +377,14 @@ def _averaging(
         **options,
     )
     curve = stats.bootstrap_each(lambda units: weights[units] @ placed[units], own, **options)
+    stretch = curve[WIDTHS.index(STRETCH)]
     note = (
-        f"AUROC {curve[WIDTHS.index(STRETCH)].value:.2f} of the strongest stretch minus {curve[0].value:.2f} of the strongest "
+        f"AUROC {stretch.value:.2f} of the strongest stretch minus {curve[0].value:.2f} of the strongest "
         f"token; the tokens of one conversation vary {spread:.1f} times as much as means of conversations do; {where}."
     )
     data = {"widths": list(WIDTHS), "auroc": [[round(v, 5) for v in (e.value, e.low, e.high)] for e in curve]}
     raw = {"emotion": [labelled.names[c] for c in own]} | {f"width {w}": placed[:, i] for i, w in enumerate(WIDTHS)}
-    return CLAIMS["averaging"].tested(estimate, null, estimate.low > 0, note), data, raw
+    return CLAIMS["averaging"].tested(estimate, null, estimate.low > 0 and stretch.low > 0.5, note), data, raw
 
 
 def _families(bench: Bench, ranking: Ranking, labelled: _Labelled) -> dict[str, Any]:
@@ -439,104 +443,6 @@ def _example(traces: Mapping[int, Trace], heads: Mapping[str, list[int]], rankin
     pair = [name for name in dict.fromkeys((own, found.labels.get("user", probe), probe)) if name in found.scores][:2]
     lines: dict[str, Any] = {name: found.scores[name] for name in pair}
     return {"id": found.id, "probe": probe, "turns": found.turns, "labels": dict(found.labels), "lines": lines}
-
-
-def _figures(data: Mapping[str, Any]) -> list[Figure]:
-    from affectlens.figures import GREY, PALETTE, blank, heat_map, to_figure
-
-    figures = []
-    if "families" in data:
-        found = data["families"]
-        limit = round(float(np.quantile(np.abs(found["matrix"]), 0.98)), 3)
-        drawn = heat_map(found["matrix"], found["names"], limit=limit, unit="SD")
-        caption = (
-            f"Mean score of the conversations by the {found['what']} of the assistant's emotion (row) and of the probe (column), "
-            "in standard deviations of each probe over the conversations. Read on the assistant's words."
-        )
-        figures.append(to_figure("families", f"What the assistant's words read, layer {data['layer']}", caption, drawn))
-    if "averaging" in data:
-        found = data["averaging"]
-        value, low, high = np.array(found["auroc"]).T
-        widths = [str(width) for width in found["widths"]]
-        drawn = blank(x="tokens averaged", y="AUROC, mean over emotions", height=360)
-        drawn.add_scatter(
-            x=widths,
-            y=value,
-            error_y={"type": "data", "symmetric": False, "array": high - value, "arrayminus": value - low, "thickness": 1.5},
-            mode="lines+markers",
-            line={"color": PALETTE[0], "width": 2},
-            hovertemplate="strongest %{x} tokens<br>AUROC %{y:.3f}<extra></extra>",
-            showlegend=False,
-        )
-        drawn.add_hline(y=0.5, line={"color": GREY, "width": 1, "dash": "dash"})
-        drawn.add_annotation(
-            text="chance",
-            font={"size": 11, "color": GREY},
-            showarrow=False,
-            xref="paper",
-            x=1,
-            xanchor="right",
-            y=0.5,
-            yanchor="bottom",
-        )
-        drawn.update_xaxes(type="category").update_yaxes(zeroline=False)
-        caption = (
-            "How well the strongest stretch of the assistant's tokens tells its emotion, by the length of the stretch; bootstrap "
-            f"over conversations. The claim compares {STRETCH} with 1; the other lengths are exploratory."
-        )
-        figures.append(to_figure("averaging", "Stretches against single tokens", caption, drawn))
-    if "trace" in data:
-        figures.append(_drawn_trace(data["trace"]))
-    return figures
-
-
-def _drawn_trace(found: Mapping[str, Any]) -> Figure:
-    from affectlens.figures import GREY, PALETTE, blank, to_figure
-
-    lines = {name: np.array([np.nan if v is None else v / 1000 for v in own]) for name, own in found["lines"].items()}
-    drawn = blank(x="token of the conversation", y="centred cosine", height=380, wide=True)
-    start, roles = 0, []
-    for role, n in found["turns"]:
-        if role == "assistant":
-            drawn.add_vrect(x0=start, x1=start + n, fillcolor=GREY, opacity=0.13, line_width=0, layer="below")
-        roles.append((role, start, start + n))
-        start += n
-    for number, (name, scores) in enumerate(lines.items()):
-        colour = PALETTE[number]
-        if number == 0:
-            drawn.add_scatter(
-                x=list(range(len(scores))),
-                y=scores,
-                mode="markers",
-                marker={"size": 4, "color": colour, "opacity": 0.4},
-                name=f"{name}, each token",
-                hovertemplate=f"token %{{x}}<br>{name} %{{y:.3f}}<extra></extra>",
-            )
-        line: list[float] = []
-        for _, begin, end in roles:  # a gap between turns: no average reaches over two speakers
-            line += [*(float(v) for v in _around(scores[begin:end])), float("nan")]
-        x = [at for _, begin, end in roles for at in (*range(begin, end), end - 0.5)]
-        whose = next((f" (the {role}'s)" for role, label in found["labels"].items() if label == name), "")
-        drawn.add_scatter(
-            x=x,
-            y=line,
-            mode="lines",
-            line={"color": colour, "width": 2.2, "dash": "solid" if number == 0 else "dash"},
-            name=f"{name}{whose}, {STRETCH} tokens",
-            hovertemplate=f"token %{{x}}<br>{name} %{{y:.3f}}<extra></extra>",
-        )
-    caption = (
-        f"Conversation {found['id']}, which {found['probe']} ranks first. Points are single tokens, lines means over "
-        f"{STRETCH} tokens of one turn around each; the assistant's turns are shaded."
-    )
-    return to_figure("trace", "One conversation, token by token", caption, drawn)
-
-
-def _around(scores: np.ndarray) -> np.ndarray:
-    """Mean over the stretch around each token of a turn; at the ends the stretch is moved, not cut."""
-    means = smoothed(np.where(np.isnan(scores), np.nanmean(scores), scores)) if not np.isnan(scores).all() else scores[:1]
-    before = (len(scores) - len(means)) // 2
-    return np.pad(means, (before, len(scores) - len(means) - before), mode="edge")
 
 
 STUDY = Transcripts()
