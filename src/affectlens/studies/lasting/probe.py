@@ -75,7 +75,7 @@ def folds(topics: np.ndarray, *, n: int, seed: int) -> np.ndarray:
 
     Example:
         >>> first, second, third = folds(np.array(["drums", "a lift", "drums"]), n=2, seed=0)
-        >>> first == third != second
+        >>> bool(first == third != second)
         True
     """
     names, number = np.unique(topics, return_inverse=True)
