@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 SCENARIOS, HELD_OUT = 6, 2
 """Messages of each concept, and how many of them are held out."""
+LADDERS, STEPS = 6, 9
+"""Quantity ladders of each kind, and the values of each."""
 CONTRASTS = 24
-TALKS, TURNS = 24, 6
+TALKS, TURNS = 16, 6
 """How often each concept stands on either side of a dialogue, and how often each side speaks."""
 HIDERS = 6
 """So many concepts are concealed, each behind each other one."""
@@ -59,10 +61,11 @@ def _ladders(w: _Writer) -> list[dict[str, Any]]:
     from affectlens.engines.toy import QUANTITIES
 
     records = []
-    for (what, towards), i in itertools.product(QUANTITIES.items(), range(6)):
+    # Every number is a word of its own: ladders of one kind that had numbers in common would share their noise.
+    dealt = {what: w.rng.permutation(100).tolist() for what in QUANTITIES}
+    for (what, towards), i in itertools.product(QUANTITIES.items(), range(LADDERS)):
         known = towards if towards and set(towards) <= set(w.names) else None
-        # Every number is a word of its own: other values in each ladder, or ladders of one kind would share their noise.
-        values = sorted(w.rng.choice(100, 9, replace=False).tolist())
+        values = sorted(dealt[what][STEPS * i : STEPS * (i + 1)])
         records.append(
             {
                 "id": f"{what}-{i}",
@@ -167,7 +170,7 @@ def _concealment(w: _Writer) -> list[dict[str, Any]]:
 
 
 def _profile(w: _Writer) -> list[dict[str, Any]]:
-    hard = [("hard", f"category {i % 4}", w.words(w.names[i % len(w.names)], 27)) for i in range(48)]
+    hard = [("hard", f"category {i % 4}", w.words(w.names[i % len(w.names)], 27)) for i in range(96)]
     neutral = [("neutral", f"plain {i % 2}", w.words(None, 27)) for i in range(24)]
     return [{"id": f"profile-{i}", "kind": k, "category": c, "text": t} for i, (k, c, t) in enumerate(hard + neutral)]
 

@@ -303,7 +303,7 @@ class Study(Protocol):
         ...
 
 
-STUDIES: tuple[str, ...] = ("separation", "geometry", "lens", "passages", "scenarios", "dose", "layers", "concealment", "lasting")
+STUDIES: tuple[str, ...] = ("separation", "geometry", "lens", "passages", "scenarios", "dose", "reply", "layers", "concealment", "lasting")
 """Names of all studies, in the order of the report. Each is the module of that name with a ``STUDY`` object."""
 
 
