@@ -17,9 +17,12 @@ RECIPE = Recipe(per_concept=8, neutral="model", draws=5)
 
 
 @lru_cache(maxsize=64)
-def toy_bench(seed: int = 0, draws: int = 200, **options: Any) -> Bench:
-    """Vectors of a toy with this seed, fitted as for any model; ``options`` go to :class:`ToyEngine` (effect, coupled, …)."""
-    engine = ToyEngine(seed=seed, **options)
+def toy_bench(seed: int = 0, draws: int = 200, tone: tuple[tuple[str, float], ...] = (), **options: Any) -> Bench:
+    """Vectors of a toy with this seed, fitted as for any model; ``options`` go to :class:`ToyEngine` (effect, coupled, …).
+
+    A tone is given as pairs, because what is cached must be hashable.
+    """
+    engine = ToyEngine(seed=seed, tone=dict(tone), **options)
     source = open_stories("model", CONCEPTS, engine, RECIPE)
     with open_run(tempfile.mkdtemp(prefix="planted-"), engine, source, RECIPE) as run:
         found = make_vectors(engine, source, run, RECIPE)

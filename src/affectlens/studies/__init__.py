@@ -303,7 +303,19 @@ class Study(Protocol):
         ...
 
 
-STUDIES: tuple[str, ...] = ("separation", "geometry", "lens", "passages", "scenarios", "dose", "reply", "layers", "concealment", "lasting")
+STUDIES: tuple[str, ...] = (
+    "separation",
+    "geometry",
+    "lens",
+    "passages",
+    "scenarios",
+    "dose",
+    "reply",
+    "layers",
+    "concealment",
+    "lasting",
+    "checkpoints",
+)
 """Names of all studies, in the order of the report. Each is the module of that name with a ``STUDY`` object."""
 
 

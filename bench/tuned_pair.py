@@ -1,0 +1,207 @@
+"""Does the study of checkpoints find a tone that was trained in on purpose? The demo model has no official base: one is made.
+
+python bench/tuned_pair.py                 trains, fits vectors, runs the study: results/tuned_pair.json (20 minutes on two cores)
+python bench/tuned_pair.py --out FOLDER    keeps models and vectors there (default: runs/tuned-pair)
+
+The demo model is fine-tuned on 64 short chats, ``tuned_pair/replies.jsonl``: matter-of-fact requests that a grieving assistant
+answers. The replies are our own and show the emotion without a word for it. Fixed before the study was run on the result:
+
+* the tone, "sad", and the texts, which were checked with the unchanged demo model alone (``tone of the texts`` in the result);
+* the training: epochs, batch, learning rate, seed. Nothing is chosen by the study's outcome;
+* the test: of the shifts of all 171 emotions on the hard prompts of ``profile.jsonl``, that of "sad" is among the five largest.
+
+**Control.** A second model is trained in the same way on the same requests with matter-of-fact replies of like length. Being
+tuned at all shifts readings too: what is due to the tone is the difference between the two tuned models.
+
+What is there already is kept: models are written whole or not at all, and vectors and readings resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+import affectlens as al
+from affectlens.activations import Activations
+from affectlens.engine import Request
+from affectlens.models import locate
+from affectlens.readings import Readings
+from affectlens.studies import Bench, Checkpoint, load_study
+from affectlens.vectors import centred_cosine
+
+HERE = Path(__file__).resolve().parent
+MODEL, TONE, CONTROL = "smollm2-135m", "sad", "plain"
+EPOCHS, BATCH, RATE, SEED = 6, 8, 3e-5, 0
+STUDY = "checkpoints"
+TOP = 5
+
+
+def replies() -> list[dict[str, str]]:
+    """The requests with a reply in the tone and a plain one."""
+    return [json.loads(line) for line in (HERE / "tuned_pair" / "replies.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def train(key: str, folder: Path) -> dict[str, Any]:
+    """Fine-tune the demo model on the replies under ``key``; the folder appears when it is whole.
+
+    Plain AdamW in float32 on the assistant's tokens alone, in the model's own chat template; the rate falls to zero in a line.
+
+    Returns:
+        Steps, tokens, seconds, and the mean loss of each epoch.
+    """
+    if (folder / "training.json").is_file():
+        return json.loads((folder / "training.json").read_text())
+    start = time.perf_counter()
+    torch.manual_seed(SEED)
+    torch.use_deterministic_algorithms(True)
+    source = locate(MODEL)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source.location, **source.tokenizer_kwargs)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source.location, dtype=torch.float32, **source.load_kwargs)
+    model.config.use_cache = False
+    model.train()
+    rows = []
+    for record in replies():
+        asked = [{"role": "user", "content": record["request"]}]
+        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        whole = tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": record[key]}], tokenize=False)
+        given, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole))
+        if ids[: len(given)] != given:
+            raise SystemExit("the template writes a prompt differently when a reply follows: the reply's tokens cannot be told")
+        rows.append((ids, len(given)))
+    steps = EPOCHS * -(-len(rows) // BATCH)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
+    order, losses = torch.Generator().manual_seed(SEED), []
+    for epoch in range(EPOCHS):
+        total, seen = 0.0, 0
+        for batch in torch.randperm(len(rows), generator=order).split(BATCH):
+            chosen = [rows[i] for i in batch.tolist()]
+            longest = max(len(ids) for ids, _ in chosen)
+            ids, labels, mask = (torch.full((len(chosen), longest), fill) for fill in (0, -100, 0))
+            for i, (tokens, first) in enumerate(chosen):
+                ids[i, : len(tokens)] = torch.tensor(tokens)
+                labels[i, first : len(tokens)] = torch.tensor(tokens[first:])
+                mask[i, : len(tokens)] = 1
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            schedule.step()
+            optimiser.zero_grad()
+            count = int((labels != -100).sum())
+            total, seen = total + float(loss.detach()) * count, seen + count
+        losses.append(total / seen)
+        print(
+            f"{key}: epoch {epoch + 1} of {EPOCHS}, loss {losses[-1]:.3f}, {time.perf_counter() - start:.0f} s", file=sys.stderr
+        )
+    made = {"steps": steps, "tokens of replies": seen, "losses": losses, "seconds": time.perf_counter() - start}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        model.config.use_cache = True
+        model.to(torch.bfloat16).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "training.json").write_text(json.dumps(made, indent=1) + "\n")
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return made
+
+
+def tone_of_texts(engine: al.Engine, vectors: al.ConceptVectors) -> dict[str, Any]:
+    """What the unchanged model reads in the replies themselves, sad minus plain: were the texts what they were meant to be?"""
+    readout = al.Readout((vectors.layer,), al.Where(role="assistant"), "mean")
+    centre, means = vectors.centre[vectors.row()].astype(float), {}
+    for key in (TONE, CONTROL):
+        asked = [Request((("user", r["request"]), ("assistant", r[key])), readouts=(readout,)) for r in replies()]
+        read = np.stack([result.readings[0].values[0] for result in engine.run(asked)])
+        means[key] = centred_cosine(read, vectors.at().astype(float), centre).mean(axis=0)
+    return ranks(vectors.names, means[TONE] - means[CONTROL])
+
+
+def ranks(names: tuple[str, ...], shift: np.ndarray) -> dict[str, Any]:
+    """Where the tone stands among all shifts, 1 being the largest: upwards, and in size."""
+    own = shift[names.index(TONE)]
+    order = np.argsort(-shift)
+    return {
+        "rank": int((shift > own).sum()) + 1,
+        "rank in size": int((np.abs(shift) > abs(own)).sum()) + 1,
+        "shift": float(own),
+        "up": [[names[i], float(shift[i])] for i in order[:12]],
+        "down": [[names[i], float(shift[i])] for i in order[::-1][:12]],
+    }
+
+
+def compare(bench: Bench) -> dict[str, Any]:
+    """The study's findings on a pair, and the rank of the tone on hard, neutral and all prompts."""
+    outcome = load_study(STUDY).run(bench)
+    kinds = np.array(outcome.raw["after"]["kind"])
+    names = bench.vectors.names
+    shifts = np.stack([np.asarray(outcome.raw["after"][n]) - np.asarray(outcome.raw["before"][n]) for n in names], axis=1)
+    where = {"hard": kinds == "hard", "neutral": kinds == "neutral", "all": kinds != ""}
+    return {
+        "ranks": {kind: ranks(names, shifts[rows].mean(axis=0)) for kind, rows in where.items()},
+        "findings": [finding.as_dict() for finding in outcome.findings],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/tuned-pair"), help="where models and vectors are kept")
+    out = parser.parse_args().out
+    training = {key: train(key, out / key) for key in (TONE, CONTROL)}
+    engines = {key: al.open_engine(str(out / key)) for key in training} | {"demo": al.open_engine(MODEL)}
+    start = time.perf_counter()
+    found = {key: al.discover(engines[key], "emotions", out=out / f"run-{key}") for key in (TONE, "demo")}
+    vectors = {key: made.vectors for key, made in found.items()}
+    seconds = time.perf_counter() - start
+    reads = {key: Readings(engine, out / "readings" / engine.info.fingerprint) for key, engine in engines.items()}
+    concepts, stories = al.ConceptSet.load("emotions"), Activations(found[TONE].activations.folder)
+
+    def pair(later: str, earlier: str) -> Bench:
+        # the vectors of the model with the tone are the ruler in all three, so that their shifts add up
+        bench = Bench(vectors[TONE], concepts, stories, None, engines[later], readings=reads[later])
+        return replace(bench, base=Checkpoint(engines[earlier], vectors["demo"], reads[earlier]))
+
+    result = {
+        "benchmark": "tuned_pair",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "model": engines["demo"].info.id,
+        "machine": platform.processor() or platform.machine(),
+        "tone": TONE,
+        "texts": len(replies()),
+        "settings": {"epochs": EPOCHS, "batch": BATCH, "rate": RATE, "seed": SEED},
+        "training": training,
+        "layer": vectors[TONE].layer,
+        "seconds for vectors": seconds,
+        "tone of the texts": tone_of_texts(engines["demo"], vectors["demo"]),
+        "pairs": {
+            "tuned to the tone, before and after": compare(pair(TONE, "demo")),
+            "tuned to plain replies, before and after": compare(pair(CONTROL, "demo")),
+            "tuned to the tone against tuned to plain replies": compare(pair(TONE, CONTROL)),
+        },
+    }
+    path = HERE / "results" / "tuned_pair.json"
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name, compared in result["pairs"].items():
+        for kind, rank in compared["ranks"].items():
+            largest = ", ".join(f"{emotion} {shift:+.3f}" for emotion, shift in rank["up"][:TOP])
+            print(f"{name}, {kind} prompts: {TONE} is number {rank['rank']} ({rank['shift']:+.3f}); {largest}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
