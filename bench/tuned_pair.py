@@ -165,11 +165,10 @@ def main() -> int:
     training = {key: train(key, out / key) for key in (TONE, CONTROL)}
     engines = {key: al.open_engine(str(out / key)) for key in training} | {"demo": al.open_engine(MODEL)}
     start = time.perf_counter()
-    found = {key: al.discover(engines[key], "emotions", out=out / f"run-{key}") for key in (TONE, "demo")}
-    vectors = {key: made.vectors for key, made in found.items()}
+    vectors = {key: al.discover(engines[key], "emotions", out=out / f"run-{key}") for key in (TONE, "demo")}
     seconds = time.perf_counter() - start
     reads = {key: Readings(engine, out / "readings" / engine.info.fingerprint) for key, engine in engines.items()}
-    concepts, stories = al.ConceptSet.load("emotions"), Activations(found[TONE].activations.folder)
+    concepts, stories = al.ConceptSet.load("emotions"), Activations(out / f"run-{TONE}" / "activations")
 
     def pair(later: str, earlier: str) -> Bench:
         # the vectors of the model with the tone are the ruler in all three, so that their shifts add up

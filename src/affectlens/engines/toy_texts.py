@@ -170,7 +170,7 @@ def _concealment(w: _Writer) -> list[dict[str, Any]]:
 
 
 def _profile(w: _Writer) -> list[dict[str, Any]]:
-    hard = [("hard", f"category {i % 4}", w.words(w.names[i % len(w.names)], 27)) for i in range(96)]
+    hard = [("hard", f"category {i % 4}", w.words(w.names[(3 * (i % 4) + i // 4 % 3) % len(w.names)], 27)) for i in range(96)]
     neutral = [("neutral", f"plain {i % 2}", w.words(None, 27)) for i in range(24)]
     return [{"id": f"profile-{i}", "kind": k, "category": c, "text": t} for i, (k, c, t) in enumerate(hard + neutral)]
 
