@@ -17,8 +17,9 @@ Declared before any data is seen:
   over all tokens of these messages. *Early* and *late* are the first and the last third of the layers, fixed beforehand.
 * **Nulls.** Words, numbers, binding: which text is called first, or whom the reference means, exchanged (signs of whole pairs).
   Negation: probes exchanged between texts. At the best layer: the best of all layers under every exchange.
-* **Intervals.** Bootstrap over pairs or stories; tokens of one text are never counted as independent.
-* **Conditions.** A model with six layers or more; six pairs of a kind with vectors for what they declare.
+* **Intervals.** Bootstrap over pairs or stories, for negation over concepts; tokens of one text are never counted as independent.
+* **Conditions.** A model with six layers or more; six pairs of a kind (for negation: six concepts) with vectors for what they
+  declare.
 
 The layer at which a curve has risen to half of its peak is descriptive. Source: method 11.3 (paper, Figs 12 to 15).
 """
@@ -36,6 +37,7 @@ from affectlens import stats
 from affectlens.engine import Layout, Readout, Request, Where
 from affectlens.errors import FormatError
 from affectlens.studies import ALPHA, Bench, Claim, Figure, Finding, Outcome, Table, untestable
+from affectlens.studies.layers.drawing import ENDING, PLACES, TITLES, figures
 
 if TYPE_CHECKING:
     from affectlens.engine import Result
@@ -44,15 +46,6 @@ NAME = "layers"
 FEW, DEEP = 6, 6
 
 _ABOVE = f"holds: p <= {ALPHA} and the interval above 0; weak: p <= {ALPHA} only; fails: otherwise"
-_FOLLOWS = ("ending begins", "ending middle", "ending ends")
-PLACES = {
-    "words": ("word", *_FOLLOWS, "reply"),
-    "numbers": ("word", *_FOLLOWS, "reply"),
-    "negation": ("word", "what follows", "reply"),
-    "binding": ("emotion words", "in between", "reference", "reply"),
-}
-"""Where each kind of contrast is read, in the order of the text."""
-TITLES = {"words": "an early word", "numbers": "an early number", "negation": "negation", "binding": "whom it refers to"}
 
 
 @dataclass(frozen=True)
@@ -81,11 +74,13 @@ def _test(
 TESTS = (
     _test("word", "Early layers read the changed word itself", "words", "word", "early"),
     _test("carried", "What follows the word is read in its light", "words", "ending", "here", "up to 0.08", "maps"),
-    _test("carried_later", "It is read so in late layers more than in early ones", "words", "ending", "later"),
-    _test("reply", "So is the position where the model is about to answer", "words", "reply", "here", figure="maps"),
+    _test(
+        "carried_later", "What follows is read in its light in late layers more than in early ones", "words", "ending", "later"
+    ),
+    _test("reply", "An early word is read at the reply position", "words", "reply", "here", figure="maps"),
     _test("reply_somewhere", "At some layer an early word is read at the reply position", "words", "reply", "best"),
     _test("numbers", "A number is understood at the reply position", "numbers", "reply", "here", "above 0.04", "maps"),
-    _test("numbers_later", "It is understood in late layers more than in early ones", "numbers", "reply", "later"),
+    _test("numbers_later", "A number is understood in late layers more than in early ones", "numbers", "reply", "later"),
     _test("numbers_somewhere", "At some layer a number is understood at the reply position", "numbers", "reply", "best"),
     _test("negation_word", "Early layers read a negated feeling at its word as if felt", "negation", "negated word", "early"),
     _test("negation", "At the reply position a negated feeling reads lower than an affirmed one", "negation", "reply", "here"),
@@ -97,7 +92,9 @@ TESTS = (
     _test(
         "binding", "A reference to a person recalls what that person feels", "binding", "reference", "here", "about 0.03", "maps"
     ),
-    _test("binding_later", "It does so in late layers more than in early ones", "binding", "reference", "later"),
+    _test(
+        "binding_later", "A reference recalls the feeling in late layers more than in early ones", "binding", "reference", "later"
+    ),
     _test("binding_somewhere", "At some layer the reference recalls the feeling", "binding", "reference", "best"),
 )
 CLAIMS = {test.claim.id: test.claim for test in TESTS}
@@ -111,6 +108,8 @@ class _Contrast:
     """
 
     id: str
+    unit: str
+    """What is sampled: the record, or the concept where several records negate the same one."""
     kind: str
     texts: tuple[str, ...]
     spans: tuple[Mapping[str, tuple[int, int]], ...]
@@ -129,7 +128,7 @@ def _contrasts(bench: Bench) -> list[_Contrast]:
         contrast = make(record) if make else None
         if contrast and all(name in bench.vectors for name in contrast.probes):
             found.append(contrast)
-    enough = [kind for kind in PLACES if sum(contrast.kind == kind for contrast in found) >= FEW]
+    enough = [kind for kind in PLACES if len({contrast.unit for contrast in found if contrast.kind == kind}) >= FEW]
     return [contrast for contrast in found if contrast.kind in enough]
 
 
@@ -157,14 +156,14 @@ def _early_word(record: Mapping[str, Any]) -> _Contrast:
         {"word": (at, at + len(w)), "ending": (len(t) - len(ending), len(t))} for w, t in zip((one, two), texts, strict=True)
     )
     kind = "numbers" if one.isdigit() and two.isdigit() else "words"
-    return _Contrast(record["id"], kind, texts, spans, (record["rises"], record["falls"]))
+    return _Contrast(record["id"], record["id"], kind, texts, spans, (record["rises"], record["falls"]))
 
 
 def _negation(record: Mapping[str, Any]) -> _Contrast:
     texts = (record["affirmed"].strip(), record["negated"].strip())
     words = [_find(record, text, record["word"]) for text in texts]
     spans = tuple({"word": word, "what follows": (word[1], len(text))} for word, text in zip(words, texts, strict=True))
-    return _Contrast(record["id"], "negation", texts, spans, (record["concept"],))
+    return _Contrast(record["id"], record["concept"], "negation", texts, spans, (record["concept"],))
 
 
 def _binding(record: Mapping[str, Any]) -> _Contrast:
@@ -174,7 +173,7 @@ def _binding(record: Mapping[str, Any]) -> _Contrast:
     between = (max(end for _, end in words), reference[0])
     spans = {"first": words[0], "second": words[1], "in between": between, "reference": reference}
     sign = 1 if record["reference"]["to"] == "first" else -1
-    return _Contrast(record["id"], "binding", (text,), (spans,), (first["concept"], second["concept"]), sign)
+    return _Contrast(record["id"], record["id"], "binding", (text,), (spans,), (first["concept"], second["concept"]), sign)
 
 
 def _columns(contrasts: Sequence[_Contrast]) -> list[str]:
@@ -220,7 +219,7 @@ class Layers:
 
     def draw(self, data: Mapping[str, Any]) -> list[Figure]:
         """Draw the maps of places and layers and the curves over layers; nothing when it was untestable."""
-        return _figures(data) if "kinds" in data else []
+        return figures(data) if "kinds" in data else []
 
 
 # ── reading ──
@@ -259,8 +258,8 @@ def _read(contrasts: Sequence[_Contrast], results: Iterator[Result]) -> tuple[li
                     raise FormatError(f"contrast {contrast.id!r}: no token at its {name}: correct the record")
                 place[name] = cosines[:, index[-1]] if name in _POINTS else cosines[:, index].mean(axis=1)
                 if name == "ending":
-                    thirds = np.array_split(index, len(_FOLLOWS)) if len(index) >= len(_FOLLOWS) else [index] * len(_FOLLOWS)
-                    place |= {third: cosines[:, part].mean(axis=1) for third, part in zip(_FOLLOWS, thirds, strict=True)}
+                    thirds = np.array_split(index, len(ENDING)) if len(index) >= len(ENDING) else [index] * len(ENDING)
+                    place |= {third: cosines[:, part].mean(axis=1) for third, part in zip(ENDING, thirds, strict=True)}
             words = cosines[:, tokens_of(result.layout, reading.positions, text, (0, len(text)))]
             count, total, squares = count + words.shape[1], total + words.sum(axis=1), squares + (words**2).sum(axis=1)
             texts.append(place)
@@ -277,7 +276,7 @@ class _Part:
     """Differences of one kind at one place.
 
     Args:
-        values: ``(contrasts, layers)``.
+        values: ``(units, layers)``.
         exchanged: Draws the mean over contrasts ``(layers,)`` as it would be if the claim were false.
         kind: What that exchanges.
     """
@@ -292,10 +291,10 @@ def _flipped(values: np.ndarray, kind: str) -> _Part:
 
 
 def _own(table: np.ndarray) -> _Part:
-    """Texts by their own probe, less what the other probes do on the text and what the probe does on the other texts.
+    """Texts by their own probe, less what the other probes do on them and what this probe does on the others.
 
     Args:
-        table: ``(texts, probes, layers)``; the probe of text ``i`` is ``i``.
+        table: ``(concepts of texts, probes, layers)``, in the same order.
     """
     n = len(table)
     every = np.arange(n)
@@ -338,9 +337,14 @@ def _parts(
 
         return {place: change(place) for place in (*PLACES[kind], "ending")}
     if kind == "negation":
-        parts = {place: _own((at(place, 0) - at(place, 1))[:, :, own[0]].transpose(0, 2, 1)) for place in PLACES[kind]}
-        named = {f"{name} word": at("word", k)[:, :, own[0]].transpose(0, 2, 1) for k, name in enumerate(("affirmed", "negated"))}
-        return parts | {name: _own(table) for name, table in named.items()}
+        concepts = sorted(set(own[0].tolist()))
+
+        def table(values: np.ndarray) -> _Part:
+            """Texts of one concept share its word and its probe: they are one unit."""
+            return _own(np.stack([values[own[0] == concept].mean(axis=0)[:, concepts].T for concept in concepts]))
+
+        parts = {place: table(at(place, 0) - at(place, 1)) for place in PLACES[kind]}
+        return parts | {"affirmed word": table(at("word", 0)), "negated word": table(at("word", 1))}
     signs = np.array([contrast.sign for contrast in contrasts])[:, None]
 
     def recalled(place: str) -> _Part:
@@ -371,10 +375,11 @@ def _measure(bench: Bench, contrasts: Sequence[_Contrast], cells: Sequence[Any],
         own, texts = [contrasts[i] for i in chosen], [cells[i] for i in chosen]
         scaled = [[{place: value / deviation for place, value in text.items()} for text in both] for both in texts]
         cosine[kind], z[kind] = _parts(kind, own, texts, column), _parts(kind, own, scaled, column)
+        units = list(dict.fromkeys(contrast.unit for contrast in own)) if kind != "negation" else sorted({c.unit for c in own})
         for place in PLACES[kind]:
-            for i, contrast in enumerate(own):
+            for i, unit in enumerate(units):
                 raw["kind"] += [kind] * depth
-                raw["id"] += [contrast.id] * depth
+                raw["id"] += [unit] * depth
                 raw["place"] += [place] * depth
                 raw["layer"] += list(vectors.layers)
                 raw["cosine"] += cosine[kind][place].values[i].tolist()
@@ -412,7 +417,8 @@ def _measure(bench: Bench, contrasts: Sequence[_Contrast], cells: Sequence[Any],
             note += f"; where the feeling is affirmed {affirmed:.2f}"
         values = part.values @ weights
         estimate = stats.bootstrap(lambda rows: float(values[rows].mean()), len(values), **options)
-        note = f"{note}; place: {test.place}; {len(values)} contrasts, {bench.format}."
+        units = "concepts" if test.kind == "negation" else "contrasts"
+        note = f"{note}; place: {test.place}; {len(values)} {units}, {bench.format}."
         return test.claim.tested(estimate, null, estimate.low > 0, note)
 
     findings = [finding(test) for test in TESTS]
@@ -483,101 +489,6 @@ def _data(
 def _interval(e: stats.Estimate, digits: int) -> str:
     value, low, high = (f"{round(v, digits) + 0.0:.{digits}f}" for v in (e.value, e.low, e.high))
     return f"{value} [{low}, {high}]"
-
-
-# ── figures ──
-
-
-def _figures(data: Mapping[str, Any]) -> list[Figure]:
-    from affectlens.figures import to_figure
-
-    maps = (
-        "Mean difference in the declared direction, by place in the text (from left to right) and layer (from the bottom up), in "
-        "standard deviations of the probe over all tokens of these messages at that layer. Red is as declared; the line is the "
-        "vectors' layer. Before the reference (in between) only chance can differ."
-    )
-    curves = "The same at three places, with bootstrap intervals over contrasts; the grey line is the vectors' layer."
-    return [
-        to_figure("maps", "Where in the text, and at which layer", maps, _maps(data)),
-        to_figure("curves", "From the word to what follows", curves, _curves(data)),
-    ]
-
-
-def _grid(data: Mapping[str, Any], *, height: int, **options: Any) -> Any:
-    from plotly.subplots import make_subplots
-
-    from affectlens.figures import blank
-
-    titles = [f"{TITLES[kind]} (n = {data['kinds'][kind]['n']})" for kind in data["kinds"]]
-    grid = make_subplots(subplot_titles=titles, **options)
-    grid.update_annotations(font_size=12)
-    layout = blank(height=height, wide=True).layout
-    return grid.update_layout(template=layout.template, height=height, meta=layout.meta, margin_t=34)
-
-
-def _maps(data: Mapping[str, Any]) -> Any:
-    from affectlens.figures import DIVERGING, GREY
-
-    kinds = data["kinds"]
-    widths = [len(PLACES[kind]) for kind in kinds]
-    grid = _grid(data, height=470, rows=1, cols=len(kinds), shared_yaxes=True, column_widths=widths, horizontal_spacing=0.02)
-    tables = {kind: np.array([kinds[kind]["curves"][place][0] for place in PLACES[kind]]).T for kind in kinds}
-    # The word itself would leave no colour for what follows: the scale ends where most other places do.
-    limit = max(round(float(np.quantile(np.concatenate([np.abs(t[:, 1:]).ravel() for t in tables.values()]), 0.99)), 2), 0.01)
-    for number, (kind, table) in enumerate(tables.items(), 1):
-        places = [place.replace("ending ", "") if place != "ending begins" else "ending" for place in PLACES[kind]]
-        hover = "%{x}, layer %{y}<br>%{z:+.2f} z<extra></extra>"
-        grid.add_heatmap(z=table, x=places, y=data["layers"], coloraxis="coloraxis", hovertemplate=hover, row=1, col=number)
-        grid.add_hline(y=data["layer"], line={"color": GREY, "width": 1}, row=1, col=number)
-    bar = {"title": {"text": "z", "side": "top"}, "thickness": 9, "outlinewidth": 0, "len": 1, "x": 1.01}
-    grid.update_layout(coloraxis={"colorscale": DIVERGING, "cmin": -limit, "cmax": limit, "colorbar": bar})
-    grid.update_xaxes(showline=False, ticks="", type="category", tickangle=-40)
-    return grid.update_yaxes(showgrid=False, zeroline=False).update_yaxes(title_text="layer", col=1)
-
-
-def _curves(data: Mapping[str, Any]) -> Any:
-    from affectlens.figures import GREY, PALETTE
-
-    kinds = data["kinds"]
-    across = min(2, len(kinds))
-    down = -(-len(kinds) // across)
-    grid = _grid(data, height=60 + 270 * down, rows=down, cols=across, horizontal_spacing=0.07, vertical_spacing=0.4 / (down + 1))
-    styles = (("the word", "word", "solid"), ("what follows", "follows", "dash"), ("the reply position", "reply", "dot"))
-    for number, (kind, own) in enumerate(kinds.items()):
-        where = {"row": number // across + 1, "col": number % across + 1}
-        places = PLACES[kind]
-        shown = (places[0], "reference" if kind == "binding" else places[-2], "reply")
-        for (label, group, dash), place, colour in zip(styles, shown, PALETTE, strict=False):
-            value, low, high = own["curves"][place]
-            grid.add_scatter(
-                x=[*data["layers"], *reversed(data["layers"])],
-                y=[*high, *reversed(low)],
-                fill="toself",
-                fillcolor=colour,
-                opacity=0.16,
-                line={"width": 0},
-                mode="lines",
-                hoverinfo="skip",
-                showlegend=False,
-                legendgroup=group,
-                **where,
-            )
-            grid.add_scatter(
-                x=data["layers"],
-                y=value,
-                mode="lines",
-                line={"color": colour, "width": 2, "dash": dash},
-                name=label if kind != "binding" or number else place,
-                legendgroup=group,
-                showlegend=number == 0,
-                hovertemplate=f"<b>{place}</b><br>layer %{{x}}: %{{y:+.2f}}<extra></extra>",
-                **where,
-            )
-        grid.add_vline(x=data["layer"], line={"color": GREY, "width": 1}, **where)
-    grid.update_xaxes(title_text="layer", row=down)
-    grid.update_yaxes(title_text="difference (z)", col=1)
-    height = grid.layout.height
-    return grid.update_layout(legend={"y": 1 + 26 / height, "yanchor": "bottom"}, margin_t=60)
 
 
 STUDY = Layers()

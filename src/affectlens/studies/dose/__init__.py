@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
@@ -34,10 +34,8 @@ from scipy.stats import rankdata
 from affectlens import stats
 from affectlens.engine import Readout, Request
 from affectlens.studies import ALPHA, REPLY, Bench, Claim, Figure, Finding, Outcome, Table, untestable
+from affectlens.studies.dose.drawing import figures
 from affectlens.vectors import centred_cosine
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 NAME = "dose"
 FEW, FEW_OF_ONE, STEPS = 6, 5, 3
@@ -175,7 +173,7 @@ class Dose:
 
     def draw(self, data: Mapping[str, Any]) -> list[Figure]:
         """Draw the ladders, the controls, the pairs and the curve over layers; nothing when it was untestable."""
-        return _figures(data) if "ladders" in data else []
+        return figures(data) if "ladders" in data else []
 
 
 def _declared(ladder: _Ladder, table: np.ndarray) -> np.ndarray:
@@ -473,122 +471,6 @@ def _interval(e: stats.Estimate) -> str:
 
 def _round(values: Any) -> list[float]:
     return [round(float(value), 4) for value in values]
-
-
-# ── figures ──
-
-
-def _figures(data: Mapping[str, Any]) -> list[Figure]:
-    from affectlens.figures import layer_curves, to_figure
-
-    layer = data["layer"]
-    real = [ladder for ladder in data["ladders"] if not ladder["control"]]
-    controls = [ladder for ladder in data["ladders"] if ladder["control"]]
-    caption = (
-        "Red should rise and blue should fall from the left to the right. Thin: one emotion (hover for it); thick: their mean. "
-        "Readings minus their mean over the ladder, in standard deviations of the probe over all messages; values evenly spaced."
-    )
-    drawn = [to_figure("ladders", f"Readings on quantity ladders at layer {layer}", caption, _panels(real))]
-    if controls:
-        text = "The same probes where the number does not matter: no trend is expected. Axes as in the ladders above."
-        drawn.append(to_figure("controls", "Control ladders", text, _panels(controls, like=real)))
-    caption = (
-        "Spearman's rho of each declared pair, signed: to the right is as declared. Grey bars hold 95 % of random directions on "
-        "the same ladder: with so few steps, trends by chance are large. Control ladders at the bottom."
-    )
-    drawn.append(to_figure("pairs", f"Trends beside those of random directions at layer {layer}", caption, _dots(real, controls)))
-    curves = layer_curves(data["layers"], data["curves"], y="mean signed Spearman rho", chance=0.0, mark=layer)
-    return [*drawn, to_figure("layers", "Trends over layers", "Bootstrap intervals over ladders. Exploratory.", curves)]
-
-
-def _panels(ladders: Sequence[Mapping[str, Any]], like: Sequence[Mapping[str, Any]] = ()) -> go.Figure:
-    """One panel a ladder, four in a row, all with the same vertical axis."""
-    from plotly.subplots import make_subplots
-
-    from affectlens.figures import BLUE, GREY, RED, blank
-
-    across = min(4, len(ladders))
-    down = -(-len(ladders) // across)
-    height = 60 + 215 * down
-    grid = make_subplots(
-        down, across, shared_yaxes=True, horizontal_spacing=0.025, vertical_spacing=0.32 / max(down, 2) if down > 1 else 0.3
-    )
-    figure = blank(height=height, wide=True)
-    grid.update_layout(template=figure.layout.template, height=height, meta=figure.layout.meta, margin_t=44)
-    reach = max(abs(v) for ladder in (*ladders, *like) for probe in ladder["probes"] for v in probe["z"])
-    for number, ladder in enumerate(ladders):
-        row, column = number // across + 1, number % across + 1
-        steps = list(range(len(ladder["values"])))
-        for rises, colour, dash, symbol in ((True, RED, "solid", "circle"), (False, BLUE, "dash", "diamond")):
-            probes = [probe for probe in ladder["probes"] if probe["rises"] is rises]
-            lines = [(probe["name"], probe["z"], 1.0, 0.45) for probe in probes]
-            if probes:
-                lines.append((", ".join(p["name"] for p in probes), np.mean([p["z"] for p in probes], axis=0), 2.6, 1.0))
-            for name, values, width, opacity in lines:
-                grid.add_scatter(
-                    x=steps,
-                    y=np.round(values, 4),
-                    mode="lines+markers" if width > 2 else "lines",
-                    marker={"size": 5, "symbol": symbol},
-                    line={"color": colour, "width": width, "dash": dash},
-                    opacity=opacity,
-                    name=f"should {'rise' if rises else 'fall'}",
-                    legendgroup=str(rises),
-                    showlegend=number == 0 and width > 2,
-                    text=[f"{value:g}" for value in ladder["values"]],
-                    hovertemplate=f"<b>{name}</b><br>%{{text}}: %{{y:+.2f}}<extra></extra>",
-                    row=row,
-                    col=column,
-                )
-        ends = [steps[0], steps[len(steps) // 2], steps[-1]]
-        grid.update_xaxes(tickvals=ends, ticktext=[f"{ladder['values'][i]:g}" for i in ends], row=row, col=column)
-        axis = grid.get_subplot(row, column)
-        title = {"xref": "paper", "yref": "paper", "x": sum(axis.xaxis.domain) / 2, "y": axis.yaxis.domain[1], "showarrow": False}
-        grid.add_annotation(**title, text=ladder["id"].replace("-", " "), yanchor="bottom", font={"size": 12})
-    grid.update_yaxes(range=[-1.08 * reach, 1.08 * reach], zerolinecolor=GREY, zerolinewidth=1)
-    grid.update_yaxes(title_text="change (z)", col=1)
-    grid.update_layout(legend={"y": 1 + 34 / height, "yanchor": "bottom"})
-    return grid
-
-
-def _dots(real: Sequence[Mapping[str, Any]], controls: Sequence[Mapping[str, Any]]) -> go.Figure:
-    from affectlens.figures import BLUE, GREY, RED, blank
-
-    def mean(ladder: Mapping[str, Any]) -> float:
-        return float(np.mean([probe["rho"] for probe in ladder["probes"]]))
-
-    rows = [*sorted(controls, key=mean), *sorted(real, key=mean)]
-    labels = [ladder["id"].replace("-", " ") for ladder in rows]
-    figure = blank(x="Spearman rho, signed as declared", height=110 + 25 * len(rows))
-    figure.add_bar(
-        base=[-ladder["band"] for ladder in rows],
-        x=[2 * ladder["band"] for ladder in rows],
-        y=list(range(len(rows))),
-        orientation="h",
-        width=0.7,
-        marker={"color": GREY, "opacity": 0.25, "line": {"width": 0}},
-        name="95 % of random directions",
-        hovertemplate="random directions: ±%{customdata:.2f}<extra></extra>",
-        customdata=[ladder["band"] for ladder in rows],
-    )
-    for rises, colour, symbol in ((True, RED, "circle"), (False, BLUE, "diamond")):
-        dots = [(probe, y) for y, ladder in enumerate(rows) for probe in ladder["probes"] if probe["rises"] is rises]
-        figure.add_scatter(
-            x=[probe["rho"] for probe, _ in dots],
-            y=[y for _, y in dots],
-            mode="markers",
-            marker={"size": 8, "color": colour, "symbol": symbol, "opacity": 0.85},
-            name=f"should {'rise' if rises else 'fall'}",
-            text=[probe["name"] for probe, _ in dots],
-            hovertemplate="<b>%{text}</b><br>%{x:+.2f}<extra></extra>",
-        )
-    if controls:
-        figure.add_hline(y=len(controls) - 0.5, line={"color": GREY, "width": 1, "dash": "dot"})
-    figure.update_yaxes(
-        tickvals=list(range(len(rows))), ticktext=labels, showgrid=False, zeroline=False, range=[-0.6, len(rows) - 0.4]
-    )
-    figure.update_xaxes(range=[-1.06, 1.06], zeroline=True, zerolinecolor=GREY)
-    return figure
 
 
 STUDY = Dose()
