@@ -17,7 +17,8 @@ Declared before any data is seen:
   labels: how much oftener the best passages of a concept use its words (forms and synonyms) than those of other concepts.
 * **Nulls.** Labels exchanged between texts (within a file); concepts exchanged between labels; words exchanged between concepts.
 * **Intervals.** Bootstrap over texts; Wilson over labels; bootstrap over concepts for words. Benjamini-Hochberg over labels.
-* **Conditions.** A model. For labels: two that count, six for the shares. For words: a best passage that uses one.
+* **Conditions.** A model. For labels: two that count, six for the shares. For words: a corpus of the user's, and a best
+  passage that uses one; the bundled texts keep clear of such words.
 
 Source: method 5 (paper, Fig 1: snippets without a score, so no published number).
 """
@@ -225,6 +226,8 @@ def token_views(data: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _words(bench: Bench, found: Search) -> Finding:
     """Whether the best passages of each concept use its own words more than other concepts' words."""
+    if bench.sources.corpus is None:
+        return WORDS.untestable("The bundled texts were written without the words of their emotions: name a corpus to test this.")
     places = [c for c, name in enumerate(found.names) if name in bench.concepts and found.best[c]]
     concepts = [bench.concepts[found.names[c]] for c in places]
     forms = [Phrases.of((*concept.forms, *concept.synonyms)) for concept in concepts]

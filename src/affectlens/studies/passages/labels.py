@@ -76,21 +76,25 @@ class _Texts:
         scored = [text for text in found.with_labels() if rng.random() * found.labelled < TEXTS]
         counts = Counter(label for text in scored for label in text.labels)
         meaning = {label: tuple(mapping.get(label, (label,) if label in bench.vectors else ())) for label in sorted(counts)}
-        self.kinds = np.unique([text.kind for text in scored], return_inverse=True)[1]
+        kinds = np.array([text.kind for text in scored])
         has = np.array([[label in text.labels for label in meaning] for text in scored], dtype=bool).reshape(len(scored), -1)
         comparable = np.zeros(len(meaning), dtype=int)
-        for kind in np.unique(self.kinds):
-            rows = has[self.kinds == kind]
+        for kind in np.unique(kinds):
+            rows = has[kinds == kind]
             comparable += np.where(rows.any(axis=0), (~rows).sum(axis=0), 0)
         enough = (has.sum(axis=0) >= FEW) & (comparable >= FEW)
         counting = [i for i, (label, own) in enumerate(meaning.items()) if own and enough[i]]
         order = {name: i for i, name in enumerate(name for group in bench.concepts.clusters.values() for name in group)}
         names = list(meaning)
         counting.sort(key=lambda i: (order.get(meaning[names[i]][0], len(order)), names[i]))
+        # Texts of a kind in which no label counts would be compared with nothing.
+        used = np.isin(kinds, kinds[has[:, counting].any(axis=1)])
+        scored = [text for text, own in zip(scored, used, strict=True) if own]
+        self.kinds = np.unique(kinds[used], return_inverse=True)[1]
         self.labels = [names[i] for i in counting]
-        self.left_out = [label for i, label in enumerate(names) if i not in counting]
+        self.left_out = [name for i, name in enumerate(names) if i not in counting and has[used, i].any()]
         self.concepts = [meaning[label] for label in self.labels]
-        self.has = has[:, counting]
+        self.has = has[used][:, counting]
         self.scores = np.array([text.scores for text in scored]).reshape(len(scored), len(bench.vectors))
         indices = [[bench.vectors.index(name) for name in own] for own in self.concepts]
         self.own = np.stack([self.scores[:, own].mean(axis=1) for own in indices], axis=1) if indices else self.scores[:, :0]
@@ -309,37 +313,41 @@ def figures(data: Mapping[str, Any]) -> list[Figure]:
 
     value, low, high = (np.array(part, dtype=float) for part in data["auroc"])
     order = np.argsort(value)
-    labels = [f"{data['labels'][k]} ({data['texts'][k]})" for k in order]
+    labels = [f"{label} ({n})" for label, n in zip(data["labels"], data["texts"], strict=True)]
     figure = blank(x="AUROC", height=110 + 21 * len(order), wide=True)
-    sure = np.array([q is not None and q <= ALPHA for q in data["q"]])[order]
-    figure.add_scatter(
-        x=value[order],
-        y=labels,
-        error_x={
-            "type": "data",
-            "symmetric": False,
-            "array": (high - value)[order],
-            "arrayminus": (value - low)[order],
-            "thickness": 1.4,
-            "width": 0,
-            "color": PALETTE[0],
-        },
-        mode="markers",
-        name="all texts (open: not above chance)",
-        marker={"color": PALETTE[0], "size": 9, "symbol": ["circle" if own else "circle-open" for own in sure]},
-        text=[", ".join(data["concepts"][k]) for k in order],
-        hovertemplate="%{y}: %{text}<br>AUROC %{x:.3f}<extra></extra>",
-    )
+    sure = np.array([q is not None and q <= ALPHA for q in data["q"]])
+    for name, symbol, chosen in (("read", "circle", sure), ("not above chance", "circle-open", ~sure)):
+        rows = [k for k in order if chosen[k]]
+        figure.add_scatter(
+            x=value[rows],
+            y=[labels[k] for k in rows],
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": (high - value)[rows],
+                "arrayminus": (value - low)[rows],
+                "thickness": 1.4,
+                "width": 0,
+                "color": PALETTE[0],
+            },
+            mode="markers",
+            name=name,
+            marker={"color": PALETTE[0], "size": 9, "symbol": symbol},
+            text=[", ".join(data["concepts"][k]) for k in rows],
+            hovertemplate="%{y}: %{text}<br>AUROC %{x:.3f}<extra></extra>",
+        )
     figure.add_scatter(
         x=[data["unnamed"][k] for k in order],
-        y=labels,
+        y=[labels[k] for k in order],
         mode="markers",
-        name="texts that do not name the emotion",
+        name="the same, texts that do not name the emotion",
         marker={"color": PALETTE[1], "size": 8, "symbol": "diamond-open"},
         hovertemplate="%{y}<br>unnamed: AUROC %{x:.3f}<extra></extra>",
     )
     figure.add_vline(x=0.5, line={"color": GREY, "width": 1, "dash": "dash"})
-    figure.update_yaxes(type="category", showgrid=True, title_text="")
+    figure.update_yaxes(
+        type="category", showgrid=True, title_text="", categoryorder="array", categoryarray=[labels[k] for k in order]
+    )
     caption = (
         "How often a text with the label reads higher on the label's emotions than one without (number of texts in brackets); "
         f"95 % intervals over texts, dashed: chance. From {data['corpus']}."
