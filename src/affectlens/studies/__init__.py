@@ -312,8 +312,10 @@ STUDIES: tuple[str, ...] = (
     "dose",
     "reply",
     "layers",
+    "speakers",
     "concealment",
     "lasting",
+    "transcripts",
     "checkpoints",
 )
 """Names of all studies, in the order of the report. Each is the module of that name with a ``STUDY`` object."""
