@@ -256,7 +256,7 @@ def _words(bench: Bench, found: Search) -> Finding:
     )
     own = float(table.diagonal().mean())
     note = (
-        f"{own:.0%} of the best passages use a form or synonym of their emotion, {own - estimate.value:.0%} those of another; "
+        f"{own:.1%} of the best passages use a form or synonym of their emotion, {own - estimate.value:.1%} those of another; "
         f"{len(texts):,} passages of {n} emotions."
     )
     return WORDS.tested(estimate, null, estimate.low > 0, note)
