@@ -151,7 +151,12 @@ def test_separation_finds_what_was_planted_and_where() -> None:
     top1 = finding(outcome, "top1")
     assert top1.estimate.low > 0.5 and top1.null.p == pytest.approx(1 / 21)
     assert abs(top1.null.value - 0.2) < 0.12 and "whole topics" in top1.note and "over topics" in top1.note
-    assert draws_itself(SEPARATION, outcome) == ["accuracy", "auroc", "concepts", "readings"]
+    drawn = draws_itself(SEPARATION, outcome)
+    assert drawn == ["accuracy", "auroc", "concepts", "readings"] and {f.figure for f in outcome.findings} <= set(drawn)
+    raw = outcome.raw["texts"]
+    assert set(raw["layer"]) == {1} and raw["id"] == texts.ids
+    hits = [np.mean(np.array(raw["top 1"])[np.array(raw["concept"]) == name]) for name in FIVE]
+    assert top1.estimate.value == pytest.approx(np.mean(hits))
 
 
 def test_separation_is_reproducible() -> None:
@@ -391,6 +396,12 @@ def test_lens_finds_planted_words() -> None:
     assert all("happy" in row[1] for row in outcome.tables[0].rows if row[0] == "happy")
     assert "␣" in outcome.tables[0].rows[0][1]
     assert draws_itself(LENS, outcome) == ["lift", "layers"]
+    assert {f.figure for f in outcome.findings} == {"lift", "layers", ""}  # the AUROC stands in the table
+    raw = outcome.raw["concepts"]
+    lift = np.stack([outcome.raw["lift"][name] for name in raw["concept"]], axis=1)
+    np.testing.assert_allclose(np.diagonal(lift), raw["lift"])
+    gain = raw["lift"] - (lift.sum(axis=0) - raw["lift"]) / (len(lift) - 1)
+    assert finding(outcome, "own_direction").estimate.value == pytest.approx(gain.mean())
 
 
 def test_lens_finds_nothing_in_random_directions() -> None:

@@ -122,7 +122,7 @@ class Lens:
     name = NAME
     title = "Logit lens"
     question = "Does each direction promote the words that name its concept?"
-    version = 1
+    version = 2
     uses: tuple[str, ...] = ()
 
     def requests(self, bench: Bench) -> Sequence[Request]:
@@ -136,7 +136,8 @@ class Lens:
             bench: Needs ``engine``; ``draws`` is the number of random directions and of resamples.
 
         Returns:
-            Findings, a table of promoted tokens, one of own tokens, and the data of two figures.
+            Findings, a table of promoted tokens, one of own tokens, and the data of two figures; as raw values every concept's
+            own tokens with their numbers, and the lift of all own tokens under all directions.
         """
         if bench.engine is None:
             return _nothing("There is no engine: the lens reads through the model's own final norm and unembedding.")
@@ -174,7 +175,8 @@ def _finding(id: str, estimate: Estimate, null: Null, needed: float, note: str) 
     verdict: Verdict = "fails"
     if null.p <= ALPHA:
         verdict = "holds" if estimate.low >= needed else "weak"
-    return Finding(NAME, id, CLAIMS[id][0], estimate, null, None, verdict, CLAIMS[id][1], note + _SEEN)
+    figure = {"percentile": "layers", "auroc": ""}.get(id, "lift")  # the AUROC stands in the table only
+    return Finding(NAME, id, CLAIMS[id][0], estimate, null, None, verdict, CLAIMS[id][1], note + _SEEN, figure)
 
 
 def _measure(bench: Bench, own: Mapping[str, list[int]]) -> Outcome:
@@ -224,6 +226,7 @@ def _measure(bench: Bench, own: Mapping[str, list[int]]) -> Outcome:
     # Lift of each concept's tokens under each direction, minus the mean under all other directions.
     lift = every[:, :, 0]
     gains = lift - (lift.sum(axis=0) - lift) / (n - 1)
+    others = np.diagonal(lift - gains)
     gain = stats.bootstrap(lambda index: float(gains[index, index].mean()), n, **options)
     null = stats.permutation_null(
         lambda order: float(gains[order, np.arange(n)].mean()),
@@ -242,7 +245,7 @@ def _measure(bench: Bench, own: Mapping[str, list[int]]) -> Outcome:
     top = vectors.top_tokens(bench.engine, _ordered(vectors.names))
     rows = []
     for c, name in enumerate(names):
-        numbers = [*real[c], *np.quantile(chance[:, c, 0], (0.5, 0.95)), p[c], q[c]]
+        numbers = [*real[c], *np.quantile(chance[:, c, 0], (0.5, 0.95)), p[c], q[c], others[c]]
         rows.append([name, _shown(words[i] for i in own[name][:6]), *_round(numbers)])
     data = {
         "layer": vectors.layer,
@@ -253,7 +256,18 @@ def _measure(bench: Bench, own: Mapping[str, list[int]]) -> Outcome:
         # A norm that divides by the length makes random directions alike at every layer: one level serves the whole curve.
         "chance": round(float(np.median(chance[:, :, 1])), 3),
     }
-    return Outcome(tuple(findings), _tables(data), data)
+    raw: dict[str, dict[str, Any]] = {
+        "concepts": {
+            "concept": names,
+            "tokens": [[words[i] for i in own[name]] for name in names],
+            **dict(zip(("lift", "percentile", "AUROC"), real.T, strict=True)),
+            "others": others,
+            "p": p,
+            "q": q,
+        },
+        "lift": {"direction": names, **{name: lift[:, c] for c, name in enumerate(names)}},
+    }
+    return Outcome(tuple(findings), _tables(data), data, raw)
 
 
 def _round(values: Any) -> list[float]:
@@ -270,9 +284,10 @@ def _tables(data: Mapping[str, Any]) -> tuple[Table, ...]:
     promoted = "The five tokens with the highest and with the lowest logit; \u2423 is a space. The paper's twelve come first."
     lifts = (
         "Lift: largest z-score over the vocabulary among the concept's own tokens (six are listed), beside the median and "
-        "95 % of random directions of equal length; q is corrected for the number of concepts (Benjamini and Hochberg)."
+        "95 % of random directions of equal length; q is corrected for the number of concepts (Benjamini and Hochberg); "
+        "last: the mean lift of the same tokens under the directions of all other concepts."
     )
-    head = ("concept", "own tokens", "lift", "percentile", "AUROC", "random", "random 95 %", "p", "q")
+    head = ("concept", "own tokens", "lift", "percentile", "AUROC", "random", "random 95 %", "p", "q", "other directions")
     promotes, at = ("concept", "up", "down"), f"at layer {data['layer']}"
     return (
         Table("tokens", f"Tokens promoted {at}", promoted, promotes, tuple(map(tuple, data["tokens"]))),
@@ -287,7 +302,11 @@ def _figures(data: Mapping[str, Any]) -> list[Figure]:
     shown = rows if len(rows) <= 40 else rows[:20] + rows[-20:]
     dots = blank(x="lift (z over the vocabulary)", height=90 + 17 * len(shown)).update_yaxes(type="category", showgrid=False)
     names = [row[0] for row in shown]
-    series = ((2, "own direction", PALETTE[0], "circle"), (6, "95 % of random directions", GREY, "line-ns-open"))
+    series = (
+        (2, "own direction", PALETTE[0], "circle"),
+        (9, "other directions, mean", PALETTE[1], "diamond-open"),
+        (6, "95 % of random directions", GREY, "line-ns-open"),
+    )
     for column, label, color, symbol in series:
         marker = {"color": color, "size": 8, "symbol": symbol}
         dots.add_scatter(x=[row[column] for row in shown], y=names, mode="markers", name=label, marker=marker)

@@ -63,6 +63,8 @@ CLAIMS: dict[str, tuple[str, str]] = {
     "beats_embedding": ("The residual stream separates concepts better than the mean token embedding does", _MORE),
 }
 _COLUMNS = (*(f"top {k}" for k in KS), "AUROC")
+_FIGURE = {"auroc": "auroc"}
+"""The figure that shows a finding, where it is not the accuracy over layers."""
 _DEALT = {
     "within topics": "whole topics",
     "within topics, text by text": "whole topics",
@@ -307,7 +309,7 @@ class Separation:
     name = NAME
     title = "Separation on held-out topics"
     question = "Do the vectors tell concepts apart in texts on topics they have never seen?"
-    version = 2
+    version = 3
     uses: tuple[str, ...] = ()
 
     def requests(self, bench: Bench) -> Sequence[Request]:
@@ -321,7 +323,7 @@ class Separation:
             bench: Needs ``activations``; ``neutral`` is projected out as in the vectors; ``draws`` is for intervals.
 
         Returns:
-            Findings, a table over concepts, and the data of four figures.
+            Findings, a table over concepts, the data of four figures; as raw values what each text scored when held out.
         """
         plan = _plan(bench)
         if isinstance(plan, str):
@@ -354,7 +356,7 @@ def _tested(id: str, estimate: Estimate, null: Null, note: str, *, needed: float
     verdict: Verdict = "holds" if null.p <= ALPHA and estimate.low >= needed else "weak"
     if null.p > ALPHA and (id != "beats_embedding" or estimate.value <= 0):
         verdict = "fails"
-    return Finding(NAME, id, CLAIMS[id][0], estimate, null, None, verdict, CLAIMS[id][1], note)
+    return Finding(NAME, id, CLAIMS[id][0], estimate, null, None, verdict, CLAIMS[id][1], note, _FIGURE.get(id, "accuracy"))
 
 
 def _drawn(values: np.ndarray, kind: str) -> Null:
@@ -442,7 +444,17 @@ def _measure(bench: Bench, design: _Design) -> Outcome:
     head = ("concept", "texts", "top 1", "AUROC", "low", "high", "q", "reads like")
     caption = "Worst first; 95 % interval over texts; q after Benjamini and Hochberg; last: the other concept read highest."
     table = Table("concepts", f"Each concept at layer {layer}", caption, head, tuple(map(tuple, data["concepts"])))
-    return Outcome(tuple(findings), (table,), data)
+    # Each text at the layer that its fold was read at, with vectors fitted without it.
+    raw = {
+        "id": [bench.activations.ids[row] for row in design.rows],
+        "concept": [design.names[c] for c in design.labels],
+        "topic": bench.activations.topics[design.rows],
+        "fold": design.fold,
+        "layer": layers[picked[0]][design.fold],
+        **{label: held_out[:, j] for j, label in enumerate(_COLUMNS[:-1])},
+        "placement": held_out[:, -1],
+    }
+    return Outcome(tuple(findings), (table,), data, {"texts": raw})
 
 
 def _concepts(design: _Design, texts: np.ndarray, scores: np.ndarray, options: dict[str, Any]) -> list[list[Any]]:
