@@ -316,7 +316,7 @@ def figures(data: Mapping[str, Any]) -> list[Figure]:
     labels = [f"{label} ({n})" for label, n in zip(data["labels"], data["texts"], strict=True)]
     figure = blank(x="AUROC", height=110 + 21 * len(order), wide=True)
     sure = np.array([q is not None and q <= ALPHA for q in data["q"]])
-    for name, symbol, chosen in (("read", "circle", sure), ("not above chance", "circle-open", ~sure)):
+    for name, symbol, chosen in (("above chance", "circle", sure), ("not above chance", "circle-open", ~sure)):
         rows = [k for k in order if chosen[k]]
         figure.add_scatter(
             x=value[rows],
@@ -359,6 +359,6 @@ def figures(data: Mapping[str, Any]) -> list[Figure]:
         "Texts with a label (row), told from the others by the emotions of each label (column). Red: read higher than the others."
     )
     return [
-        to_figure("labels", f"Labels of readers at layer {data['layer']}", caption, figure),
+        to_figure("labels", f"Labels and readings at layer {data['layer']}", caption, figure),
         to_figure("matrix", "Every label by the emotions of every other", note, across),
     ]
