@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import html
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -74,6 +75,38 @@ def blank(title: str = "", *, x: str = "", y: str = "", height: int = 380, wide:
     if title:
         figure.update_layout(title_text=_text(title), margin_t=48)
     return figure
+
+
+def panels(titles: Sequence[str], *, rows: int = 1, columns: int, height: int, **spacing: Any) -> go.Figure:
+    """Small multiples in our style: an empty wide figure with a grid of titled panels, filled row by row.
+
+    Titles of panels stand inside the plot's own area, so that the legend above them keeps clear of them on a phone too.
+
+    Args:
+        titles: One for each panel; with more rows than titles fill, the rest have none. A long title takes two lines.
+        rows, columns: Of the grid.
+        height: Height in pixels.
+        spacing: For ``plotly.subplots.make_subplots``: ``shared_yaxes``, ``horizontal_spacing``, ``column_widths``, …
+
+    Returns:
+        A figure to add traces to with ``row`` and ``col``.
+
+    Example:
+        >>> figure = panels(["fever", "the pupils who passed"], columns=2, height=300)
+        >>> [title.text for title in figure.layout.annotations]
+        ['fever', 'the pupils who<br>passed']
+    """
+    from plotly.subplots import make_subplots
+
+    folded = ["<br>".join(textwrap.wrap(_text(title), 16)) for title in titles]
+    figure = make_subplots(rows, columns, subplot_titles=folded, **spacing)
+    share = 1 - 36 / height
+    for axis in figure.select_yaxes():
+        axis.domain = [share * end for end in axis.domain]
+    for title in figure.layout.annotations:
+        title.update(y=share * title.y, font_size=12)
+    layout = blank(height=height, wide=True).layout
+    return figure.update_layout(template=layout.template, height=height, meta=layout.meta)
 
 
 def to_figure(id: str, title: str, caption: str, fig: go.Figure) -> Figure:

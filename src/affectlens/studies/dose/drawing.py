@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -40,19 +39,13 @@ def figures(data: Mapping[str, Any]) -> list[Figure]:
 
 def _panels(ladders: Sequence[Mapping[str, Any]], like: Sequence[Mapping[str, Any]] = ()) -> go.Figure:
     """One panel a ladder, four in a row, all with the vertical axis that these ladders and those ``like`` them need."""
-    from plotly.subplots import make_subplots
-
-    from affectlens.figures import BLUE, GREY, RED, blank
+    from affectlens.figures import BLUE, GREY, RED, panels
 
     across = min(4, len(ladders))
     down = -(-len(ladders) // across)
-    titles = ["<br>".join(textwrap.wrap(ladder["id"].replace("-", " "), 16)) for ladder in ladders]
-    room = {"horizontal_spacing": 0.03, "vertical_spacing": 0.36 / down if down > 1 else 0.0}
-    grid = make_subplots(down, across, shared_yaxes=True, subplot_titles=titles, **room)
-    grid.update_annotations(font_size=12)
-    height = 130 + 190 * down
-    layout = blank(height=height, wide=True).layout
-    grid.update_layout(template=layout.template, height=height, meta=layout.meta, margin={"t": 78})
+    titles = [ladder["id"].replace("-", " ") for ladder in ladders]
+    room: dict[str, Any] = {"horizontal_spacing": 0.03, "vertical_spacing": 0.36 / down if down > 1 else 0.0}
+    grid = panels(titles, rows=down, columns=across, height=110 + 190 * down, shared_yaxes=True, **room)
     reach = 1.08 * max(abs(v) for ladder in (*ladders, *like) for probe in ladder["probes"] for v in probe["z"])
     for number, ladder in enumerate(ladders):
         where = {"row": number // across + 1, "col": number % across + 1}
@@ -78,8 +71,8 @@ def _panels(ladders: Sequence[Mapping[str, Any]], like: Sequence[Mapping[str, An
                 )
         ends = [0, len(values) // 2, len(values) - 1]
         grid.update_xaxes(tickvals=ends, ticktext=[values[i] for i in ends], **where)
-    grid.update_yaxes(range=[-reach, reach], zerolinecolor=GREY, zerolinewidth=1).update_yaxes(title_text="change (z)", col=1)
-    return grid.update_layout(legend={"y": 1, "yref": "container", "yanchor": "top"})
+    grid.update_yaxes(range=[-reach, reach], zerolinecolor=GREY, zerolinewidth=1)
+    return grid.update_yaxes(title_text="change (z)", col=1)
 
 
 def _dots(real: Sequence[Mapping[str, Any]], controls: Sequence[Mapping[str, Any]]) -> go.Figure:

@@ -446,10 +446,10 @@ def half_risen(curves: np.ndarray) -> np.ndarray:
     """The first layer at which each curve ``(…, layers)`` has reached half of its highest value; 0 where it never is above 0.
 
     Example:
-        >>> half_risen(np.array([0.0, 0.1, 0.3, 0.5, 0.4]))
-        2
+        >>> half_risen(np.array([[0.0, 0.1, 0.3, 0.5, 0.4]]))
+        array([2])
     """
-    return np.asarray((curves >= curves.max(axis=-1, keepdims=True) / 2).argmax(axis=-1))[()]
+    return np.asarray((curves >= curves.max(axis=-1, keepdims=True) / 2).argmax(axis=-1))
 
 
 def _data(

@@ -42,25 +42,17 @@ def figures(data: Mapping[str, Any]) -> list[Figure]:
     ]
 
 
-def _grid(data: Mapping[str, Any], *, height: int, top: int, **options: Any) -> go.Figure:
-    """A column for each kind of contrast, titled, in the report's style."""
-    from plotly.subplots import make_subplots
-
-    from affectlens.figures import blank
-
-    titles = [f"{TITLES[kind]}<br>(n = {data['kinds'][kind]['n']})" for kind in data["kinds"]]
-    grid = make_subplots(cols=len(titles), subplot_titles=titles, **options)
-    grid.update_annotations(font_size=12)
-    layout = blank(height=height, wide=True).layout
-    return grid.update_layout(template=layout.template, height=height, meta=layout.meta, margin={"t": top})
+def _titles(data: Mapping[str, Any]) -> list[str]:
+    return [f"{TITLES[kind]} (n = {data['kinds'][kind]['n']})" for kind in data["kinds"]]
 
 
 def _maps(data: Mapping[str, Any]) -> go.Figure:
-    from affectlens.figures import DIVERGING, GREY
+    from affectlens.figures import DIVERGING, GREY, panels
 
     kinds = data["kinds"]
     widths = [len(PLACES[kind]) for kind in kinds]
-    grid = _grid(data, height=490, top=48, rows=1, shared_yaxes=True, column_widths=widths, horizontal_spacing=0.02)
+    room: dict[str, Any] = {"shared_yaxes": True, "column_widths": widths, "horizontal_spacing": 0.02}
+    grid = panels(_titles(data), columns=len(kinds), height=490, **room)
     tables = {kind: np.array([kinds[kind]["curves"][place][0] for place in PLACES[kind]]).T for kind in kinds}
     # The word itself would leave no colour for what follows it.
     limit = max(round(float(np.quantile(np.concatenate([np.abs(t[:, 1:]).ravel() for t in tables.values()]), 0.98)), 2), 0.01)
@@ -76,10 +68,11 @@ def _maps(data: Mapping[str, Any]) -> go.Figure:
 
 
 def _curves(data: Mapping[str, Any]) -> go.Figure:
-    from affectlens.figures import GREY, PALETTE
+    from affectlens.figures import GREY, PALETTE, panels
 
     kinds, layers = data["kinds"], data["layers"]
-    grid = _grid(data, height=540, top=84, rows=2, horizontal_spacing=0.05, vertical_spacing=0.09, shared_xaxes=True)
+    room: dict[str, Any] = {"horizontal_spacing": 0.05, "vertical_spacing": 0.09, "shared_xaxes": True}
+    grid = panels(_titles(data), rows=2, columns=len(kinds), height=520, **room)
     for number, (kind, own) in enumerate(kinds.items(), 1):
         places = PLACES[kind]
         lines = (
@@ -116,5 +109,4 @@ def _curves(data: Mapping[str, Any]) -> go.Figure:
             )
         for row in (1, 2):
             grid.add_vline(x=data["layer"], line={"color": GREY, "width": 1}, row=row, col=number)
-    grid.update_xaxes(title_text="layer", row=2).update_yaxes(title_text="difference (z)", col=1)
-    return grid.update_layout(legend={"y": 1, "yref": "container", "yanchor": "top"})
+    return grid.update_xaxes(title_text="layer", row=2).update_yaxes(title_text="difference (z)", col=1)
