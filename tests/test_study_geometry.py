@@ -22,7 +22,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 from affectlens.concepts import ConceptSet
 from affectlens.errors import FormatError, MismatchError
 from affectlens.exchange import load_vectors, read_vectors
-from affectlens.space import kmeans, likeness, likeness_with_null, rand_indices, silhouette, tree
+from affectlens.space import kmeans, likeness, likeness_with_null, principal_components, rand_indices, silhouette, tree
 from affectlens.studies import Bench, Finding, Outcome
 from affectlens.studies.geometry import CLAIMS, STUDY
 from affectlens.vectors import ConceptVectors
@@ -193,14 +193,20 @@ def test_five_real_models_agree_with_an_independent_computation(file: Path) -> N
 
 @pytest.mark.skipif(not FILES, reason="shared/data/mufxio is not here")
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.parent.name)
-def test_cosines_are_those_that_their_authors_published(file: Path) -> None:
-    """They took the vectors without neutral components, for all five models."""
+def test_numbers_are_those_that_their_authors_published(file: Path) -> None:
+    """They took the vectors without neutral components, not scaled to unit length for their PCA."""
     vectors = read_vectors(file.with_name("denoised_vectors.npz"))
     published = json.loads((file.parent / "validation_results.json").read_text())
     for layer in vectors.layers:
         theirs = published[f"layer_{layer}"]["cosine"]
         order = [vectors.index(name) for name in theirs["emotions"]]
         np.testing.assert_allclose(vectors.similarity(layer)[np.ix_(order, order)], theirs["matrix"], atol=1e-5)
+        long = vectors.at(layer) * vectors.norms[vectors.row(layer)][:, None]
+        shares = published[f"layer_{layer}"]["pca"]["pc_explained_variance"][:5]
+        np.testing.assert_allclose(principal_components(long, len(shares))[1], shares, atol=2e-6)
+    correlations, _ = likeness(np.stack([vectors.similarity(layer) for layer in vectors.layers]))
+    mean = correlations[np.triu_indices(len(correlations), 1)].mean()
+    assert mean == pytest.approx(published["cross_layer_stability"]["mean_correlation"], abs=1e-6)
 
 
 def test_vectors_from_a_file_neither_steer_nor_read_centred(tmp_path: Path) -> None:
