@@ -27,6 +27,7 @@ Source: method 14 (paper, Figs 20 to 25 and 77 to 83; its statements there are e
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
@@ -54,7 +55,7 @@ from affectlens.conversations import (
     trace_readout,
 )
 from affectlens.engine import Request
-from affectlens.runs import write_json
+from affectlens.runs import atomic_write
 from affectlens.studies import ALPHA, Bench, Claim, Figure, Finding, Outcome, Table, untestable
 
 NAME = "transcripts"
@@ -183,9 +184,9 @@ def _measure(bench: Bench, ranking: Ranking) -> Outcome:
     sample = np.sort(rng.permutation(labelled.rows)[:TRACED]) if enough else np.zeros(0, dtype=np.intp)
     traces, peaks, spread = _tokens(bench, ranking, probes, shown, sample)
     if bench.folder is not None:
-        write_json(
-            bench.folder / "traces.json", {"note": ranking.note, "n": len(ranking), "traces": [vars(t) for t in traces.values()]}
-        )
+        page = {"note": ranking.note, "n": len(ranking), "traces": [vars(each) for each in traces.values()]}
+        with atomic_write(bench.folder / "traces.json") as temporary:  # on one line: it is mostly short numbers
+            temporary.write_text(json.dumps(page, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
 
     where = f"layer {vectors.layer}; {ranking.note}"
     data: dict[str, Any] = {"layer": vectors.layer}

@@ -26,6 +26,7 @@ def _families(found: Mapping[str, Any], layer: int) -> Figure:
         "in standard deviations of each probe over the conversations. Read on the assistant's words."
     )
     drawn = heat_map(found["matrix"], found["names"], limit=limit, unit="SD")
+    drawn.update_xaxes(tickangle=-90)  # names of families are long: aslant they would run into the colour bar
     return to_figure("families", f"What the assistant's words read, layer {layer}", caption, drawn)
 
 
