@@ -29,7 +29,7 @@ NOUNS = (
     "exchange",
     "figures",
     "corpus",
-    "readings",
+    "readings", "likeness",
     "conversations",
     "space",
     "search",

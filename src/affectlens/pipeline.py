@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from affectlens.concepts import SHOWCASE, ConceptSet
-from affectlens.corpus import FILES, bundled, files_of
+from affectlens.corpus import FILES, bundled, identity
 from affectlens.discovery import CorpusStories, Discovery, Recipe, StorySource, make_vectors, open_run, open_stories
 from affectlens.engine import Engine, Request, Where
 from affectlens.errors import EngineError, MismatchError
@@ -123,12 +123,11 @@ def study_vectors(
         AffectlensError: ``out`` was made of other vectors.
     """
     loaded = load_vectors(str(vectors))
-    identity = content_id([loaded.names, loaded.layers, loaded.layer, hashlib.sha256(loaded.directions.tobytes()).hexdigest()])
-    what = {"vectors": identity, "concepts": concepts.hash, "seed": seed}
+    digest = content_id([loaded.names, loaded.layers, loaded.layer, hashlib.sha256(loaded.directions.tobytes()).hexdigest()])
+    what = {"vectors": digest, "concepts": concepts.hash, "seed": seed}
     with Run.open(out, what=what, command=command, fresh=fresh) as run:
-        outcomes = run_studies(
-            [load_study(name) for name in only], Bench(loaded, concepts, draws=draws, seed=seed), run, identity
-        )
+        bench = Bench(loaded, concepts, draws=draws, seed=seed)
+        outcomes = run_studies([load_study(name) for name in only], bench, run, digest)
         report = Report(
             f"Emotion vectors of {loaded.model.get('id', vectors)}",
             model=dict(loaded.model),
@@ -240,11 +239,7 @@ def _identity(use: str, bench: Bench) -> Any:
         files = [folder / f"{name}.jsonl" if folder else bundled(name) for name in FILES]
         return content_id([sha256_file(file) for file in [*map(bundled, FILES), *files] if file.exists()])
     value = getattr(bench.sources, use)
-    if value is None or not Path(value).exists():
-        return value and str(value)
-    # A corpus may be larger than memory: its files are told apart by size and time.
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files_of(Path(value))]
-    return [str(value), content_id(stats)]
+    return value and identity(value)
 
 
 def _report(engine: Engine, found: Discovery, run: Run, outcomes: Mapping[str, Outcome], draws: int) -> Report:
