@@ -4,8 +4,8 @@
     python bench/power.py --seeds 4 --only dose,speakers
 
 Every seed is another toy: other weights, other texts. Conditions: ``planted``; ``nothing`` (the toy with effect 0: cue words mean
-nothing); ``coupled`` (what other speakers and the narrator feel is carried in the speaker's own directions: self and other are not
-apart); ``tone`` and ``drift`` for the study of two checkpoints (a later toy with a tone, or one that has only wandered).
+nothing); ``coupled`` (what others feel is carried in the speaker's own directions: self and other are one);
+``tone`` and ``drift`` for the study of two checkpoints (a later toy with a tone, or one that has only wandered).
 
 Counted is the verdict "holds". What a study rightly says in a condition where only something else is missing (a toy without a
 tone is still the same model) is not counted as false: ``FALSE`` lists what would be. Prints a table in Markdown and writes
@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "bench")]
 
 from affectlens.runs import write_json  # noqa: E402
-from affectlens.stats import wilson  # noqa: E402
 from affectlens.studies import STUDIES, Bench, Checkpoint, load_study  # noqa: E402
 from planted import toy_bench  # noqa: E402
+from table import power  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "power.json"
 TONE = (("calm", 1.0),)
@@ -98,24 +98,6 @@ def table(counts: Counter[tuple[str, str, str, str]], seeds: int) -> list[dict[s
     return rows
 
 
-def markdown(rows: list[dict[str, Any]], seeds: int) -> str:
-    """The table, and the rate of false findings over all."""
-    lines = [f"| study | finding | holds where planted, of {seeds} | holds where absent, of {seeds} |", "|---|---|---|---|"]
-    false = trials = 0
-    for row in rows:
-        planted = row.get("planted", {})
-        cells = []
-        for condition in ("nothing", "coupled", "drift"):
-            if (cell := row.get(condition)) and cell["false"]:
-                cells.append(f"{cell['holds']} ({condition})")
-                false, trials = false + cell["holds"], trials + seeds
-        shown = f"{planted['holds']}" + ("" if planted["tested"] else " (untestable)") if planted else "–"
-        lines.append(f"| {row['study']} | {row['finding']} | {shown} | {', '.join(cells) or '–'} |")
-    rate = wilson(false, trials)
-    lines += ["", f"False findings: {false} of {trials}, {100 * rate.value:.2f} % [{100 * rate.low:.2f}, {100 * rate.high:.2f}]."]
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=20)
@@ -130,10 +112,11 @@ def main() -> None:
             counts.update(found)
             print(f"seed {n} of {options.seeds}, {time.monotonic() - began:.0f} s", file=sys.stderr)
     rows = table(counts, options.seeds)
-    print(markdown(rows, options.seeds))
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    result = {"benchmark": "power", "date": date, "seeds": options.seeds, "draws": bench_of("planted", 0).draws, "findings": rows}
+    print(power(result))
     if studies == STUDIES:
-        date = datetime.now(UTC).isoformat(timespec="seconds")
-        write_json(RESULT, {"benchmark": "power", "date": date, "seeds": options.seeds, "findings": rows})
+        write_json(RESULT, result)
 
 
 if __name__ == "__main__":

@@ -303,10 +303,36 @@ def _notes(result: dict[str, Any]) -> str:
     return note
 
 
+def power(result: dict[str, Any]) -> str:
+    """The table of ``bench/power.py``: how often each finding held where its effect is planted, and where it is not."""
+    from affectlens.stats import wilson
+
+    seeds = result["seeds"]
+    lines = [
+        f"{seeds} toys for each condition, {result['draws']} draws behind each null, {result['date'][:10]}. "
+        "`nothing`: the toy with effect 0; `coupled`: self and other are one; `drift`: a checkpoint that wandered without a tone. Counted is the verdict `holds`.",
+        "",
+        f"| study | finding | holds where planted, of {seeds} | holds where absent, of {seeds} |",
+        "|---|---|---|---|",
+    ]
+    false = trials = 0
+    for row in result["findings"]:
+        planted = row.get("planted")
+        absent = {name: row[name]["holds"] for name in ("nothing", "coupled", "drift") if name in row and row[name]["false"]}
+        false, trials = false + sum(absent.values()), trials + seeds * len(absent)
+        shown = "–" if planted is None else f"{planted['holds']}{'' if planted['tested'] else ' (untestable there)'}"
+        cells = ", ".join(f"{held} ({name})" for name, held in absent.items()) or "–"
+        lines.append(f"| {row['study']} | `{row['finding']}` | {shown} | {cells} |")
+    rate = wilson(false, trials)
+    share = f"{100 * rate.value:.2f} % [{100 * rate.low:.2f}, {100 * rate.high:.2f}]"
+    return "\n".join([*lines, "", f"False findings over all: {false} of {trials}, {share} (wanted: at most 5 %)."])
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "extraction": extraction,
     "profile_reading": profile_reading,
     "corpus": corpus,
+    "power": power,
 }
 
 
