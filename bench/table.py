@@ -310,7 +310,8 @@ def power(result: dict[str, Any]) -> str:
     seeds = result["seeds"]
     lines = [
         f"{seeds} toys for each condition, {result['draws']} draws behind each null, {result['date'][:10]}. "
-        "`nothing`: the toy with effect 0; `coupled`: self and other are one; `drift`: a checkpoint that wandered without a tone. Counted is the verdict `holds`.",
+        "`nothing`: the toy with effect 0; `coupled`: self and other are one; `drift`: another checkpoint without a tone. "
+        "Counted is the verdict `holds`.",
         "",
         f"| study | finding | holds where planted, of {seeds} | holds where absent, of {seeds} |",
         "|---|---|---|---|",
