@@ -70,7 +70,7 @@ def _panels(ladders: Sequence[Mapping[str, Any]], like: Sequence[Mapping[str, An
                     **where,
                 )
         ends = [0, len(values) // 2, len(values) - 1]
-        grid.update_xaxes(tickvals=ends, ticktext=[values[i] for i in ends], **where)
+        grid.update_xaxes(tickvals=ends, ticktext=[values[i] for i in ends], tickangle=0, **where)
     grid.update_yaxes(range=[-reach, reach], zerolinecolor=GREY, zerolinewidth=1)
     return grid.update_yaxes(title_text="change (z)", col=1)
 

@@ -20,7 +20,7 @@ PLACES = {
     "binding": ("emotion words", "in between", "reference", "reply"),
 }
 """Where each kind of contrast is read, in the order of the text."""
-TITLES = {"words": "an early word", "numbers": "an early number", "negation": "negation", "binding": "reference to a person"}
+TITLES = {"words": "an early word", "numbers": "an early number", "negation": "negation", "binding": "reference back"}
 
 
 def figures(data: Mapping[str, Any]) -> list[Figure]:
@@ -43,7 +43,7 @@ def figures(data: Mapping[str, Any]) -> list[Figure]:
 
 
 def _titles(data: Mapping[str, Any]) -> list[str]:
-    return [f"{TITLES[kind]} (n = {data['kinds'][kind]['n']})" for kind in data["kinds"]]
+    return [f"{TITLES[kind]} (n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{data['kinds'][kind]['n']})" for kind in data["kinds"]]
 
 
 def _maps(data: Mapping[str, Any]) -> go.Figure:
