@@ -259,11 +259,15 @@ def _measure(bench: Bench, own: Mapping[str, list[int]]) -> Outcome:
     raw: dict[str, dict[str, Any]] = {
         "concepts": {
             "concept": names,
-            "tokens": [[words[i] for i in own[name]] for name in names],
             **dict(zip(("lift", "percentile", "AUROC"), real.T, strict=True)),
             "others": others,
             "p": p,
             "q": q,
+        },
+        "tokens": {
+            "concept": [name for name, ids in own.items() for _ in ids],
+            "token": np.concatenate(tokens),
+            "text": [words[i] for i in np.concatenate(tokens)],
         },
         "lift": {"direction": names, **{name: lift[:, c] for c, name in enumerate(names)}},
     }
