@@ -148,7 +148,7 @@ def ranks(names: tuple[str, ...], shift: np.ndarray) -> dict[str, Any]:
 def compare(bench: Bench) -> dict[str, Any]:
     """The study's findings on a pair, and the rank of the tone on hard, neutral and all prompts."""
     outcome = load_study(STUDY).run(bench)
-    kinds = np.array(outcome.raw["after"]["kind"])
+    kinds = np.array(outcome.raw["after"]["prompt kind"])
     names = bench.vectors.names
     shifts = np.stack([np.asarray(outcome.raw["after"][n]) - np.asarray(outcome.raw["before"][n]) for n in names], axis=1)
     where = {"hard": kinds == "hard", "neutral": kinds == "neutral", "all": kinds != ""}

@@ -9,10 +9,12 @@ the noise (attenuation, C. Spearman, The American Journal of Psychology 15, 1904
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
 
+from affectlens.stats import Null, permutation_null
 from affectlens.vectors import group_means
 
 
@@ -87,14 +89,44 @@ def likeness(p: Labelled, q: Labelled, shared: np.ndarray, n: int) -> Likeness:
                [0., 2.]])
     """
     one, two = (np.eye(n)[kind.labels] for kind in (p, q))
-    same = p.labels[:, None] == q.labels
-    fit = (shared[np.ix_(p.texts, q.texts)] == same) & (p.texts[:, None] != q.texts)
-    inner = p.rows @ q.rows.T
-    strangers = fit & ~same
-    base = inner[strangers].mean() if strangers.any() else 0.0
+    inner, fit = _products(p, q, shared)
     pairs = one.T @ fit @ two
-    products = one.T @ np.where(fit, inner - base, 0.0) @ two / np.where(pairs, pairs, np.nan)
+    products = one.T @ (inner * fit) @ two / np.where(pairs, pairs, np.nan)
     return _likeness(products, p.means(n), q.means(n))
+
+
+def regrouped(p: Labelled, q: Labelled, shared: np.ndarray, observed: float, *, scale: float = 1.0, **options: Any) -> Null:
+    """Null of the mean product of the same label when labels are exchanged between texts.
+
+    For a kind with itself, or with the same texts read in another way: the two sets of vectors share their noise, so that
+    exchanging labels between the sets would be too kind.
+
+    Args:
+        p, q: The kinds, row by row of the same texts with the same labels.
+        shared: As for :func:`likeness`.
+        observed: The mean of :attr:`Likeness.same`, divided by ``scale``.
+        scale: What the products are divided by.
+        options: ``draws`` and ``seed``.
+    """
+    inner, fit = _products(p, q, shared)
+    same = p.labels[:, None] == q.labels
+    strangers = fit & ~same
+    one, two = np.nonzero(fit & same)
+    weights = 1 / np.bincount(p.labels[one], minlength=int(p.labels.max()) + 1)[p.labels[one]]
+
+    def mean(order: np.ndarray) -> float:
+        """Over pairs that share no label in truth: what others have in common is no noise."""
+        known = weights * strangers[order[one], order[two]]
+        return float(known @ inner[order[one], order[two]] / max(known.sum(), 1e-30) / scale)
+
+    return permutation_null(
+        mean,
+        observed,
+        permute=lambda rng: rng.permutation(len(inner)),
+        side="greater",
+        kind="emotions exchanged between dialogues",
+        **options,
+    )
 
 
 def likeness_of_vectors(vectors: np.ndarray, q: Labelled) -> Likeness:
@@ -160,6 +192,14 @@ def correlate(one: np.ndarray, two: np.ndarray) -> float:
     x, y = (table[np.triu_indices(len(table), 1)] for table in (one, two))
     known = np.isfinite(x) & np.isfinite(y)
     return float(np.corrcoef(x[known], y[known])[0, 1])
+
+
+def _products(p: Labelled, q: Labelled, shared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Inner products of rows, minus those of texts that share no label; and which of them are fit to be used."""
+    same = p.labels[:, None] == q.labels
+    fit = (shared[np.ix_(p.texts, q.texts)] == same) & (p.texts[:, None] != q.texts)
+    inner, strangers = p.rows @ q.rows.T, fit & ~same
+    return inner - (inner[strangers].mean() if strangers.any() else 0.0), fit
 
 
 def _likeness(products: np.ndarray, one: np.ndarray, two: np.ndarray) -> Likeness:

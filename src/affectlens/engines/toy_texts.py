@@ -42,6 +42,14 @@ class _Writer:
             " ".join(word for word in self.words(concept, n).lower().replace(".", "").split() if word in cues).capitalize() + "."
         )
 
+    def turn(self, concept: str, n: int) -> str:
+        """About ``n`` words of a concept and on no topic: a dialogue on several topics would be mostly about those."""
+        from affectlens.engines.toy import TOPICS
+
+        return " ".join(
+            w for w in self.words(concept, n * 10 // 7).split() if w.strip(".").lower() not in " ".join(TOPICS).split()
+        )
+
     def other(self, concept: str) -> str:
         return str(self.rng.choice([name for name in self.names if name != concept]))
 
@@ -143,7 +151,7 @@ def _speakers(w: _Writer) -> list[dict[str, Any]]:
                 answers[n], answers[other] = answers[other], answers[n]
                 assistant = answers[n]
             turns = [
-                [side, w.words(how, 12)] for _ in range(TURNS) for side, how in (("person", person), ("assistant", assistant))
+                [side, w.turn(how, 12)] for _ in range(TURNS) for side, how in (("person", person), ("assistant", assistant))
             ]
             names = ["Anna", "Boris"] if i == TALKS - 1 else None
             record = {"id": f"speakers-{i}-{n}", "person": person, "assistant": assistant, "topic": f"topic {i}"}

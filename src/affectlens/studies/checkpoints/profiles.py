@@ -231,7 +231,8 @@ def _cluster(bench: Bench, name: str) -> str:
 
 
 def columns(prompts: Prompts, scores: np.ndarray) -> dict[str, Any]:
-    labels = {key: [record[key] for record in prompts.records] for key in ("id", "kind", "category")}
+    # "kind" is an emotion, too: the columns of labels have names that no concept has
+    labels = {f"prompt {key}": [record[key] for record in prompts.records] for key in ("id", "kind", "category")}
     return {**labels, **{name: scores[:, i] for i, name in enumerate(prompts.bench.vectors.names)}}
 
 

@@ -13,12 +13,12 @@ Declared before any data is seen:
   that reads high on every message (loving) says nothing about one and makes any two positions look alike; over all emotions
   that the messages name. *Plain*: nothing is removed, over the paper's six probes: what the paper reports. Headlines are centred.
 * **A low correlation** is no evidence by itself: noise gives one too. It counts only where the statement carries the user's
-  emotion and the reply position what the reply conveys or says, and it has to be below half of the ceiling, the correlation that
-  the neighbouring tokens at both places allow (the root of the product of both correlations of a token with the one before it).
+  emotion and the reply position what the reply conveys or says, and it has to be below half of what neighbouring tokens share:
+  the correlations of either token with the one before it, averaged (geometrically). Single tokens scatter; this says how much.
 * **Null.** Emotions of users, or of replies, exchanged between messages; the two emotions of a message exchanged with each other;
   what was said exchanged between messages, and between probes (the larger p of the two counts: the same emotion of the same
   message must be predicted); statement and reply position exchanged within messages. For the low correlation: readings that
-  are as alike as half of the ceiling, messages resampled. For loving: every other emotion in its place.
+  are half as alike as neighbouring tokens, messages resampled. For loving: every other emotion in its place.
 * **Intervals.** Bootstrap over messages; samples of one message are averaged first.
 * **Conditions.** A model; eight messages with vectors for both emotions; for what was said, eight messages that were answered,
   and replies that differ between messages (two halves of the samples agree, messages exchanged).
@@ -43,12 +43,12 @@ NAME = "reply"
 FEW_EMOTIONS = 20
 """With fewer emotions there is too little to compare loving with."""
 SHARE, OFTEN = 0.5, 0.9
-"""The share of the ceiling that a low correlation stays below; in how many messages loving has to rise."""
+"""The share of what neighbouring tokens share that a low correlation stays below; in how many messages loving has to rise."""
 NOT_SIX = "The paper's six probes are not all among the vectors."
 _ABOVE = f"holds: p <= {ALPHA} and the interval above 0; weak: p <= {ALPHA} only; fails: otherwise"
 _LOW = (
-    f"holds: p <= {ALPHA} and the interval below half of the ceiling; weak: p <= {ALPHA} only; fails: otherwise; untestable "
-    "unless the statement reads as the user's emotion, and the reply position reads as the reply's or predicts what is said"
+    f"holds: p <= {ALPHA} and the interval below half of what neighbours share; weak: p <= {ALPHA} only; fails: otherwise; "
+    "untestable unless the statement reads as the user's emotion, and the reply position as the reply's or predicts what is said"
 )
 CLAIMS = {
     claim.id: claim
@@ -61,7 +61,7 @@ CLAIMS = {
             NAME,
             "apart_plain",
             "The same by plain cosine with the paper's six probes",
-            f"holds: p <= {ALPHA} against a correlation of {SHARE:g}, here and against half of the ceiling when centred; weak: "
+            f"holds: p <= {ALPHA} against a correlation of {SHARE:g}, here and as above when centred; weak: "
             "here only; fails: otherwise; untestable as the centred one",
             "0.11",
             "positions",
@@ -210,8 +210,8 @@ def _apart(every: Measured, plain: Measured | None, follows: Sequence[Finding], 
         reason = "The reply position reads neither as the reply's emotion nor as what is said: a low correlation would be noise."
         return [claim.untestable(reason) for claim in claims]
     findings: list[Finding] = []
-    # By plain cosine neighbouring tokens differ in what they read on average, so they say nothing about a ceiling.
-    for claim, measured, bound in zip(claims, (every, plain), (SHARE * every.ceiling(), SHARE), strict=True):
+    # By plain cosine neighbouring tokens differ in what they read on average, so they are no measure.
+    for claim, measured, bound in zip(claims, (every, plain), (SHARE * every.neighbours(), SHARE), strict=True):
         if measured is None:
             findings.append(claim.untestable(NOT_SIX))
             continue

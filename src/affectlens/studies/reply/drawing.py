@@ -203,7 +203,7 @@ def _draw_readings(data: Mapping[str, Any]) -> Any:
     from affectlens.figures import GREY, PALETTE, blank
 
     figure = blank(y="centred cosine", height=340)
-    labels = [WORDS[place].replace(" ", "<br>", 1) for place in data["places"]]
+    labels = ["<br>of the".join(WORDS[place].split(" of the")) for place in data["places"]]
     for number, (side, name) in enumerate((("user", "the user's emotion"), ("reply", "emotion of a good reply"))):
         value, low, high = (np.array(column, dtype=float) for column in zip(*data["levels"][side], strict=True))
         figure.add_scatter(
@@ -286,7 +286,7 @@ def _draw_probes(probes: Sequence[Mapping[str, Any]]) -> Any:
         hovertemplate="%{y}, from the reply position %{x:.2f}<extra></extra>",
     )
     figure.add_vline(x=0, line={"color": GREY, "width": 1})
-    figure.update_yaxes(type="category", dtick=1, zeroline=False)
+    figure.update_yaxes(type="category", dtick=1, zeroline=False, range=[-0.7, len(names) - 0.3])
     return figure
 
 

@@ -164,8 +164,8 @@ class Measured:
         x, y = self.pair(one, other)
         return stats.bootstrap(lambda rows: likeness(x[rows], y[rows], centred=self.centred), len(x), **self.options)
 
-    def ceiling(self) -> float:
-        """The correlation that the scatter between neighbouring tokens allows between the statement and the reply position."""
+    def neighbours(self) -> float:
+        """How alike a token and the one before it read, at the statement and at the reply position together."""
         each = [likeness(*self.pair(place, f"before {place}"), centred=self.centred) for place in ("statement", "reply")]
         return float(np.sqrt(max(each[0], 0.0) * max(each[1], 0.0)))
 

@@ -50,15 +50,19 @@ class Answers:
 
     def pattern(self, claim: Claim) -> tuple[Finding, dict[str, Any] | None]:
         """Whether two halves of the dialogues agree on which families answer which."""
-        (families, family), rows = self.families, self.present.rows
-        speaks, listens, texts, n = family[self.present.labels], family[self.other.labels], self.present.texts, len(families)
+        (every, family), rows, texts = self.families, self.present.rows, self.present.texts
         halves, dialogues = texts % 2, np.arange(len(self.shared))
-        least = min(np.bincount(labels[halves == half], minlength=n).min() for labels in (speaks, listens) for half in (0, 1))
-        if not 4 <= n <= 40 or least < FEW_SPEAKERS:
-            needed = f"4 to 40 with {FEW_SPEAKERS} each are needed"
-            return claim.untestable(f"{n} families of emotions, {least} speakers in the smallest half of one: {needed}."), None
+        sides = [family[kind.labels] for kind in (self.present, self.other)]
+        sizes = [np.bincount(labels[halves == half], minlength=len(every)) for labels in sides for half in (0, 1)]
+        kept = np.flatnonzero(np.min(sizes, axis=0) >= FEW_SPEAKERS)
+        families, n = [every[f] for f in kept], len(kept)
+        if not 4 <= n <= 40:
+            reason = f"{n} families of emotions have {FEW_SPEAKERS} speakers in both halves of the dialogues: 4 to 40 are needed."
+            return claim.untestable(reason), None
+        # Those that are left out are neither rows nor columns.
+        speaks, listens = (np.where(np.isin(labels, kept), np.searchsorted(kept, labels), n) for labels in sides)
         fit = (self.shared[np.ix_(texts, texts)] == 0) & (texts[:, None] != texts) & (speaks[:, None] != speaks)
-        inner, by = np.where(fit, rows @ rows.T, 0.0), np.eye(n)[speaks]
+        inner, by = np.where(fit, rows @ rows.T, 0.0), np.eye(n + 1)[speaks][:, :n]
         # For each family of the listener: what a row gives with each family of speakers whose listener is of another family.
         sums = np.stack([inner @ (by * (listens != f)[:, None]) for f in range(n)])
         counts = np.stack([fit @ (by * (listens != f)[:, None]) for f in range(n)])
@@ -68,7 +72,7 @@ class Answers:
         centring = np.eye(len(effects)) - effects @ np.linalg.pinv(effects)
 
         def answers(weights: np.ndarray, labels: np.ndarray) -> np.ndarray:
-            chosen = np.eye(n)[labels].T * weights
+            chosen = np.eye(n + 1)[labels].T[:n] * weights
             pairs = np.einsum("fr,frg->fg", chosen, counts)[off]
             return np.asarray(centring @ (np.einsum("fr,frg->fg", chosen, sums)[off] / np.maximum(pairs, 1)))
 
@@ -103,7 +107,7 @@ class Answers:
         strength, q = np.full((2, n, n), np.nan)
         strength[off], q[off] = whole, stats.benjamini_hochberg(p)
         found = f"{int((q[off] <= ALPHA).sum())} of which stand out (q <= {ALPHA})"
-        note = f"r between two halves of the dialogues over {n * (n - 1)} pairs of families, {found}; {self.where}."
+        note = f"r between two halves of the dialogues over the pairs of {n} families, {found}; {self.where}."
         data = {"families": families, "strength": _plain(strength), "q": _plain(q)}
         return claim.tested(estimate, null, estimate.low > 0, note), data
 
