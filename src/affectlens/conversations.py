@@ -311,7 +311,7 @@ class Ranking:
     @property
     def note(self) -> str:
         """How many were read and how, and how many were left out and why."""
-        read = " and ".join(f"{n} conversations as {format}" for format, n in Counter(self.formats).items())
+        read = " and ".join(f"{n} conversation{'s' * (n > 1)} as {how}" for how, n in Counter(self.formats).items())
         left = "".join(f"; {n} left out: {reason}" for reason, n in self.skipped.items())
         return f"{read or 'no conversation read'}{left}"
 
