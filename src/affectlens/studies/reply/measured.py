@@ -48,7 +48,7 @@ def likeness(x: np.ndarray, y: np.ndarray, *, centred: bool = True) -> float:
     Example:
         >>> x = np.array([[0.0, 9.0], [1.0, 8.0], [2.0, 7.0]])
         >>> round(likeness(x, x[::-1]), 3), round(likeness(x, x[::-1], centred=False), 3)
-        (-1.0, 0.912)
+        (-1.0, 0.897)
     """
     a, b = unit(x, centred), unit(y, centred)
     return float((a * b).mean())
