@@ -109,3 +109,9 @@ def test_a_study_whose_texts_do_not_fit_the_model_says_so_and_the_others_run(tmp
     by_study = {name: [f for f in report.findings if f.study == name] for name in ("scenarios", "dose")}
     assert [f.verdict for f in by_study["scenarios"]] == ["untestable"] and "shorten the prompt" in by_study["scenarios"][0].note
     assert "holds" in {f.verdict for f in by_study["dose"]}
+
+
+def test_traced_conversations_are_a_page_beside_the_report(tmp_path: Path) -> None:
+    study(tmp_path / "run", only=("transcripts",))
+    text = (tmp_path / "run" / "conversations.html").read_text(encoding="utf-8")
+    assert text.startswith("<!doctype html>") and "Conversations read by toy" in text

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from affectlens.browse import page
 from affectlens.concepts import SHOWCASE, ConceptSet
+from affectlens.conversations import Trace
 from affectlens.corpus import FILES, bundled, identity
 from affectlens.discovery import CorpusStories, Discovery, Recipe, StorySource, make_vectors, open_run, open_stories
 from affectlens.engine import Engine, Request, Where
@@ -94,8 +96,21 @@ def study_run(
         progress.start(1, "report")
         report = _report(engine, found, run, outcomes, draws)
         report.save(run.path)
+        _write_conversations(engine, run)
         progress.advance()
     return report
+
+
+def _write_conversations(engine: Engine, run: Run) -> None:
+    """The conversations that the study of transcripts traced, as a page to browse beside the report."""
+    kept = run.path / "study-transcripts" / "traces.json"
+    traced = read_json(kept) if kept.exists() else {"traces": []}
+    if not traced["traces"]:
+        return
+    traces = [Trace(**trace) for trace in traced["traces"]]
+    html = page(traces, f"Conversations read by {engine.info.id}", note=traced["note"], model=engine.info.id)
+    with atomic_write(run.path / "conversations.html") as temporary:
+        temporary.write_text(html, encoding="utf-8")
 
 
 def study_vectors(
