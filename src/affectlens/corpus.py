@@ -48,8 +48,8 @@ QUICK_TEXTS = {
     "neutral": slice(None, None, 4),
     "manner": slice(None, None, 3),
 }
-"""What a first look reads of other bundled files. One dialogue of each emotion on either side is enough to rank them, and too little
-for the study of speakers, which then says so."""
+"""What a first look reads of other bundled files. One dialogue of each emotion on either side is enough to rank them, and too
+little for the study of speakers, which then says so."""
 
 
 def bundled(name: str) -> Path:
