@@ -20,7 +20,8 @@ Declared before any data is seen:
 * **Controls.** The same words without the preamble; probes fitted on scenes where the emotion shows (``open``); shown vectors.
 * **Intervals.** Rates: Wilson over scenes. Geometry: bootstrap over emotions. Differences: bootstrap over scenes.
 * **Conditions.** A model; five emotions, each hidden behind four others and shown over four others. Claims about where the
-  deflection vectors lie need vectors: more than chance in decoding, and a tenth of the squared length that is not noise.
+  deflection vectors lie need vectors: more than chance in decoding, and a tenth of the squared length that is not noise. The
+  comparison with the words needs more than chance in decoding.
 
 The preamble *names* the feeling, in the published texts too. What is decoded may be a word that attention fetches.
 
@@ -223,8 +224,8 @@ class _Measured:
         outer, words = self.clean - self.clean @ self.space.T @ self.space, without(self.alone, bench.vectors.neutral[self.row])
         decoded, outside, alone, _ = rows = [
             self._held_out("deflection vectors", "felt", self.clean),
-            self._held_out("deflection, outside the story space", "felt", outer),
-            self._held_out("deflection, words without preamble", "felt", words),
+            self._held_out("deflection, outside story space", "felt", outer),
+            self._held_out("deflection, no preamble", "felt", words),
             self._held_out("shown vectors", "shown", self.clean),
         ]
         for title, directions in (("story vectors", self.story), ("vectors of open scenes", self.open)):
@@ -249,10 +250,10 @@ class _Measured:
             "cosines": {"felt": [_round(line) for line in felt.cosines], "shown": [_round(line) for line in over.cosines]},
             "decoding": [[row.title, row.label, *_round(row.ends), row.chance] for row in rows],
             "outside": {
-                label: [*_round(np.sqrt(place.outer / place.lengths)), round(place.left(), 5)]
+                label: [*_round(np.sqrt(place.outer / place.lengths)), round(place.left(), 5) if place.signal >= SIGNAL else None]
                 for label, place in (("felt", felt), ("shown", over))
             },
-            "random": round(float(np.sqrt(1 - len(self.space) / self.space.shape[1])), 5),
+            "noise": round(float(np.sqrt(felt.outer_noise / felt.noise)), 5),
             "layers": list(bench.vectors.layers),
             "curve": curve,
             "chance": decoder.chance,
@@ -303,6 +304,8 @@ class _Measured:
         return estimate, self._null(signs @ differences / len(differences), estimate.value, kind)
 
     def _told(self, whole: _Reading, words: _Reading) -> Finding:
+        if whole.null.p > ALPHA:
+            return CLAIMS["told"].untestable(f"It is not read at all: p = {whole.null.p:.2g}; {self.where}.")
         both = self._flips(whole.hits.astype(float) - words.hits, "the two readings of a scene exchanged")
         note = f"Top 1 minus {words.rate.value:.2f}, top 1 when the same words are read without the preamble; {self.where}."
         return CLAIMS["told"].tested(*both, both[0].low > 0, note)
@@ -377,7 +380,8 @@ class _Measured:
         note = (
             f"Share of length, corrected for noise; not corrected {np.sqrt(felt.outer / felt.lengths).mean():.2f}; shown vectors "
             f"{over.left():.2f}; random directions {np.sqrt(1 - len(self.space) / width):.2f}, as the story space has "
-            f"{len(self.space)} of {width} dimensions; {self.where}."
+            f"{len(self.space)} of {width} dimensions; noise of these scenes {np.sqrt(felt.outer_noise / felt.noise):.2f}; "
+            f"{self.where}."
         )
         return [*found, CLAIMS["outside"].tested(share, null, share.low > MOST, note)]
 

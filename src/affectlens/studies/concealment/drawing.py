@@ -12,18 +12,19 @@ from affectlens.studies import Figure
 
 
 def figures(data: Mapping[str, Any]) -> list[Figure]:
+    """Decoding, length outside the story space, cosines with story vectors, and layers."""
     names, layer = data["names"], data["layer"]
     limit = round(max(abs(value) for matrix in data["cosines"].values() for line in matrix for value in line), 2)
     felt, shown = (heat_map(data["cosines"][label], names, limit=limit) for label in ("felt", "shown"))
     curves = {"top 1": data["curve"]}
     along = layer_curves(data["layers"], curves, y="emotion felt reads highest", chance=data["chance"], mark=layer)
     rates = (
-        "Share of hidden scenes in which the emotion reads highest of its candidates, with Wilson intervals; vertical marks are "
-        "chance. Felt: among emotions that are not shown; shown: among emotions that are not felt."
+        "Share of hidden scenes in which the emotion reads highest of its candidates, with Wilson intervals; the dashed "
+        "line is chance. Felt: among emotions that are not shown; shown: among emotions that are not felt."
     )
     left = (
         "Length of each probe that is left when the space of the story vectors is taken out, not corrected for noise; at the "
-        "right of all together, corrected. The dashed line is a random direction."
+        "right of all together, corrected (no mark: nothing but noise). The dashed line is what is left of noise in the scenes."
     )
     cosines = "Rows: {} of each emotion; columns: story vectors. Not corrected for noise; both figures have the same colours."
     return [
@@ -36,23 +37,22 @@ def figures(data: Mapping[str, Any]) -> list[Figure]:
 
 
 def _decoding_figure(rows: Sequence[Sequence[Any]]) -> Any:
-    figure = blank(x="read highest (share of scenes)", height=120 + 34 * len(rows))
-    lines = [f"{title}: {label}" for title, label, *_ in rows]
+    probes = list(dict.fromkeys(title for title, *_ in rows))
+    figure = blank(x="read highest (share of scenes)", height=130 + 40 * len(probes))
     for label, colour, symbol in (("felt", PALETTE[0], "circle"), ("shown", PALETTE[1], "square")):
-        own = [i for i, row in enumerate(rows) if row[1] == label]
-        value, low, high = (np.array([rows[i][k] for i in own]) for k in (2, 3, 4))
+        own = [row for row in rows if row[1] == label]
+        value, low, high = (np.array([row[k] for row in own]) for k in (2, 3, 4))
         figure.add_scatter(
             x=value,
-            y=[lines[i] for i in own],
+            y=[title for title, *_ in own],
             error_x={"array": high - value, "arrayminus": value - low, "thickness": 1.5, "width": 0},
             mode="markers",
             name=f"emotion {label}",
             marker={"color": colour, "size": 9, "symbol": symbol},
-            hovertemplate="%{y}<br>%{x:.3f}<extra></extra>",
+            hovertemplate=f"%{{y}}: emotion {label}<br>%{{x:.3f}}<extra></extra>",
         )
-    chance = {"color": GREY, "size": 14, "symbol": "line-ns-open", "line": {"width": 2}}
-    figure.add_scatter(x=[row[5] for row in rows], y=lines, mode="markers", name="chance", marker=chance, hoverinfo="skip")
-    figure.update_yaxes(type="category", categoryorder="array", categoryarray=lines[::-1], zeroline=False)
+    figure.add_vline(x=rows[0][5], line={"color": GREY, "width": 1, "dash": "dash"})
+    figure.update_yaxes(type="category", categoryorder="array", categoryarray=probes[::-1], zeroline=False)
     return figure.update_xaxes(range=[0, 1.02])
 
 
@@ -66,5 +66,5 @@ def _outside_figure(data: Mapping[str, Any]) -> Any:
         marker = {"color": colour, "size": sizes, "symbol": symbol}
         hover = f"{title}, %{{x}}<br>%{{y:.3f}}<extra></extra>"
         figure.add_scatter(x=names, y=data["outside"][label], mode="markers", name=title, marker=marker, hovertemplate=hover)
-    figure.add_hline(y=data["random"], line={"color": GREY, "width": 1, "dash": "dash"})
+    figure.add_hline(y=data["noise"], line={"color": GREY, "width": 1, "dash": "dash"})
     return figure.update_xaxes(type="category").update_yaxes(range=[0, 1.03], zeroline=False)

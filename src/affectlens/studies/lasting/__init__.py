@@ -20,7 +20,9 @@ Declared before any data is seen:
 * **Layers.** Nearest class mean by centred cosine, a cheaper probe, in the same folds.
 * **Intervals.** Rates: Wilson over scenes. Differences, transfer, size: bootstrap over scenes or texts within their kind.
 * **Conditions.** A model; five emotions with two scenes in each of the five conditions on average, and five topics. Ordinary
-  text: five of the emotions have stories; ten neutral texts, and a probe that reads held-out scenes better than chance.
+  text: five of the emotions have stories; ten neutral texts, and a probe that reads held-out scenes better than chance. Words:
+  something is read in the conditions in which the feeling is not shown (added after a look at SmolLM2-135M, whose probe was
+  *below* chance without the preamble, as it named what is shown).
 
 That the probe reads a feeling does not show that the model holds it: the preamble names it, and attention can fetch it.
 
@@ -139,6 +141,8 @@ class Lasting:
         Returns:
             Findings, a table over conditions, and the data of five figures.
         """
+        from threadpoolctl import threadpool_limits  # comes with scikit-learn
+
         if bench.engine is None:
             return untestable(CLAIMS.values(), "There is no model to read the scenes with.")
         records = _records(bench)
@@ -153,7 +157,8 @@ class Lasting:
             return untestable(CLAIMS.values(), reason)
         values = [result.readings[0].values for result in bench.read(self.requests(bench))]
         told, alone = np.stack(values[: len(records)]), np.stack(values[len(records) :])[:, 0]
-        return _Measured(bench, records, names, told, alone).outcome()
+        with threadpool_limits(1):  # the matrices are small: threads that wait for each other take five times as long
+            return _Measured(bench, records, names, told, alone).outcome()
 
     def draw(self, data: Mapping[str, Any]) -> list[Figure]:
         """Draw accuracy by condition, confusions, transfer, ordinary text, and layers; nothing when it was untestable."""
@@ -229,10 +234,13 @@ class _Measured:
         alone = [stats.wilson(int(self.words[own].sum()), int(own.sum())) for own in self._kinds()]
         for kind, (id, own) in enumerate(zip(CONDITIONS, self._kinds(), strict=True)):
             estimate, null = self._rate(said, own)
-            note = f"{alone[kind].value:.2f} from the same words without the preamble; {self.where}."
+            note = (
+                f"{alone[kind].value:.2f} from the same words without the preamble, {transfer[kind, kind]:.2f} by a probe fitted "
+                f"on this condition alone; {self.where}."
+            )
             findings.append(CLAIMS[id].tested(estimate, null, self._clear(estimate), note))
-            elsewhere = float(np.delete(transfer[:, kind], kind).mean())
-            ends = (estimate.value, estimate.low, estimate.high, null.p, alone[kind].value, elsewhere, PUBLISHED[id])
+            single = float(transfer[kind, kind]), float(np.delete(transfer[:, kind], kind).mean())
+            ends = (estimate.value, estimate.low, estimate.high, null.p, alone[kind].value, *single, PUBLISHED[id])
             rows.append((id, estimate.n, *ends))
         findings += [self._neutral_lower(), self._told(), one_state, self._to_neutral(), self._stories(), self._ordinary()]
         best, curves = self._best_layer()
@@ -242,7 +250,10 @@ class _Measured:
             "names": self.names,
             "chance": self.chance,
             "conditions": {row[0]: [_round(row[2:5]), _round(_ends(alone[i])), row[-1]] for i, row in enumerate(rows)},
-            "confusion": {id: self._confusion(said, own) for id, own in zip(CONDITIONS, self._kinds(), strict=True)},
+            "confusion": {
+                **{id: self._confusion(said, own) for id, own in zip(CONDITIONS, self._kinds(), strict=True)},
+                "all": self._confusion(said, self.kind >= 0),
+            },
             "transfer": [_round(line) for line in transfer],
             "sizes": self._sizes(),
             "layers": list(self.bench.vectors.layers),
@@ -256,10 +267,10 @@ class _Measured:
                 **{name: probability[:, i].tolist() for i, name in enumerate(self.names)},
             }
         }
-        head = ("condition", "scenes", "accuracy", "low", "high", "p", "words alone", "probes of others", "published")
+        head = ("condition", "scenes", "accuracy", "low", "high", "p", "words alone", "own probe", "others' probes", "published")
         caption = (
-            "Held-out topics. Words alone: the same words without the preamble, with probes of their own. Probes of others: mean "
-            "accuracy of the four probes that were fitted in one other condition each."
+            "Held-out topics; the probe is fitted on all conditions. Words alone: the same words without the preamble, with "
+            "probes of their own. Own probe: fitted on this condition alone; others' probes: mean of four, one condition each."
         )
         table = Table("conditions", f"What the speaker feels, at layer {self.bench.vectors.layer}", caption, head, tuple(rows))
         return Outcome((*findings, best), (table,), data, raw)
@@ -295,6 +306,8 @@ class _Measured:
 
     def _told(self) -> Finding:
         rows = self.kind != list(CONDITIONS).index("open")
+        if (p := self._rate(self.logits.argmax(axis=1), rows)[1].p) > ALPHA:
+            return CLAIMS["told"].untestable(f"Where it is not shown, it is not read at all: p = {p:.2g}; {self.where}.")
         gain = (self.hits.astype(float) - self.words)[rows]
         estimate = stats.bootstrap(lambda own: float(gain[own].mean()), self.kind[rows], **self.options)
         kind = "the two readings of a scene exchanged"

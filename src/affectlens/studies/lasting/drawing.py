@@ -10,7 +10,14 @@ import numpy as np
 from affectlens.figures import GREY, PALETTE, SEQUENTIAL, THEME, blank, heat_map, layer_curves, to_figure
 from affectlens.studies import Figure
 
-TITLES = {"open": "shown", "hidden": "hidden", "neutral": "matter of fact", "story": "story", "others": "about others"}
+TITLES = {
+    "open": "shown",
+    "hidden": "hidden",
+    "neutral": "matter of fact",
+    "story": "story",
+    "others": "about others",
+    "all": "all",
+}
 
 
 def figures(data: Mapping[str, Any]) -> list[Figure]:
@@ -19,7 +26,8 @@ def figures(data: Mapping[str, Any]) -> list[Figure]:
     transfer = heat_map(data["transfer"], titles, limit=(0.0, max(map(max, data["transfer"]))), unit="accuracy", height=400)
     transfer.update_yaxes(title_text="fitted on").update_xaxes(title_text="read in")
     transfer.update_traces(texttemplate="%{z:.2f}")
-    curves = {TITLES[id]: curve for id, curve in data["curves"].items()}
+    # Five bands would cover each other: the condition that the finding is about keeps its own.
+    curves = {TITLES[id]: curve if id == "neutral" else (curve[0], None, None) for id, curve in data["curves"].items()}
     along = layer_curves(data["layers"], curves, y="accuracy", chance=data["chance"], mark=layer)
     accuracy = (
         "Share of scenes whose emotion the probe names, with Wilson intervals; all in topics that were left out. Hollow: the "
@@ -33,7 +41,9 @@ def figures(data: Mapping[str, Any]) -> list[Figure]:
         "Share of texts to which the probe answers with less than this size. Size is for each unit of how much a text differs "
         "from its kind; 1 is the mean of the held-out scenes."
     )
-    nearest = "Nearest class mean, a cheaper probe than the one of the other figures; Wilson intervals."
+    nearest = (
+        "Nearest class mean, a cheaper probe than the one of the other figures; Wilson intervals for talk of a matter of fact."
+    )
     return [
         to_figure("conditions", f"What the speaker feels, at layer {layer}", accuracy, _conditions(data)),
         to_figure("transfer", f"From condition to condition at layer {layer}", pairs, transfer),
@@ -92,7 +102,8 @@ def _confusions(data: Mapping[str, Any]) -> Any:
     from plotly.subplots import make_subplots
 
     names, titles = data["names"], [TITLES[id] for id in data["confusion"]]
-    figure = make_subplots(2, 3, shared_xaxes="all", shared_yaxes="all", subplot_titles=titles, horizontal_spacing=0.02)
+    shared = {"shared_xaxes": "all", "shared_yaxes": "all", "horizontal_spacing": 0.02, "vertical_spacing": 0.06}
+    figure = make_subplots(2, 3, subplot_titles=titles, **shared)
     for number, matrix in enumerate(data["confusion"].values()):
         figure.add_heatmap(
             z=matrix,
@@ -103,9 +114,12 @@ def _confusions(data: Mapping[str, Any]) -> Any:
             col=number % 3 + 1,
             hovertemplate=f"{titles[number]}<br>%{{y}} read as %{{x}}: %{{z:.2f}}<extra></extra>",
         )
-    figure.update_layout(template=THEME, height=860, meta={"wide": True})
+    figure.update_layout(template=THEME, height=780, meta={"wide": True})
     bar = {"title": {"text": "share", "side": "top"}, "thickness": 9, "outlinewidth": 0, "len": 1, "x": 1.01}
-    figure.update_layout(coloraxis={"colorscale": SEQUENTIAL, "cmin": 0, "cmax": 1, "colorbar": bar}, margin_t=40)
+    figure.update_layout(
+        coloraxis={"colorscale": SEQUENTIAL, "cmin": 0, "cmax": np.max(list(data["confusion"].values())), "colorbar": bar},
+        margin_t=40,
+    )
     bare = {"showline": False, "zeroline": False, "showgrid": False, "ticks": "", "type": "category"}
     figure.update_xaxes(**bare, tickangle=-90).update_yaxes(**bare, autorange="reversed")
     return figure
