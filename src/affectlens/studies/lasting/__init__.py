@@ -32,6 +32,7 @@ Source: method 11.5 (paper, Fig 16, Table 5).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -346,32 +347,35 @@ class _Measured:
 
     # ── ordinary text ──
 
+    def _sizes_of(self, probe: Probe, moved: np.ndarray) -> np.ndarray:
+        """Size of a probe's answer for each unit of how far a text lies from its kind; ``moved`` is standardised."""
+        return np.asarray(np.linalg.norm(moved @ probe.axes @ probe.weights.T, axis=1) / np.linalg.norm(moved, axis=1))
+
+    @cached_property
+    def _scene_answers(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sizes for held-out scenes, the mean of each probe's scenes being 1; and that mean, as penalties differ."""
+        sizes, units = np.empty(len(self.felt)), np.empty(len(self.probes))
+        for fold, probe in enumerate(self.probes):
+            test = self.fold == fold
+            own = self._sizes_of(probe, probe.standard(self.told[test]))
+            units[fold] = own.mean()
+            sizes[test] = own / units[fold]
+        return sizes, units
+
     def _answers(self, residuals: np.ndarray) -> np.ndarray:
-        """Size of the answer to each text of a kind, for each unit of its distance from their mean; mean over the probes."""
-        moved = residuals - residuals.mean(axis=0)
-        sizes = []
-        for probe in self.probes:
-            answer = moved / probe.scale @ probe.axes @ probe.weights.T
-            sizes.append(np.linalg.norm(answer, axis=1) / np.linalg.norm(moved / probe.scale, axis=1))
+        """Sizes for texts of another kind in the same unit, mean over the probes."""
+        moved = residuals.astype(np.float64) - residuals.mean(axis=0, dtype=np.float64)
+        units = self._scene_answers[1]
+        sizes = [self._sizes_of(probe, moved / probe.scale) / unit for probe, unit in zip(self.probes, units, strict=True)]
         return np.asarray(np.mean(sizes, axis=0))
 
     def _sizes(self) -> dict[str, list[float]]:
-        """Percentiles of the size of the answers, the mean of held-out scenes being 1."""
-        texts = {"held-out scenes": self._scene_answers()}
-        if self.bench.activations is not None:
-            texts["stories"] = self._answers(self.bench.activations.layer(self.bench.vectors.layer).astype(np.float64))
-        if self.bench.neutral is not None:
-            texts["neutral texts"] = self._answers(self.bench.neutral.layer(self.bench.vectors.layer).astype(np.float64))
-        unit = texts["held-out scenes"].mean()
-        return {kind: _round(np.quantile(sizes / unit, np.linspace(0, 1, 51))) for kind, sizes in texts.items()}
-
-    def _scene_answers(self) -> np.ndarray:
-        sizes = np.empty(len(self.felt))
-        for fold, probe in enumerate(self.probes):
-            test = self.fold == fold
-            moved = probe.standard(self.told[test])
-            sizes[test] = np.linalg.norm(moved @ probe.axes @ probe.weights.T, axis=1) / np.linalg.norm(moved, axis=1)
-        return sizes
+        """Percentiles of the size of the answers."""
+        layer, texts = self.bench.vectors.layer, {"held-out scenes": self._scene_answers[0]}
+        for kind, read in (("stories", self.bench.activations), ("neutral texts", self.bench.neutral)):
+            if read is not None:
+                texts[kind] = self._answers(read.layer(layer))
+        return {kind: _round(np.quantile(sizes, np.linspace(0, 1, 51))) for kind, sizes in texts.items()}
 
     def _stories(self) -> Finding:
         bench, stories = self.bench, self.bench.activations
@@ -396,7 +400,7 @@ class _Measured:
             return CLAIMS["ordinary"].untestable(f"Fewer than {TEXTS} neutral texts were read.")
         if (p := self._rate(self.logits.argmax(axis=1), self.kind >= 0)[1].p) > ALPHA:
             return CLAIMS["ordinary"].untestable(f"The probe does not read the scenes themselves: p = {p:.2g}.")
-        sizes = [self._answers(neutral.layer(self.bench.vectors.layer).astype(np.float64)), self._scene_answers()]
+        sizes = [self._answers(neutral.layer(self.bench.vectors.layer)), self._scene_answers[0]]
         both, kind = np.concatenate(sizes), np.repeat([0, 1], [len(part) for part in sizes])
 
         def ratio(rows: np.ndarray, kind: np.ndarray) -> float:

@@ -39,7 +39,7 @@ def figures(data: Mapping[str, Any]) -> list[Figure]:
     )
     sizes = (
         "Share of texts to which the probe answers with less than this size. Size is for each unit of how much a text differs "
-        "from its kind; 1 is the mean of the held-out scenes."
+        "from its kind, with 1 the mean of the held-out scenes."
     )
     nearest = (
         "Nearest class mean, a cheaper probe than the one of the other figures; Wilson intervals for talk of a matter of fact."
@@ -67,7 +67,7 @@ def _conditions(data: Mapping[str, Any]) -> Any:
             mode="markers",
             name=name,
             text=titles,
-            marker={"color": colour, "size": 10, "symbol": symbol, "line": {"width": 2}},
+            marker={"color": colour, "size": 10, "symbol": symbol, "line": {"width": 2, "color": colour}},
             hovertemplate=f"%{{text}}, {name}<br>%{{y:.3f}}<extra></extra>",
         )
     figure.add_scatter(
