@@ -36,7 +36,7 @@ NOUNS = (
     "search",
 )
 VERBS = ("discovery", "pipeline", "audit", "studies")
-DOORS = ("cli", "report", "browse")
+DOORS = ("cli", "report", "browse", "pages")
 ENGINES = tuple(name for name in MODULES if name.startswith("engines."))
 STUDIES = tuple(name for name in MODULES if name.startswith("studies."))
 AUDIT = tuple(name for name in MODULES if name.startswith("audit."))

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
 
+from affectlens import pages
 from affectlens.conversations import STRETCH, Conversation, Ranking, Run, Trace, rank, read, trace, trace_readout
 from affectlens.errors import FormatError
-from affectlens.report import DISCLAIMER, _embedded, _hash
+from affectlens.report import DISCLAIMER
 from affectlens.vectors import ConceptVectors
 
 LIMIT = 100
@@ -94,22 +94,14 @@ def page(traces: Sequence[Trace], title: str, *, note: str = "", model: str = ""
         >>> page([one], "A conversation").startswith("<!doctype html>")
         True
     """
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
     if not traces:
         raise FormatError("there is no conversation to show: give at least one")
-    data = resources.files("affectlens") / "data"
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"embed": lambda value: Markup(_embedded(value))}
-    environment.globals |= {"trusted": Markup, "hash": _hash}
-    template = environment.from_string((data / "browse.html.j2").read_text(encoding="utf-8"))
-    return template.render(
+    return pages.render(
+        "browse.html.j2",
         traces=[vars(each) for each in traces],
         title=title,
         note=note,
         model=model,
         stretch=STRETCH,
-        css=(data / "report.css").read_text(encoding="utf-8"),
         disclaimer=DISCLAIMER,
-    ).lstrip()
+    )

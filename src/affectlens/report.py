@@ -9,17 +9,14 @@ travel as inert JSON, and a content security policy allows exactly the two scrip
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from affectlens import pages
 from affectlens.errors import FormatError
 from affectlens.runs import atomic_write, read_json, write_json
 from affectlens.stats import Estimate, Null, benjamini_hochberg
@@ -215,21 +212,15 @@ class Report:
         Args:
             other: A second report, whose findings get columns of their own beside these.
         """
-        from jinja2 import Environment, StrictUndefined
-        from markupsafe import Markup
         from plotly.offline import get_plotlyjs
 
-        data = resources.files("affectlens") / "data"
-        environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-        environment.filters |= {"cell": _cell, "ordered": _ordered, "embed": lambda value: Markup(_embedded(value))}
-        environment.globals |= {"trusted": Markup, "hash": _hash}
-        template = environment.from_string((data / "report.html.j2").read_text(encoding="utf-8"))
         numbers = {figure.id: number for number, figure in enumerate(self.figures, 1)}
-        return template.render(
+        return pages.render(
+            "report.html.j2",
+            filters={"cell": _cell, "ordered": _ordered},
             report=self,
             other=other,
             names=_names(self, other) if other is not None else (),
-            css=(data / "report.css").read_text(encoding="utf-8"),
             plotly=get_plotlyjs() if self.figures else "",
             findings=[
                 {
@@ -575,17 +566,6 @@ def _formatted(table: Table) -> list[list[str]]:
         return _minus(f"{round(value, decimals) + 0.0:,.{decimals}f}") if fixed else _cell(value)
 
     return [list(map(text, row, formats)) for row in table.rows]
-
-
-def _embedded(value: Any) -> str:
-    """JSON that can stand inside a script element: nothing in it can end the element or start a comment."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":"))
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-def _hash(script: str) -> str:
-    """The source expression by which a content security policy allows exactly this script."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
 def _md(text: str) -> str:

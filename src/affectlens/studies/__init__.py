@@ -247,7 +247,7 @@ class Bench:
         own = self.engine.texts(name) if self.engine else None
         if own is not None:
             return own
-        return corpus.load(name)[corpus.QUICK_TEXTS.get(name, slice(None)) if self.quick else slice(None)]
+        return corpus.first_look(name) if self.quick else corpus.load(name)
 
     @property
     def plain(self) -> bool:
