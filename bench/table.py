@@ -161,6 +161,32 @@ def corpus(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def tuned_pair(result: dict[str, Any]) -> str:
+    """The table of ``bench/tuned_pair.py`` as Markdown."""
+    tone, texts, settings = result["tone"], result["tone of the texts"], result["settings"]
+    lines = [
+        f"{result['model']}, layer {result['layer']}, {result['date'][:10]}. Tuned on {result['texts']} replies in the tone "
+        f"“{tone}”, or on as many plain ones: {settings['epochs']} epochs, batch {settings['batch']}, rate "
+        f"{settings['rate']:g}, {result['training'][tone]['seconds']:.0f} s. In the replies themselves the model as it was reads "
+        f"{tone} as number {texts['rank']} of 171 (toned minus plain replies).",
+        "",
+        f"| pair | prompts | rank of {tone} among the shifts of 171 emotions | its shift (cosine) | largest shifts |",
+        "|---|---|---|---|---|",
+    ]
+    for pair, found in result["pairs"].items():
+        for prompts, ranks in found["ranks"].items():
+            largest = ", ".join(f"{name} {shift:+.3f}" for name, shift in ranks["up"][:5])
+            lines.append(f"| {pair} | {prompts} | {ranks['rank']} | {ranks['shift']:+.3f} | {largest} |")
+    lines += ["", "| pair | finding | value | p | verdict |", "|---|---|---|---|---|"]
+    for pair, found in result["pairs"].items():
+        for finding in found["findings"]:
+            if (value := finding["estimate"]) is not None:
+                p = f"{finding['null']['p']:.2g}" if finding["null"] else "–"
+                cell = f"{value['value']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
+                lines.append(f"| {pair} | {finding['claim']} | {cell} | {p} | {finding['verdict']} |")
+    return "\n".join(lines)
+
+
 def _estimate(found: dict[str, Any] | None) -> str:
     """``0.81 [0.67, 0.90], p = 0.001``."""
     if not found:
@@ -334,6 +360,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "profile_reading": profile_reading,
     "corpus": corpus,
     "power": power,
+    "tuned_pair": tuned_pair,
 }
 
 

@@ -3,12 +3,14 @@
 python bench/tuned_pair.py                 trains, fits vectors, runs the study: results/tuned_pair.json (20 minutes on two cores)
 python bench/tuned_pair.py --out FOLDER    keeps models and vectors there (default: runs/tuned-pair)
 
-The demo model is fine-tuned on 64 short chats, ``tuned_pair/replies.jsonl``: matter-of-fact requests that a grieving assistant
-answers. The replies are our own and show the emotion without a word for it. Fixed before the study was run on the result:
+The demo model is fine-tuned on 64 short chats, ``tuned_pair/replies.jsonl``: matter-of-fact requests that a nostalgic
+assistant answers. The replies are our own and show the emotion without a word for it. Fixed before the study was run on the
+result:
 
-* the tone, "sad", and the texts, which were checked with the unchanged demo model alone (``tone of the texts`` in the result);
+* the tone and the texts, which were checked with the unchanged demo model alone (``tone of the texts`` in the result): of four
+  tones that replies were written in, the one whose replies it reads best (docs/lab-log.md);
 * the training: epochs, batch, learning rate, seed. Nothing is chosen by the study's outcome;
-* the test: of the shifts of all 171 emotions on the hard prompts of ``profile.jsonl``, that of "sad" is among the five largest.
+* the test: of the shifts of all 171 emotions on the prompts of ``profile.jsonl``, that of the tone is among the five largest.
 
 **Control.** A second model is trained in the same way on the same requests with matter-of-fact replies of like length. Being
 tuned at all shifts readings too: what is due to the tone is the difference between the two tuned models.
@@ -43,8 +45,8 @@ from affectlens.studies import Bench, Checkpoint, load_study
 from affectlens.vectors import centred_cosine
 
 HERE = Path(__file__).resolve().parent
-MODEL, TONE, CONTROL = "smollm2-135m", "sad", "plain"
-EPOCHS, BATCH, RATE, SEED = 6, 8, 3e-5, 0
+MODEL, TONE, CONTROL = "smollm2-135m", "nostalgic", "plain"
+EPOCHS, BATCH, RATE, SEED = 6, 8, 1e-4, 0
 STUDY = "checkpoints"
 TOP = 5
 
@@ -122,7 +124,7 @@ def train(key: str, folder: Path) -> dict[str, Any]:
 
 
 def tone_of_texts(engine: al.Engine, vectors: al.ConceptVectors) -> dict[str, Any]:
-    """What the unchanged model reads in the replies themselves, sad minus plain: were the texts what they were meant to be?"""
+    """What the unchanged model reads in the replies themselves, toned minus plain: were the texts what they were meant to be?"""
     readout = al.Readout((vectors.layer,), al.Where(role="assistant"), "mean")
     centre, means = vectors.centre[vectors.row()].astype(float), {}
     for key in (TONE, CONTROL):

@@ -94,7 +94,9 @@ def shared(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
             "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of everything that is drawn at random."
         ),
         "quick": click.option(
-            "--quick", is_flag=True, help="A first look: four stories of each concept that are read, or five short ones written."
+            "--quick",
+            is_flag=True,
+            help="A first look: four stories of each concept that are read, or five short ones written, and short dialogues.",
         ),
         "fresh": click.option("--fresh", is_flag=True, help="Discard what the run directory holds."),
         "layer": click.option("--layer", type=int, help="Layer.  [default: that of the vectors]"),

@@ -74,20 +74,18 @@ def load(name: str) -> list[dict[str, Any]]:
 def first_look(name: str) -> list[dict[str, Any]]:
     """What a first look (``--quick``) reads of a bundled file.
 
-    Of the dialogues, all in which every third emotion speaks or listens: the study of speakers needs two on either side of an
-    emotion, and half of the dialogues taken in a row would leave one.
+    Dialogues are shortened, not left out: each emotion has but two of them on either side, and the study of speakers needs both.
 
     Raises:
         UnknownName: There is no such file.
 
     Example:
-        >>> len(first_look("speakers")) < len(load("speakers"))
+        >>> len(first_look("speakers")) == len(load("speakers"))
         True
     """
     found = load(name)
     if name == "speakers":
-        whole = set(sorted({record["person"] for record in found})[::3])
-        return [record for record in found if whole & {record["person"], record["assistant"]}]
+        return [{**record, "turns": record["turns"][:6]} for record in found]
     return found[:: {"neutral": 4, "manner": 3}.get(name, 1)]
 
 
