@@ -15,8 +15,9 @@ from affectlens import pipeline
 from affectlens.engine import Request, Result
 from affectlens.engines.toy import ToyEngine
 from affectlens.errors import AffectlensError, MismatchError
-from affectlens.studies import Sources
-from planted import CONCEPTS, RECIPE
+from affectlens.runs import read_json, write_json
+from affectlens.studies import STUDIES, Outcome, Sources, load_study
+from planted import CONCEPTS, RECIPE, toy_bench
 
 
 class Counting(ToyEngine):
@@ -37,6 +38,18 @@ class Counting(ToyEngine):
 
 def study(out: Path, engine: ToyEngine | None = None, only: tuple[str, ...] = ("scenarios",), **options: Any) -> al.Report:
     return al.study(engine or Counting(), CONCEPTS, out=out, recipe=RECIPE, only=only, **options)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_figures_of_a_stored_outcome_are_those_of_the_fresh_one(name: str, tmp_path: Path) -> None:
+    """Labels once came out of a file in another order than the rows that they stand beside."""
+    bench = toy_bench()
+    found = load_study(name).run(bench)
+    write_json(tmp_path / "outcome.json", found.as_dict())
+    stored = Outcome.from_dict(read_json(tmp_path / "outcome.json"))
+    fresh, again = (json.dumps([vars(figure) for figure in load_study(name).draw(each.data)]) for each in (found, stored))
+    assert fresh == again
+    assert name == "checkpoints" or len(fresh) > 2
 
 
 def test_a_study_is_read_once_and_keeps_its_raw_values(tmp_path: Path) -> None:

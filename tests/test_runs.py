@@ -226,7 +226,7 @@ def test_json_round_trip_of_what_a_report_holds(tmp_path: Path) -> None:
     assert back["b"] == 0.5 and back["a"] == [3, True] and back["7"] == [[1.0, 0.0], [0.0, 1.0]]
     assert back["options"] == {"layer": 2, "names": ["calm"]} and back["path"] == "x/y"
     assert back["text"] == "né 😀" and back["none"] is None
-    assert list(back) == sorted(back)
+    assert list(back) == ["b", "a", "options", "7", "path", "text", "none"]  # what is drawn from a file keeps its order
     write_json(tmp_path / "b.json", {"name": "odd \udcff name"})
     assert read_json(tmp_path / "b.json") == {"name": "odd \udcff name"}
 

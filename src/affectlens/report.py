@@ -36,7 +36,7 @@ _GLYPHS = {"holds": "●", "weak": "◐", "fails": "○", "untestable": "–", "
 _COLOURS = {"holds": "green", "ok": "green", "weak": "yellow", "warn": "yellow", "fails": "red", "fail": "red",
             "untestable": "dim"}  # fmt: skip
 _NUMBERS = ("published", "here", "chance", "p", "n")
-# write_json sorts keys, so the order in which a reader wants the facts is kept here.
+# The order in which a reader wants the facts, wherever they come from.
 _ORDER = ("id", "revision", "family", "n_parameters", "n_layers", "width", "dtype", "device", "concepts", "layer", "method",
           "source", "kept", "dropped", "date", "command", "commit", "platform", "python", "seeds", "packages")  # fmt: skip
 _PARTS: dict[str, dict[str, type | tuple[type, ...]]] = {

@@ -61,7 +61,7 @@ def _categories(data: Mapping[str, Any]) -> Figure:
         names,
         kinds,
         columns=data["columns"],
-        unit="cosine, centred over categories",
+        unit="cosine",
         height=150 + 34 * len(names),
     )
     caption = (
