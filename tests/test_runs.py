@@ -541,5 +541,5 @@ def test_progress_on_a_terminal_draws_a_bar_on_stderr(monkeypatch: pytest.Monkey
 
 def test_records_are_readable_by_people(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"b": 1, "a": {"é": [1]}})
-    assert (tmp_path / "a.json").read_text() == '{\n "a": {\n  "é": [\n   1\n  ]\n },\n "b": 1\n}\n'
+    assert (tmp_path / "a.json").read_text() == '{\n "b": 1,\n "a": {\n  "é": [\n   1\n  ]\n }\n}\n'
     assert json.loads((tmp_path / "a.json").read_text())["b"] == 1
