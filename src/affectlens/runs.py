@@ -97,7 +97,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:
-    """Write plain data as JSON, atomically, with an indent. Keys keep their order: to a reader, and in a figure, it has a meaning.
+    """Write plain data as JSON, atomically, with an indent. Keys keep their order: in a figure it has a meaning.
 
     Args:
         path: the file to write.
