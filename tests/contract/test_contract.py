@@ -344,7 +344,7 @@ def test_strength_zero_is_bit_identical_to_no_steering(subject: Subject) -> None
         request = Request(TALK, sampling=sampling, readouts=(subject.everything,))
         plain = subject.run(request)[0]
         for zero in steerings:
-            assert zero.layers == () and zero.at_layer(subject.middle) == ([], [])
+            assert zero.layers == () and zero.at_layer(subject.middle) == ([], None)
             steered = subject.run(replace(request, steering=zero))[0]
             assert plain.text == steered.text
             np.testing.assert_array_equal(plain.readings[0].values, steered.readings[0].values)
