@@ -66,7 +66,7 @@ def test_strength_0_changes_no_bit_and_sets_no_hook(model: Any) -> None:
 def test_hooks_are_removed_whatever_happens(model: Any) -> None:
     count = hooks(model)
     with pytest.raises(ZeroDivisionError), al.steer(model, push()):
-        assert hooks(model) == count + 1
+        assert hooks(model) > count
         raise ZeroDivisionError
     assert hooks(model) == count
 

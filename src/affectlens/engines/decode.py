@@ -280,7 +280,7 @@ class _Course:
         self.horizon = {
             n: max((t.schedule.tokens for t in batch[n].request.steering.terms if t.schedule), default=0) for n in self.steered
         }
-        self.key: Any = None
+        self.key: tuple[Any, ...] = ()
         self.now: Work = ({}, {})
 
     def prompt(self, starts: list[int]) -> Work:

@@ -246,7 +246,8 @@ def steer(model: Any, steering: Steering) -> Iterator[Any]:
     handles = []
     try:
         if plan.layers:
-            handles.append(model.get_decoder().register_forward_pre_hook(state.look, with_kwargs=True))
+            decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+            handles.append(decoder.register_forward_pre_hook(state.look, with_kwargs=True))
         for layer in sorted(plan.layers):
             handles.append(blocks[layer].register_forward_hook(after(layer)))
         yield model
