@@ -618,3 +618,32 @@ def test_ablate_and_clamp(vectors: ConceptVectors) -> None:
     np.testing.assert_allclose(both @ sad, 0, atol=1e-5)
     with pytest.raises(EngineError, match="cannot be multiplied"):
         _ = 2 * vectors["calm"].clamp(0.3)
+
+
+def test_vectors_make_gates_in_the_unit_of_their_scores(vectors: ConceptVectors) -> None:
+    rng = np.random.default_rng(0)
+    x = vectors.centre[1] + rng.normal(size=(50, vectors.centre.shape[1]))
+    onto = np.concatenate([vectors.directions[1], vectors.centre[1][None]])
+    reading = Reading((x @ onto.T)[None], np.linalg.norm(x, axis=1)[None], np.arange(50))
+    for kind in ("z", "centred", "cosine"):
+        scores = vectors.scores(reading, layer=1, kind=kind)[:, 1]  # type: ignore[arg-type]
+        made = vectors.gate("calm", above=float(np.median(scores)), layer=1, kind=kind)  # type: ignore[arg-type]
+        np.testing.assert_allclose(made.score(x), scores, rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(made.opens(x), scores > np.median(scores))
+    own = vectors.gate("calm", below=1.0, layer=1, baseline=(0.1, 0.2))
+    np.testing.assert_allclose(own.score(x), (vectors.scores(reading, layer=1)[:, 1] - 0.1) / 0.2, rtol=1e-4, atol=1e-4)
+    assert vectors.gate("calm", above=1.0).layer == vectors.layer
+    assert (0.1 * vectors["sad"]).when(vectors.gate("calm", above=1.0)).gates == (vectors.gate("calm", above=1.0),)
+
+
+def test_gates_that_vectors_cannot_make_are_refused(vectors: ConceptVectors) -> None:
+    with pytest.raises(EngineError, match="needs above or below"):
+        vectors.gate("calm")
+    with pytest.raises(AffectlensError, match="did you mean calm"):
+        vectors.gate("clam", above=1.0)
+    with pytest.raises(EngineError, match="has no baseline"):
+        vectors.gate("calm", above=1.0, kind="cosine", baseline=(0, 1))
+    with pytest.raises(EngineError, match="deviation above 0"):
+        vectors.gate("calm", above=1.0, baseline=(0.0, -1.0))
+    with pytest.raises(MismatchError, match="use cosine"):
+        replace(vectors, centre=np.full_like(vectors.centre, np.nan)).gate("calm", above=1.0)
