@@ -639,7 +639,7 @@ def test_vectors_make_gates_in_the_unit_of_their_scores(vectors: ConceptVectors)
 def test_gates_that_vectors_cannot_make_are_refused(vectors: ConceptVectors) -> None:
     with pytest.raises(EngineError, match="needs above or below"):
         vectors.gate("calm")
-    with pytest.raises(AffectlensError, match="did you mean calm"):
+    with pytest.raises(UnknownName, match="did you mean calm"):
         vectors.gate("clam", above=1.0)
     with pytest.raises(EngineError, match="has no baseline"):
         vectors.gate("calm", above=1.0, kind="cosine", baseline=(0, 1))

@@ -328,7 +328,7 @@ class Steering:
     def to_json(self) -> str:
         """The steering as one line of JSON that needs nothing else: arrays stand beside the terms, by their hash, once each.
 
-        Equal steerings give equal text, and :meth:`from_json` gives back the same bits at every layer, the unused ones too.
+        :meth:`from_json` gives back the same bits at every layer, the unused ones too, and the same text again.
         """
         arrays: dict[str, Any] = {}
 
@@ -349,7 +349,9 @@ class Steering:
                     given[key] = {k: v for k, v in asdict(item).items() if v is not None}
                 elif isinstance(item, tuple):
                     given[key] = [int(n) for n in item]
-            return {key: item.item() if isinstance(item, np.generic) else item for key, item in given.items() if item is not None}
+                elif item is not None and _FIELDS[key] is float:
+                    given[key] = float(item)
+            return {key: item for key, item in given.items() if item is not None}
 
         terms = [plain(term) for term in self.terms]
         data = {"affectlens": "steering", "format": FORMAT, "terms": terms, "arrays": arrays}
