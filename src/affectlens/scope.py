@@ -62,7 +62,7 @@ class Gate:
 
     The reading is the cosine of the token's residual, minus ``centre``, with the direction, in ``deviation`` from ``mean``. It is
     taken at every token anew, in the same forward pass, before anything is done at the gate's layer: what other terms did at
-    lower layers and at earlier tokens is in it.
+    lower layers and at earlier tokens is in it. It switches sharply: at a token that reads exactly the limit, rounding decides.
 
     Args:
         name: What the direction stands for.
