@@ -79,7 +79,7 @@ class Term:
         if self.gate is not None and self.layers and self.gate.layer > min(self.layers):
             raise EngineError(
                 f"the gate on {self.gate.name!r} is read at layer {self.gate.layer}, after layer {min(self.layers)} is steered: "
-                "read it there or lower, with gate(layer=...)"
+                "read it there or lower with gate(layer=...), or choose the layers with on() first"
             )
 
     @property

@@ -232,11 +232,12 @@ def steer(model: Any, steering: Steering) -> Iterator[Any]:
             )
     plan = Plan([steering], lambda layer: next(blocks[layer].parameters()).device)
     state = _Course(plan, steering)
+    hooked = sorted(plan.layers)
 
     def after(layer: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             hidden = output[0] if isinstance(output, tuple) else output
-            if layer == min(plan.layers):
+            if layer == hooked[0]:
                 state.begin(*hidden.shape[:2])
             changed = state.now.steer(layer, hidden)
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
@@ -245,10 +246,10 @@ def steer(model: Any, steering: Steering) -> Iterator[Any]:
 
     handles = []
     try:
-        if plan.layers:
+        if hooked:
             decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
             handles.append(decoder.register_forward_pre_hook(state.look, with_kwargs=True))
-        for layer in sorted(plan.layers):
+        for layer in hooked:
             handles.append(blocks[layer].register_forward_hook(after(layer)))
         yield model
     finally:
