@@ -89,8 +89,8 @@ def test_gguf_is_what_llama_cpp_reads(tmp_path: Path) -> None:
     assert "every position" in fields["general.description"]
     assert "multiples of the mean residual norm" in fields["affectlens.strength_unit"]
     assert json.loads(fields["affectlens.terms"]) == [
-        {"name": "calm", "strength": 0.1, "layers": [1, 2], "residual_norms": [20, 40]},
-        {"name": "angry", "strength": -0.05, "layers": [1], "residual_norms": [20]},
+        {"name": "calm", "strength": 0.1, "layers": [1, 2], "divide": "even", "residual_norms": [20, 40]},
+        {"name": "angry", "strength": -0.05, "layers": [1], "divide": "even", "residual_norms": [20]},
     ]
 
 

@@ -561,10 +561,10 @@ def test_names_and_layers(vectors: ConceptVectors) -> None:
 
 
 def test_a_vector_is_one_mean_residual_norm(vectors: ConceptVectors) -> None:
-    pushes, pins = vectors["calm"].at_layer(2)
-    assert not pins and pushes[0].where == Where()
+    pushes, pin = vectors["calm"].at_layer(2)
+    assert pin is None and pushes[0].scope.where == Where()
     np.testing.assert_allclose(pushes[0].vector, vectors.directions[2, 1] * vectors.residual_norms[2], rtol=1e-6)
-    assert vectors["calm"].layers == (2,) and vectors["calm"].at_layer(1) == ([], [])
+    assert vectors["calm"].layers == (2,) and vectors["calm"].at_layer(1) == ([], None)
 
 
 def test_arithmetic_of_steering(vectors: ConceptVectors) -> None:
@@ -577,7 +577,7 @@ def test_arithmetic_of_steering(vectors: ConceptVectors) -> None:
     assert a != b and a != 0.5 * a and a != a.on(1) and a != a.at(Where(last=1)) and a != a.ablate() and a != "calm"
     assert len({a, vectors["calm"], 1 * a}) == 1 and a == ConceptVectors.__getitem__(replace(vectors), "calm")
     np.testing.assert_array_equal((a - a).at_layer(2)[0][0].vector, 0)
-    assert (0 * a).layers == () and (0 * a).at_layer(2) == ([], [])
+    assert (0 * a).layers == () and (0 * a).at_layer(2) == ([], None)
     assert str(0.5 * a - b) == "+0.5 calm @ layer 2 -1 sad @ layer 2"
 
 
@@ -589,7 +589,7 @@ def test_steering_on_layers_and_tokens(vectors: ConceptVectors) -> None:
         vector = spread.at_layer(layer)[0][0].vector
         np.testing.assert_allclose(vector, vectors.directions[layer, 1] * vectors.residual_norms[layer] / 2, rtol=1e-6)
     mix = a.at(here) + vectors["sad"]
-    assert [push.where for push in mix.at_layer(2)[0]] == [here, Where()]
+    assert [push.scope.where for push in mix.at_layer(2)[0]] == [here, Where()]
     assert (0.5 * a).at(here) == 0.5 * a.at(here) and a.on(1).at(here) == a.at(here).on(1)
     with pytest.raises(MismatchError, match="'calm' has no direction at layer 7: choose among 0 to 2"):
         a.on(7)
@@ -601,8 +601,12 @@ def test_ablate_and_clamp(vectors: ConceptVectors) -> None:
     h = np.random.default_rng(0).normal(size=(4, 8))
 
     def after(steering: Steering) -> np.ndarray:
-        (pin,) = steering.at_layer(2)[1]
-        return h + (pin.amount * (pin.target - h @ pin.basis.T)) @ pin.dual.T
+        pin = steering.at_layer(2)[1]
+        assert pin is not None
+        settled = np.stack([pin.settle(row, np.ones(len(pin.basis))) for row in h])
+        if not pin.limit.any():  # the closed form says the same
+            np.testing.assert_allclose(settled, h + (pin.amount * (pin.target - h @ pin.basis.T)) @ pin.dual.T, atol=1e-5)
+        return settled
 
     calm, sad = vectors.at()[1], vectors.at()[2]
     np.testing.assert_allclose(after(vectors["calm"].ablate()) @ calm, 0, atol=1e-6)
@@ -614,3 +618,32 @@ def test_ablate_and_clamp(vectors: ConceptVectors) -> None:
     np.testing.assert_allclose(both @ sad, 0, atol=1e-5)
     with pytest.raises(EngineError, match="cannot be multiplied"):
         _ = 2 * vectors["calm"].clamp(0.3)
+
+
+def test_vectors_make_gates_in_the_unit_of_their_scores(vectors: ConceptVectors) -> None:
+    rng = np.random.default_rng(0)
+    x = vectors.centre[1] + rng.normal(size=(50, vectors.centre.shape[1]))
+    onto = np.concatenate([vectors.directions[1], vectors.centre[1][None]])
+    reading = Reading((x @ onto.T)[None], np.linalg.norm(x, axis=1)[None], np.arange(50))
+    for kind in ("z", "centred", "cosine"):
+        scores = vectors.scores(reading, layer=1, kind=kind)[:, 1]  # type: ignore[arg-type]
+        made = vectors.gate("calm", above=float(np.median(scores)), layer=1, kind=kind)  # type: ignore[arg-type]
+        np.testing.assert_allclose(made.score(x), scores, rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(made.opens(x), scores > np.median(scores))
+    own = vectors.gate("calm", below=1.0, layer=1, baseline=(0.1, 0.2))
+    np.testing.assert_allclose(own.score(x), (vectors.scores(reading, layer=1)[:, 1] - 0.1) / 0.2, rtol=1e-4, atol=1e-4)
+    assert vectors.gate("calm", above=1.0).layer == vectors.layer
+    assert (0.1 * vectors["sad"]).when(vectors.gate("calm", above=1.0)).gates == (vectors.gate("calm", above=1.0),)
+
+
+def test_gates_that_vectors_cannot_make_are_refused(vectors: ConceptVectors) -> None:
+    with pytest.raises(EngineError, match="needs above or below"):
+        vectors.gate("calm")
+    with pytest.raises(UnknownName, match="did you mean calm"):
+        vectors.gate("clam", above=1.0)
+    with pytest.raises(EngineError, match="has no baseline"):
+        vectors.gate("calm", above=1.0, kind="cosine", baseline=(0, 1))
+    with pytest.raises(EngineError, match="deviation above 0"):
+        vectors.gate("calm", above=1.0, baseline=(0.0, -1.0))
+    with pytest.raises(MismatchError, match="use cosine"):
+        replace(vectors, centre=np.full_like(vectors.centre, np.nan)).gate("calm", above=1.0)

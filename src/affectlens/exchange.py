@@ -80,6 +80,7 @@ def export_gguf(steering: Steering, path: str | Path, *, model: Mapping[str, Any
             "name": term.name,
             "strength": term.strength,
             "layers": term.layers,
+            "divide": term.divide,
             "residual_norms": [float(term.norms[term.row(layer)]) for layer in term.layers],
         }
         for term in steering.terms
@@ -89,7 +90,7 @@ def export_gguf(steering: Steering, path: str | Path, *, model: Mapping[str, Any
         "model.id": model["id"],
         "model.fingerprint": model["fingerprint"],
         "terms": json.dumps(terms, ensure_ascii=False),
-        "strength_unit": "multiples of the mean residual norm at the layer, divided evenly among a term's layers; baked in",
+        "strength_unit": "multiples of the mean residual norm at the layer, divided among a term's layers by its rule; baked in",
         "layer_convention": "direction.L is added to the residual stream after block L, counted from 0",
         "positions": "applied at every position, the beginning-of-sequence token included",
     }
@@ -116,12 +117,12 @@ def _directions(steering: Steering, model: Mapping[str, Any]) -> dict[int, np.nd
     for term in steering.terms:
         if term.mode == "add" and term.strength == 0:
             continue
-        if not np.isfinite(term.strength):
-            raise EngineError(f"the strength of {term.name!r} is {term.strength}: use a finite number")
         if term.mode != "add":
             raise EngineError(f"{term.name!r} is to {term.mode}, but llama.cpp only adds: export additions only")
         if term.where != Where():
             raise EngineError(f"{term.name!r} acts at {term.where}, but llama.cpp adds at every position: leave out .at(...)")
+        if limit := term.gate or term.schedule:
+            raise EngineError(f"{term.name!r} acts {limit}, but llama.cpp adds to every token the same: leave it out")
         if 0 in term.layers:
             last = model["n_layers"] - 1
             raise EngineError(f"{term.name!r} acts on layer 0, which llama.cpp cannot steer: use .on() with 1 to {last}")

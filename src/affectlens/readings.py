@@ -105,6 +105,7 @@ class Readings:
             offsets=tuple((start, end) for start, end in plain["offsets"]),
             roles=tuple(plain["roles"]),
             n_prompt=plain["n_prompt"],
+            turns=tuple((role, start, end) for role, start, end in plain.get("turns", ())),
         )
         readings = []
         for readout in request.readouts:

@@ -18,8 +18,8 @@ import numpy as np
 from scipy.sparse import csc_array
 
 from affectlens.activations import Activations
-from affectlens.engine import Engine, ModelInfo, Reading, Readout, Steering, Term, Where
-from affectlens.errors import FormatError, MismatchError, UnknownName
+from affectlens.engine import Engine, Gate, ModelInfo, Reading, Readout, Steering, Term, Where
+from affectlens.errors import EngineError, FormatError, MismatchError, UnknownName
 from affectlens.runs import atomic_write, read_json, sha256_file, write_json
 from affectlens.stats import explained_components
 
@@ -234,6 +234,52 @@ class ConceptVectors:
                 ),
             )
         )
+
+    def gate(
+        self,
+        name: str,
+        *,
+        above: float | None = None,
+        below: float | None = None,
+        layer: int | None = None,
+        kind: ScoreKind = "z",
+        baseline: tuple[float, float] | None = None,
+    ) -> Gate:
+        """A gate for :meth:`Steering.when`: open at tokens where a concept's score is above or below a value.
+
+        The score is that of :meth:`scores`, of the token alone. Note what z is counted from: by default the texts that the
+        vectors were fitted on, whose scores are of means over many tokens, while those of single tokens are spread more widely.
+        Give the baseline of single tokens where you have one.
+
+        Args:
+            name: The concept that is read.
+            above: Open only above this score.
+            below: Open only below this score; together with ``above`` in between.
+            layer: Where it is read (default: :attr:`layer`); not above the lowest layer that is steered.
+            kind: ``z``, ``centred`` or ``cosine``, see :meth:`scores`.
+            baseline: Mean and standard deviation of the centred cosine that z is counted from.
+
+        Raises:
+            UnknownName: There is no such concept.
+            EngineError: Neither ``above`` nor ``below`` is given, or a baseline for a kind that has none.
+            MismatchError: The vectors were imported without the centre.
+
+        Example:
+            >>> mix = 0.1 * vectors["calm"]                                        # doctest: +SKIP
+            >>> print(mix.when(vectors.gate("desperate", above=2)))                # doctest: +SKIP
+            +0.1 calm @ layer 18 (while desperate z > 2 @ layer 18)
+        """
+        row, index = self.row(layer), self.index(name)
+        if baseline is not None and kind != "z":
+            raise EngineError(f"a {kind} score has no baseline: use kind='z', or leave baseline out")
+        if kind != "cosine" and not np.isfinite(self.centre[row]).all():
+            raise MismatchError(f"vectors {_ORPHANS}, so they cannot be read {kind}: use cosine, or fit vectors of the model")
+        if kind == "z" and baseline is None:
+            baseline = (float(self.baseline[row, index, 0]), max(float(self.baseline[row, index, 1]), 1e-12))
+        mean, deviation = baseline or (0.0, 1.0)
+        centre = None if kind == "cosine" else self.centre[row]
+        direction = self.directions[row, index]
+        return Gate(name, self.layers[row], direction, centre, mean, deviation, above=above, below=below)
 
     def select(self, names: Sequence[str]) -> ConceptVectors:
         """The vectors of these concepts only; centre and basis stay those of the whole set."""

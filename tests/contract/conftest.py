@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from affectlens.engine import Engine, Readout, Request, Result, Steering, Term, Where
+from affectlens.engine import Engine, Gate, Readout, Request, Result, Steering, Term, Where
 
 # Plain, grouped-query, sliding windows in a multimodal wrapper, learned positions, ALiBi with tuples, experts, hybrid, parallel.
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt2", "bloom", "mixtral", "falcon_h1", "gpt_neox")
@@ -72,6 +72,11 @@ class Subject:
         available = self.layers[1:]
         term = Term(f"d{which}", strength, layers or (self.middle,), available, self.directions[which], self.norms, where=where)
         return Steering((term,))
+
+    def gate(self, which: int, layer: int, *, above: float | None = None, below: float | None = None) -> Gate:
+        """Open where the cosine with one of the directions is above or below a value (default: above 0)."""
+        above = 0.0 if above is below is None else above
+        return Gate(f"d{which}", layer, self.directions[which, layer], above=above, below=below)
 
     def run(self, *requests: Request) -> list[Result]:
         return list(self.engine.run(requests))

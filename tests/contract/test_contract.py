@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from affectlens.engine import Chat, Engine, Readout, Request, Result, Sampling, Steering, Where, transcript
+from affectlens.engine import Chat, Engine, Gate, Readout, Request, Result, Sampling, Steering, Where, transcript
 from affectlens.errors import AffectlensError, EngineError, MismatchError
 
 HELLO: Chat = (("user", "Hello there"),)
@@ -69,6 +69,9 @@ def mixed(subject: Subject) -> list[Request]:
         (steer(0, 1.0) + steer(1, 1.0)).clamp(0.3),
         steer(1, 0.5, where=Where(last=2)),
         steer(0, 0.0),
+        steer(0, 0.4, middle, where=Where("response", after=1, first=1)) + steer(1, 0.3).decay(3),
+        steer(0, 0.4).when(subject.gate(1, 0, above=0.0)) - steer(2, 0.3).when(subject.gate(2, middle, below=0.0)),
+        steer(0, 1.0).cap(0.05) + steer(1, 1.0).floor(0.02).ramp(3) + steer(2, 1.0).clamp(-0.1).at(Where(role="user", turn=-1)),
     ]
     requests = []
     for i, steering in enumerate(steerings):
@@ -344,7 +347,7 @@ def test_strength_zero_is_bit_identical_to_no_steering(subject: Subject) -> None
         request = Request(TALK, sampling=sampling, readouts=(subject.everything,))
         plain = subject.run(request)[0]
         for zero in steerings:
-            assert zero.layers == () and zero.at_layer(subject.middle) == ([], [])
+            assert zero.layers == () and zero.at_layer(subject.middle) == ([], None)
             steered = subject.run(replace(request, steering=zero))[0]
             assert plain.text == steered.text
             np.testing.assert_array_equal(plain.readings[0].values, steered.readings[0].values)
@@ -467,7 +470,19 @@ def test_steering_reaches_generated_words(subject: Subject) -> None:
 
 @pytest.mark.parametrize(
     "where",
-    [None, Where(), Where("prompt"), Where("response"), Where("response", after=1), Where(after=2), Where(role="assistant")],
+    [
+        None,
+        Where(),
+        Where("prompt"),
+        Where("response"),
+        Where("response", after=1),
+        Where("response", first=1),
+        Where("response", after=1, first=1),
+        Where(after=2),
+        Where(role="assistant"),
+        Where(turn=-1),
+        Where("prompt", turn=-1),
+    ],
     ids=str,
 )
 def test_reading_while_generating_equals_reading_the_finished_text(subject: Subject, where: Where | None) -> None:
@@ -485,6 +500,22 @@ def test_reading_while_generating_equals_reading_the_finished_text(subject: Subj
                 if a.values.ndim > 1:
                     assert subject.apart(a.values, b.values) < 3 * subject.tolerance
                 np.testing.assert_allclose(a.norms, b.norms, rtol=3 * subject.tolerance)
+
+
+@pytest.mark.parametrize("kind", ["ramp", "decay", "gate", "limits"])
+def test_steering_that_changes_along_the_reply_is_the_same_with_a_cache(subject: Subject, kind: str) -> None:
+    """Every generated token gets its own share, once: the finished text, read in one go, says what that share is."""
+    middle = subject.middle
+    steering = {
+        "ramp": subject.steering(0, 0.5).ramp(3),
+        "decay": subject.steering(0, 0.5, 0, middle).decay(2),
+        "gate": subject.steering(0, 0.5).when(subject.gate(1, 0, above=0.0)),
+        "limits": subject.steering(0, 1.0).cap(0.0) + subject.steering(1, 1.0).floor(0.1) + subject.steering(2, 1.0).ablate(),
+    }[kind]
+    for prompt in ("the calm sea", HELLO):
+        for generated, read in replayed(subject, Request(prompt, steering=steering, readouts=(subject.everything,))):
+            assert generated.layout.ids == read.layout.ids
+            assert subject.apart(generated.readings[0].values, read.readings[0].values) < 3 * subject.tolerance
 
 
 def test_a_prefill_belongs_to_the_response(subject: Subject) -> None:
@@ -632,7 +663,9 @@ def test_the_greedy_token_is_the_likeliest_choice(subject: Subject) -> None:
 
 
 def test_a_choice_of_several_tokens_is_a_chain(subject: Subject) -> None:
-    for steering in (Steering(), subject.steering(0, 0.5), subject.steering(0, 0.5, where=Where("response", after=1))):
+    steer = subject.steering
+    after = steer(0, 0.5, where=Where("response", after=1))
+    for steering in (Steering(), steer(0, 0.5), after, steer(0, 0.5).ramp(3), steer(0, 0.5, where=Where("response", first=1))):
         base = Request(HELLO, steering=steering)
         first, second = " the", " sea"
         assert ids_of(subject, first + second) == ids_of(subject, first) + ids_of(subject, second)
@@ -693,6 +726,11 @@ REFUSED: dict[str, tuple[type[AffectlensError], Callable[[Subject], Request]]] =
     "layer to steer": (EngineError, lambda s: Request("A", steering=retermed(s, layers=(99,), available=(99,)))),
     "width to read": (MismatchError, lambda s: Request("A", readouts=(Readout((0,), onto=wide(s)[:1]),))),
     "width to steer": (MismatchError, lambda s: Request("A", steering=retermed(s, directions=wide(s)[:, 0]))),
+    "layer of a gate": (EngineError, lambda s: Request("A", steering=s.steering(0, 1.0).when(replace(s.gate(0, 0), layer=-1)))),
+    "width of a gate": (
+        MismatchError,
+        lambda s: Request("A", steering=s.steering(0, 1.0).when(Gate("d", 0, wide(s)[0, 0], above=0.0))),
+    ),
     "endless strength": (EngineError, lambda s: Request("A", steering=s.steering(0, float("nan")))),
     "empty chat": (EngineError, lambda s: Request(())),
     "broken turn": (EngineError, lambda s: Request((("user",),))),  # type: ignore[arg-type]

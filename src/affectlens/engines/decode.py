@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from affectlens.engine import Layout, Reading, Readout, Result, Sampling, Steering, Where
-from affectlens.engines.hf import Row, grown
-from affectlens.engines.residual import Pass, Recorder, Taps, plan_steering
+from affectlens.engine import Reading, Readout, Result, Sampling
+from affectlens.engines.changes import Plan, Tokens, Work
+from affectlens.engines.hf import Row, grown, tokens_of
+from affectlens.engines.residual import Pass, Recorder, Taps
 from affectlens.errors import ModelSupportError
+from affectlens.layout import Layout, Where
 
 if TYPE_CHECKING:
     from affectlens.engines.hf import HFEngine
@@ -129,8 +131,8 @@ def decode(engine: HFEngine, batch: list[Row]) -> Iterator[tuple[Row, Result]]:
         ids[n, width - len(row) :] = torch.tensor(row.layout.ids)
         mask[n, width - len(row) :] = 1
     ends = _end_tokens(engine)
-    layers = {layer for row in batch for layer in row.request.steering.layers}
-    layers |= {layer for row in batch for readout in row.request.readouts for layer in readout.layers}
+    course = _Course(engine, batch)
+    layers = course.plan.layers | {layer for row in batch for readout in row.request.readouts for layer in readout.layers}
     config = GenerationConfig(
         do_sample=False,
         use_cache=True,  # checkpoints saved in training often say False, and without a cache a single token has no past
@@ -138,7 +140,6 @@ def decode(engine: HFEngine, batch: list[Row]) -> Iterator[tuple[Row, Result]]:
         pad_token_id=pad,
         eos_token_id=None,
     )
-    plans = _Plans(engine, batch)
     steps = engine.model.generate(
         ids.to(engine.device), attention_mask=mask.to(engine.device), generation_config=config, custom_generate=_forward_steps
     )
@@ -151,7 +152,8 @@ def decode(engine: HFEngine, batch: list[Row]) -> Iterator[tuple[Row, Result]]:
         now.confirm()
         return logits
 
-    prompt = _prompt_pass(engine, batch, captures, width)
+    starts = [n * width + width - len(row) for n, row in enumerate(batch)]
+    prompt = Pass(*course.prompt(starts), _prompt_recorders(engine, batch, captures, starts))
     logits = forward(prompt, None)
     _store(prompt, replies, [np.flatnonzero(_candidates(row, w)) for row in batch for w in row.request.readouts])
     while True:
@@ -166,7 +168,7 @@ def decode(engine: HFEngine, batch: list[Row]) -> Iterator[tuple[Row, Result]]:
         if not any(feeding):
             break
         recorders, owners = _reply_recorders(engine, replies, captures, feeding)
-        logits = forward(Pass(*plans.step(replies, feeding), recorders), torch.tensor(tokens, device=engine.device))
+        logits = forward(Pass(*course.step(replies, feeding), recorders), torch.tensor(tokens, device=engine.device))
         _store_step(replies, recorders, owners)
         for reply, feeds in zip(replies, feeding, strict=True):
             reply.fed += feeds
@@ -237,21 +239,16 @@ def _captures(batch: list[Row]) -> dict[int, Readout]:
 
 
 def _candidates(row: Row, readout: Readout) -> np.ndarray:
-    return replace(readout.where, text=None, after=0, last=None).mask(row.layout)
+    return replace(readout.where, text=None, after=0, first=None, last=None).mask(row.layout)
 
 
-def _prompt_pass(engine: HFEngine, batch: list[Row], captures: dict[int, Readout], width: int) -> Pass:
-    starts = [n * width + width - len(row) for n, row in enumerate(batch)]
+def _prompt_recorders(engine: HFEngine, batch: list[Row], captures: dict[int, Readout], starts: list[int]) -> list[Recorder]:
     recorders = []
     for n, row in enumerate(batch):
         for readout in row.request.readouts:
             rows = starts[n] + np.flatnonzero(_candidates(row, readout))
             recorders.append(Recorder(captures[id(readout)], [rows], engine.device))
-    steerings = [row.request.steering for row in batch]
-    pushes, pins = plan_steering(
-        steerings, lambda i, where: starts[i] + np.flatnonzero(where.mask(batch[i].layout)), engine.device
-    )
-    return Pass(pushes, pins, recorders)
+    return recorders
 
 
 def _store(done: Pass, replies: list[Reply], positions: list[np.ndarray]) -> None:
@@ -264,32 +261,47 @@ def _store(done: Pass, replies: list[Reply], positions: list[np.ndarray]) -> Non
             seen.extend((int(p), values[:, i], norms[:, i]) for i, p in enumerate(where))
 
 
-class _Plans:
-    """Steering of the generated tokens. It changes only when a row begins or ceases to be steered, so plans are kept."""
+class _Course:
+    """The steering of a batch over its prompts and then token by token.
+
+    What is done changes only when a row begins or ceases to be steered, and while a schedule runs: in between the same tensors
+    serve every token.
+    """
 
     def __init__(self, engine: HFEngine, batch: list[Row]) -> None:
-        self.engine = engine
         self.batch = batch
-        self.kept: dict[Any, Any] = {}
-        # For each row its selectors, with how many of the given tokens pass their conditions.
-        self.before = [
-            {w: int(replace(w, after=0, last=None).mask(row.layout).sum()) for w in {t.where for t in row.request.steering.terms}}
-            for row in batch
-        ]
+        self.plan = Plan([row.request.steering for row in batch], lambda layer: engine.device)
+        self.steered = [n for n, row in enumerate(batch) if row.request.steering.layers]
+        # For each row its selectors, with the numbers of the tokens ahead that they select.
+        self.ahead = {
+            n: {where: where.ahead(batch[n].layout) for where in {t.where for t in batch[n].request.steering.terms}}
+            for n in self.steered
+        }
+        self.horizon = {
+            n: max((t.schedule.tokens for t in batch[n].request.steering.terms if t.schedule), default=0) for n in self.steered
+        }
+        self.key: tuple[Any, ...] = ()
+        self.now: Work = ({}, {})
 
-    def step(self, replies: list[Reply], feeding: list[bool]) -> tuple[Any, Any]:
-        """Pushes and pins for the step that runs each feeding row's newest token."""
-        hits = [
-            {where: feeding[n] and where.extends(before + reply.fed) for where, before in self.before[n].items()}
-            for n, reply in enumerate(replies)
-        ]
-        key = tuple(tuple(h.values()) for h in hits)
-        if key not in self.kept:
-            steerings = [row.request.steering if any(hits[n].values()) else Steering() for n, row in enumerate(self.batch)]
-            self.kept[key] = plan_steering(
-                steerings, lambda i, where: np.array([i] if hits[i][where] else [], dtype=np.int64), self.engine.device
-            )
-        return self.kept[key]
+    def prompt(self, starts: list[int]) -> Work:
+        """What to do in the pass over the prompts, whose first tokens stand at ``starts``."""
+        return self.plan.over({n: tokens_of(self.batch[n], starts[n]) for n in self.steered})
+
+    def step(self, replies: list[Reply], feeding: list[bool]) -> Work:
+        """What to do in the pass over each feeding row's newest token."""
+        fed = [n for n in self.steered if feeding[n]]
+        hits = {n: {where: replies[n].fed in ahead for where, ahead in self.ahead[n].items()} for n in fed}
+        numbers = {n: len(self.batch[n]) - self.batch[n].layout.n_prompt + replies[n].fed for n in fed}
+        key = tuple((n, *hits[n].values(), min(numbers[n], self.horizon[n])) for n in fed)
+        if key != self.key:
+            self.key = key
+            tokens = {
+                n: Tokens(np.array([n]), np.array([numbers[n]]), {where: np.array([hit]) for where, hit in hits[n].items()})
+                for n in fed
+                if any(hits[n].values())
+            }
+            self.now = self.plan.over(tokens)
+        return self.now
 
 
 def _reply_recorders(

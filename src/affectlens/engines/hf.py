@@ -22,24 +22,19 @@ import numpy as np
 import torch
 
 from affectlens.engine import (
-    Chat,
     Engine,
-    Layout,
     ModelInfo,
     Reading,
     Request,
     Result,
-    Where,
     batched,
-    chat_roles,
     check_request,
-    mark_chat,
     refuse_too_long,
-    roles_in,
-    transcript,
 )
-from affectlens.engines.residual import Pass, Recorder, Stop, Taps, find_blocks, plan_steering
+from affectlens.engines.changes import Plan, Tokens
+from affectlens.engines.residual import Pass, Recorder, Stop, Taps, find_blocks
 from affectlens.errors import EngineError, FormatError, ModelSupportError
+from affectlens.layout import Chat, Layout, Where, mark_chat, place_chat, place_turns, transcript
 from affectlens.models import locate
 
 WINDOW = 1024
@@ -279,7 +274,8 @@ class HFEngine(Engine):
         if isinstance(request.prompt, str) or request.transcript:
             text, spans = (request.prompt, None) if isinstance(request.prompt, str) else transcript(request.prompt)
             ids, offsets = self._encode(text, special=True)
-            own = ["text"] * len(ids) if spans is None else roles_in(spans, offsets)
+            own, turns = place_turns([("text", 0, len(text))] if spans is None else spans, offsets)
+            own = ["text"] * len(ids) if spans is None else own  # a token without text of its own belongs to a plain text, too
             roles = [
                 "special" if a == b and i in self.tokenizer.all_special_ids else role
                 for i, (a, b), role in zip(ids, offsets, own, strict=True)
@@ -289,7 +285,8 @@ class HFEngine(Engine):
         else:
             text = self._render(request.prompt, request)
             ids, offsets = self._encode(text, special=False)
-            roles = chat_roles(text, request.prompt, offsets, marked=self._render(mark_chat(request.prompt), request))
+            marked = self._render(mark_chat(request.prompt), request)
+            roles, turns = place_chat(text, request.prompt, offsets, marked=marked)
             if ids and ids[0] == self.tokenizer.bos_token_id and roles[0] == "template":
                 roles[0] = "special"  # the attention sink, whether the tokenizer or the template put it there
         if not isinstance(request.prompt, str):
@@ -303,7 +300,8 @@ class HFEngine(Engine):
             text += request.prefill
         if not any(role != "special" for role in roles):
             raise EngineError("the prompt is empty: give at least one token of text")
-        return Layout(text, tuple(text[a:b] for a, b in offsets), tuple(ids), tuple(offsets), tuple(roles), n_prompt)
+        tokens = tuple(text[a:b] for a, b in offsets)
+        return Layout(text, tokens, tuple(ids), tuple(offsets), tuple(roles), n_prompt, turns)
 
     def _encode(self, text: str, *, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
         encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
@@ -372,20 +370,15 @@ class HFEngine(Engine):
         starts = np.cumsum([0, *lengths[:-1]]) if packed else np.arange(len(batch)) * lengths[0]
         own = [(row, int(start)) for row, start in zip(batch, starts, strict=True) if row.is_request]
         recorders, owners = self._recorders([(row.request, row.layout, start) for row, start in own])
-        pushes, pins = plan_steering(
-            [row.request.steering for row in batch],
-            lambda i, where: starts[i] + np.flatnonzero(_steered(batch[i], where)),
-            self.device,
-        )
+        plan = Plan([row.request.steering for row in batch], lambda layer: self.device)
+        tokens = {i: tokens_of(row, int(starts[i])) for i, row in enumerate(batch) if row.request.steering.layers}
         wanted = [
             (int(start) + at, token, row.job, c) for row, start in zip(batch, starts, strict=True) for at, token, c in row.wanted
         ]
         stop_after = None
         if not wanted:
             stop_after = max((layer for recorder in recorders for layer in recorder.readout.layers), default=-1)
-            pushes = {layer: changes for layer, changes in pushes.items() if layer <= stop_after}
-            pins = {layer: changes for layer, changes in pins.items() if layer <= stop_after}
-        now = Pass(pushes, pins, recorders, stop_after)
+        now = Pass(*plan.over(tokens, stop_after), recorders, stop_after)
         logits = self._forward(batch, now, packed=packed, keep=[flat for flat, *_ in wanted])
         for (_, token, job, c), row_logits in zip(wanted, logits, strict=True):
             logprobs[job][c] += float(row_logits.log_softmax(-1)[token])
@@ -482,20 +475,22 @@ def grown(layout: Layout, ids: Sequence[int], pieces: Sequence[str]) -> Layout:
         tokens.append(piece)
         text += piece
     roles = (*layout.roles, *("assistant",) * len(ids))
-    return Layout(text, tuple(tokens), (*layout.ids, *ids), tuple(offsets), roles, layout.n_prompt)
+    return Layout(text, tuple(tokens), (*layout.ids, *ids), tuple(offsets), roles, layout.n_prompt, layout.turns)
+
+
+def tokens_of(row: Row, start: int) -> Tokens:
+    """The tokens of a row that is read, from the flattened row ``start`` on."""
+    masks = {where: _steered(row, where) for where in {term.where for term in row.request.steering.terms}}
+    index = np.arange(len(row))
+    return Tokens(start + index, index - row.layout.n_prompt, masks)
 
 
 def _steered(row: Row, where: Where) -> np.ndarray:
     """The tokens to steer in a row; those of a choice count as if they were being generated."""
     if row.given is None:
         return where.mask(row.layout)
-    return np.concatenate([where.mask(row.given), reached(where, row.given, len(row) - len(row.given))])
-
-
-def reached(where: Where, given: Layout, n: int) -> np.ndarray:
-    """Which of the next ``n`` generated tokens ``where`` selects."""
-    before = int(replace(where, after=0, last=None).mask(given).sum())
-    return np.array([where.extends(before + k) for k in range(n)], dtype=bool)
+    ahead = where.ahead(row.given)
+    return np.concatenate([where.mask(row.given), [k in ahead for k in range(len(row) - len(row.given))]]).astype(bool)
 
 
 def _dtype(dtype: str, device: str) -> Any:

@@ -8,17 +8,21 @@ exception raised in a hook stops a forward pass early in every family.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from affectlens.engine import Readout, Steering, Where
+from affectlens.engine import Readout
+from affectlens.engines.changes import Pin, Plan, Push, Sensor, Tokens
 from affectlens.errors import EngineError, MismatchError, ModelSupportError
+from affectlens.layout import Where
+from affectlens.scope import Gate
+from affectlens.steering import Steering
 
 
 def find_blocks(model: Any) -> nn.ModuleList:
@@ -43,34 +47,6 @@ def find_blocks(model: Any) -> nn.ModuleList:
 
 class Stop(Exception):
     """Raised in a hook to end a forward pass once the deepest layer needed is done."""
-
-
-@dataclass
-class Push:
-    """Add ``table[which]`` to the flattened token ``rows``; a row occurs once."""
-
-    rows: torch.Tensor
-    table: torch.Tensor
-    which: torch.Tensor
-
-    def apply(self, flat: torch.Tensor) -> None:
-        flat[self.rows] = (flat[self.rows].float() + self.table[self.which]).to(flat.dtype)
-
-
-@dataclass
-class Pin:
-    """Move the coordinates of the flattened token ``rows`` along ``basis`` towards ``target`` by ``amount``."""
-
-    rows: torch.Tensor
-    basis: torch.Tensor
-    dual: torch.Tensor
-    target: torch.Tensor
-    amount: torch.Tensor
-
-    def apply(self, flat: torch.Tensor) -> None:
-        x = flat[self.rows].float()
-        x = x + ((self.target - x @ self.basis.T) * self.amount) @ self.dual.T
-        flat[self.rows] = x.to(flat.dtype)
 
 
 class Recorder:
@@ -129,35 +105,43 @@ class Recorder:
 class Pass:
     """What to do in one forward pass. ``stop_after`` ends it there; every layer named must fire exactly once."""
 
-    pushes: dict[int, list[Push]] = field(default_factory=dict)
-    pins: dict[int, list[Pin]] = field(default_factory=dict)
+    changes: Mapping[int, Sequence[Push | Pin]] = field(default_factory=dict)
+    sensors: Mapping[int, Sequence[Sensor]] = field(default_factory=dict)
     recorders: list[Recorder] = field(default_factory=list)
     stop_after: int | None = None
     fired: set[int] = field(default_factory=set)
+    opened: dict[Gate, torch.Tensor] = field(default_factory=dict)
 
     @property
     def layers(self) -> set[int]:
-        layers = {*self.pushes, *self.pins, *(layer for r in self.recorders for layer in r.readout.layers)}
+        layers = {*self.changes, *self.sensors, *(layer for r in self.recorders for layer in r.readout.layers)}
         return layers if self.stop_after is None else layers | {self.stop_after}
 
     def visit(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """Steer and record the residual ``(B, T, D)`` of one layer; returns it, changed or not."""
+        if layer in self.fired:
+            raise ModelSupportError(f"block {layer} ran twice in one pass: affectlens reads models that run each block once")
+        self.fired.add(layer)
+        hidden = self.steer(layer, hidden)
+        for recorder in self.recorders:
+            if layer in recorder.readout.layers:
+                recorder.see(layer, hidden.reshape(-1, hidden.shape[-1]))
+        return hidden
+
+    def steer(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Read the gates of a layer, then change its residual ``(B, T, D)``."""
         if hidden.dim() != 3:
             raise ModelSupportError(
                 f"the blocks of this model pass on {hidden.dim() - 2} axes of residual streams instead of one stream: "
                 "affectlens reads models with a single residual stream"
             )
-        if layer in self.fired:
-            raise ModelSupportError(f"block {layer} ran twice in one pass: affectlens reads models that run each block once")
-        self.fired.add(layer)
-        if layer in self.pushes or layer in self.pins:
+        for sensor in self.sensors.get(layer, ()):
+            self.opened[sensor.gate] = sensor.opened(hidden.reshape(-1, hidden.shape[-1]))
+        if layer in self.changes:
             hidden = hidden.clone()  # the block may have returned a tensor that it still uses
             flat = hidden.view(-1, hidden.shape[-1])
-            for change in (*self.pushes.get(layer, ()), *self.pins.get(layer, ())):
-                change.apply(flat)
-        for recorder in self.recorders:
-            if layer in recorder.readout.layers:
-                recorder.see(layer, hidden.reshape(-1, hidden.shape[-1]))
+            for change in self.changes[layer]:
+                change.apply(flat, self.opened)
         return hidden
 
     def confirm(self) -> None:
@@ -167,52 +151,6 @@ class Pass:
                 f"the hook at layer {min(missing)} never fired: this model is not run block by block here; "
                 "run affectlens doctor on it"
             )
-
-
-def plan_steering(
-    steerings: Sequence[Steering], rows_of: Callable[[int, Where], np.ndarray], device: torch.device
-) -> tuple[dict[int, list[Push]], dict[int, list[Pin]]]:
-    """Turn each request's steering into arithmetic on flattened rows.
-
-    Args:
-        steerings: One for each request of the batch.
-        rows_of: The flattened rows that a request's ``Where`` selects.
-        device: Where the model runs.
-    """
-    pushes: dict[int, list[Push]] = {}
-    pins: dict[int, list[Pin]] = {}
-    arithmetic: dict[tuple[int, int], Any] = {}
-
-    def at_layer(steering: Steering, layer: int) -> Any:
-        # Requests usually share one Steering object: work its arithmetic out once.
-        if (id(steering), layer) not in arithmetic:
-            arithmetic[id(steering), layer] = steering.at_layer(layer)
-        return arithmetic[id(steering), layer]
-
-    for layer in sorted({layer for steering in steerings for layer in steering.layers}):
-        planned = [at_layer(steering, layer) for steering in steerings]
-        # The n-th addition of every request is one operation, in which a token occurs once.
-        for n in range(max(len(adds) for adds, _ in planned)):
-            chosen = [(i, adds[n]) for i, (adds, _) in enumerate(planned) if len(adds) > n]
-            rows = [rows_of(i, push.where) for i, push in chosen]
-            if sum(map(len, rows)):
-                pushes.setdefault(layer, []).append(
-                    Push(
-                        torch.as_tensor(np.concatenate(rows), dtype=torch.long, device=device),
-                        torch.as_tensor(np.stack([push.vector for _, push in chosen])).to(device),
-                        torch.as_tensor(np.repeat(np.arange(len(rows)), list(map(len, rows)))).to(device),
-                    )
-                )
-        shared: dict[int, tuple[Any, list[np.ndarray]]] = {}
-        for i, (_, held) in enumerate(planned):
-            for pin in held:
-                shared.setdefault(id(pin), (pin, []))[1].append(rows_of(i, pin.where))
-        for pin, rows in shared.values():
-            if sum(map(len, rows)):
-                tensors = [torch.as_tensor(a).to(device) for a in (pin.basis, pin.dual, pin.target, pin.amount)]
-                index = torch.as_tensor(np.concatenate(rows), dtype=torch.long, device=device)
-                pins.setdefault(layer, []).append(Pin(index, *tensors))
-    return pushes, pins
 
 
 class Taps:
@@ -259,15 +197,17 @@ class Taps:
 def steer(model: Any, steering: Steering) -> Iterator[Any]:
     """Steer a ``transformers`` model of your own inside a ``with`` block; the hooks are always removed.
 
-    Every token that runs through the model is steered, or only the prompt (the first, longer forward pass) or the reply
-    (single-token passes over a cache) when the steering says ``Where(part=...)``.
+    Every token that runs through the model is steered, or only the prompt (a forward pass over several tokens, or over an empty
+    cache) when the steering says ``Where("prompt")``, or only the reply (passes over one token and a cache) or a window of it
+    when it says ``Where("response", after=..., first=...)``. All modes and gates work as in an engine. Schedules count the
+    passes over one token since the last prompt, so all rows of a batch are at the same token of their replies.
 
     Args:
         model: A causal language model, already loaded.
-        steering: What to add.
+        steering: What to do.
 
     Raises:
-        EngineError: The steering selects by role, text or count: a bare model cannot know these.
+        EngineError: The steering selects by role, turn, text or count in the prompt: a bare model cannot know these.
         MismatchError: The directions are of another width.
         ModelSupportError: No residual stream was found.
 
@@ -277,36 +217,77 @@ def steer(model: Any, steering: Steering) -> Iterator[Any]:
     """
     blocks = find_blocks(model)
     width = model.config.get_text_config(decoder=True).hidden_size
-    for term in steering.terms:
-        if term.directions.shape[-1] != width:
-            raise MismatchError(
-                f"{term.name!r} is {term.directions.shape[-1]} wide but the model is {width}: use its own vectors"
+    widths = [(term.name, term.directions.shape[-1]) for term in steering.terms]
+    for name, own in [*widths, *((gate.name, len(gate.direction)) for gate in steering.gates)]:
+        if own != width:
+            raise MismatchError(f"{name!r} is {own} wide but the model is {width}: use its own vectors")
+    for layers in [*(term.layers for term in steering.terms), *((gate.layer,) for gate in steering.gates)]:
+        if not 0 <= min(layers) <= max(layers) < len(blocks):
+            raise EngineError(f"the model has layers 0 to {len(blocks) - 1} to steer: not {layers}")
+    for where in {term.where for term in steering.terms}:
+        window = replace(where, after=0, first=None) if where.part == "response" else where
+        if window != Where(where.part):
+            raise EngineError(
+                f"Where({where}) needs a layout: use an affectlens engine, or only Where(part=...) and a window of the response"
             )
-        if not 0 <= min(term.layers) <= max(term.layers) < len(blocks):
-            raise EngineError(f"the model has layers 0 to {len(blocks) - 1} to steer: not {term.layers}")
-        if term.where not in (Where(), Where("prompt"), Where("response")):
-            raise EngineError(f"{term.where} needs a layout: use an affectlens engine, or only Where(part=...) with steer()")
-
-    handles = []
+    plan = Plan([steering], lambda layer: next(blocks[layer].parameters()).device)
+    state = _Course(plan, steering)
+    hooked = sorted(plan.layers)
 
     def after(layer: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             hidden = output[0] if isinstance(output, tuple) else output
-            every = np.arange(hidden.shape[0] * hidden.shape[1])
-            is_reply = hidden.shape[1] == 1
-            here = {Where(): True, Where("prompt"): not is_reply, Where("response"): is_reply}
-            at_layer = Steering(tuple(term for term in steering.terms if here[term.where]))
-            pushes, pins = plan_steering([at_layer], lambda i, where: every, hidden.device)
-            now = Pass({layer: pushes.get(layer, [])}, {layer: pins.get(layer, [])})
-            changed = now.visit(layer, hidden)
+            if layer == hooked[0]:
+                state.begin(*hidden.shape[:2])
+            changed = state.now.steer(layer, hidden)
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
         return hook
 
+    handles = []
     try:
-        for layer in steering.layers:
+        if hooked:
+            decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+            handles.append(decoder.register_forward_pre_hook(state.look, with_kwargs=True))
+        for layer in hooked:
             handles.append(blocks[layer].register_forward_hook(after(layer)))
         yield model
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Course:
+    """Where a bare model is in its text: what :func:`steer` can know of it from the passes it sees."""
+
+    def __init__(self, plan: Plan, steering: Steering) -> None:
+        self.plan = plan
+        self.wheres = {term.where for term in steering.terms}
+        # From this number on nothing about a token of the reply changes any more.
+        bounds = [term.schedule.tokens for term in steering.terms if term.schedule]
+        bounds += [where.after + (where.first or 0) for where in self.wheres]
+        self.horizon = max(bounds, default=0)
+        self.number = -1
+        self.continues = True
+        self.key: tuple[int, int] | None = None
+        self.now = Pass()
+
+    def look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        length = getattr(kwargs.get("past_key_values"), "get_seq_length", None)
+        self.continues = length is None or int(length()) > 0
+
+    def begin(self, batch: int, length: int) -> None:
+        """A forward pass over ``(batch, length)`` tokens has come to the first layer that matters."""
+        self.number = self.number + 1 if length == 1 and self.continues else -1
+        key = (batch * length, min(self.number, self.horizon))
+        if key == self.key:
+            return
+        self.key = key
+        n = batch * length
+        masks = {where: np.full(n, self._selects(where)) for where in self.wheres}
+        self.now = Pass(*self.plan.over({0: Tokens(np.arange(n), np.full(n, self.number), masks)}))
+
+    def _selects(self, where: Where) -> bool:
+        if where.part == "response":
+            return self.number >= where.after and (where.first is None or self.number < where.after + where.first)
+        return where.part == "all" or self.number < 0

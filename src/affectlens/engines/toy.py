@@ -32,25 +32,11 @@ from typing import Any
 
 import numpy as np
 
-from affectlens.engine import (
-    Engine,
-    Layout,
-    ModelInfo,
-    Reading,
-    Readout,
-    Request,
-    Result,
-    Sampling,
-    Steering,
-    Where,
-    chat_roles,
-    check_request,
-    mark_chat,
-    refuse_too_long,
-    roles_in,
-    transcript,
-)
+from affectlens.engine import Engine, ModelInfo, Reading, Readout, Request, Result, Sampling, check_request, refuse_too_long
 from affectlens.errors import EngineError, UnknownName
+from affectlens.layout import Layout, Where, mark_chat, place_chat, place_turns, transcript
+from affectlens.scope import Gate, Scope
+from affectlens.steering import Pin, Push, Steering
 
 CUES = {
     "happy": "laughed grinned sunshine danced whistled giggled sparkling celebrated sang beaming skipped confetti",
@@ -152,6 +138,19 @@ class _Memory:
     speaker: np.ndarray
     speakers: Mapping[tuple[int, ...], int]
     people: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A steering worked out: what to do at each layer, the gates to read, and where the reply begins."""
+
+    work: Mapping[int, tuple[list[Push], Pin | None]]
+    gates: tuple[Gate, ...]
+    n_prompt: int
+
+    @classmethod
+    def of(cls, steering: Steering, layout: Layout) -> _Plan:
+        return cls({layer: steering.at_layer(layer) for layer in steering.layers}, steering.gates, layout.n_prompt)
 
 
 class ToyEngine(Engine):
@@ -349,30 +348,35 @@ class ToyEngine(Engine):
         if isinstance(request.prompt, str):
             text, answer = request.prompt, None
             ids, spans = self._encode(text)
-            roles = ["text"] * len(ids)
+            roles, turns = place_turns([("text", 0, len(text))], spans)
         elif request.transcript:
-            text, turns = transcript(request.prompt)
+            text, words = transcript(request.prompt)
             ids, spans = self._encode(text)
-            roles = roles_in(turns, spans)
-            answer = turns[-1][1] - 1 if turns[-1][0] == "assistant" else None
+            roles, turns = place_turns(words, spans)
+            answer = words[-1][1] - 1 if words[-1][0] == "assistant" else None
         else:
             text, answer = self._render(request)
             ids, spans = self._encode(text)
             marked, _ = self._render(replace(request, prompt=mark_chat(request.prompt)))
-            roles = chat_roles(text, request.prompt, spans, marked=marked)
+            roles, turns = place_chat(text, request.prompt, spans, marked=marked)
         n_prompt = 1 + (len(ids) if answer is None else sum(b <= answer for _, b in spans))
         more, ends = self._encode(request.prefill)
         if not ids and not more:
             raise EngineError("the prompt is empty: give at least one word")
-        bare = Layout(text, ("", *(text[a:b] for a, b in spans)), (BOS, *ids), ((0, 0), *spans), ("special", *roles), n_prompt)
+        tokens, offsets = ("", *(text[a:b] for a, b in spans)), ((0, 0), *spans)
+        turns = tuple((role, start + 1, end + 1) for role, start, end in turns)
+        bare = Layout(text, tokens, (BOS, *ids), offsets, ("special", *roles), n_prompt, turns)
         return _grown(bare, more, [request.prefill[a:b] for a, b in ends])
 
     # ── the model ──
 
     def _forward(
-        self, ids: Sequence[int], steering: Steering, masks: Mapping[Where, np.ndarray], memory: _Memory
+        self, ids: Sequence[int], plan: _Plan, masks: Mapping[Where, np.ndarray], memory: _Memory
     ) -> tuple[np.ndarray, _Memory]:
-        """Residuals ``(1 + L, n, D)`` of the next ``n`` tokens, the embedding first, and the memory after them."""
+        """Residuals ``(1 + L, n, D)`` of the next ``n`` tokens, the embedding first, and the memory after them.
+
+        ``masks`` says for each selector of the steering which of these tokens it selects.
+        """
         before = len(memory.ids)
         every = np.concatenate([memory.ids, np.asarray(ids, dtype=np.int64)])
         new = every[before:]
@@ -391,18 +395,27 @@ class ToyEngine(Engine):
         late, people = self._understood(every, memory)
         h = OWN[0] * own + SIGNAL[0] * signal
         stream, read = [h], []
+        numbers = np.arange(before, len(every)) - plan.n_prompt
+        opened: dict[Gate | None, np.ndarray] = {None: np.ones(len(new), dtype=bool)}
+
+        def share(scope: Scope) -> np.ndarray:
+            return scope.shares(masks[scope.where], numbers) * opened[scope.gate]
+
         for layer in range(N_LAYERS):
             read.append(np.concatenate([memory.read[layer], h @ self._carried.T]))
             context = sum(share @ read[-1] @ copy for share, copy in heard)
             signal = late if layer == LATE else signal
             h = h + OWN[layer + 1] * own + SIGNAL[layer + 1] * signal + GAIN[layer + 1] * context
             h = h + (self._tone if 0 < layer < N_LAYERS - 1 else 0) / (N_LAYERS - 2)
-            pushes, pins = steering.at_layer(layer)
+            opened |= {gate: gate.opens(h) for gate in plan.gates if gate.layer == layer}
+            pushes, pin = plan.work.get(layer, ((), None))
             for push in pushes:
-                h[masks[push.where]] += push.vector
-            for pin in pins:
-                rows = masks[pin.where]
-                h[rows] += (pin.amount * (pin.target - h[rows] @ pin.basis.T)) @ pin.dual.T
+                acting = share(push.scope)
+                h[acting > 0] += acting[acting > 0, None] * push.vector
+            if pin is not None:
+                held = np.stack([share(scope) for scope in pin.scopes], axis=1)
+                for token in np.flatnonzero(held.any(axis=1)):
+                    h[token] = pin.settle(h[token], held[token])
             stream.append(h)
         return np.stack(stream), _Memory(every, np.stack(read), speaker, speakers, people)
 
@@ -469,21 +482,19 @@ class ToyEngine(Engine):
             yield from self._run(request, layout, choices)
 
     def _run(self, request: Request, layout: Layout, choices: list[list[int]]) -> Iterator[Result]:
-        steering = request.steering
-        wheres = {term.where for term in steering.terms}
+        plan = _Plan.of(request.steering, layout)
+        wheres = {term.where for term in request.steering.terms}
         nothing = np.zeros(0, dtype=np.int64)
         start = _Memory(nothing, np.zeros((N_LAYERS, 0, len(self._carried)), np.float32), nothing, {}, {})
-        masks = {where: where.mask(layout) for where in wheres}
-        given, memory = self._forward(layout.ids, steering, masks, start)
-        # How many tokens each Where has passed, for those that are yet to come.
-        passed = {where: int(replace(where, after=0, last=None).mask(layout).sum()) for where in wheres}
+        given, memory = self._forward(layout.ids, plan, {where: where.mask(layout) for where in wheres}, start)
+        ahead = {where: where.ahead(layout) for where in wheres}
 
         def coming(first: int, n: int) -> dict[Where, np.ndarray]:
-            return {w: np.array([w.extends(passed[w] + first + k) for k in range(n)]) for w in wheres}
+            return {where: np.array([first + k in numbers for k in range(n)]) for where, numbers in ahead.items()}
 
         scores = []
         for ids in choices:
-            after, _ = self._forward(ids, steering, coming(0, len(ids)), memory)
+            after, _ = self._forward(ids, plan, coming(0, len(ids)), memory)
             before = np.concatenate([given[-1, -1:], after[-1, :-1]])
             scores.append(float(_log_softmax(self.unembed(before))[np.arange(len(ids)), ids].sum()))
         if request.sampling is None:
@@ -507,7 +518,7 @@ class ToyEngine(Engine):
                 finish = "stop"
             else:
                 # The last token is run too, so that a reading of the reply covers all of it.
-                more, memory = self._forward([token], steering, coming(len(new_ids), 1), memory)
+                more, memory = self._forward([token], plan, coming(len(new_ids), 1), memory)
                 stream.append(more)
                 new_ids.append(token)
                 pieces.append(piece)
@@ -632,6 +643,7 @@ def _grown(layout: Layout, ids: Sequence[int], pieces: Sequence[str], length: in
         (*layout.offsets, *spans),
         (*layout.roles, *["assistant"] * len(spans)),
         layout.n_prompt,
+        layout.turns,
     )
 
 
