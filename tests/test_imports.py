@@ -35,6 +35,9 @@ NOUNS = (
     "space",
     "search",
     "rules",
+    "traces",
+    "baseline",
+    "actions",
 )
 VERBS = ("discovery", "pipeline", "audit", "studies")
 DOORS = ("cli", "report", "browse", "pages")

@@ -402,7 +402,7 @@ def trace(each: Read, vectors: ConceptVectors, *, ranking: Ranking, row: int, pr
     layout, reading = each.result.layout, each.result.readings[0]
     tokens = np.full((len(layout), len(vectors)), np.nan)
     tokens[reading.positions] = vectors.scores(reading)
-    turns, pieces, groups = _pieces(layout)
+    turns, pieces, groups = pieces_of(layout)
     # The mean over the tokens of a piece; almost every piece is one token.
     scores = np.stack([tokens[group[0]] if len(group) == 1 else tokens[group].mean(axis=0) for group in groups])
     known = ~np.isnan(scores[:, 0])
@@ -459,7 +459,7 @@ def strongest(traced: Trace, probe: str, *, width: int = STRETCH) -> str:
     return " ".join(words.split())
 
 
-def _pieces(layout: Layout) -> tuple[list[tuple[str, int]], list[str], list[list[int]]]:
+def pieces_of(layout: Layout) -> tuple[list[tuple[str, int]], list[str], list[list[int]]]:
     """Turns, the text of their pieces, and the tokens of each piece.
 
     A piece begins where the one before ended, so that pieces together are the turn to the letter: some tokenizers leave spaces

@@ -31,8 +31,8 @@ released: at a later token, by ``until CONDITION`` (``until < 1`` speaks of the 
 ``until`` when the condition is no longer true. Released at one token, it can fire from the next one on. With ``cooldown n
 tokens`` it does not fire at the n tokens of the rule after an alarm; if the condition is true after them, it fires then.
 
-**Names.** A name of letters, digits, underscores and hyphens stands as it is; any other one, and one that is a word of this language,
-stands in quotes or brackets. A rule may have a name of its own in front, with a colon.
+**Names.** A name of letters, digits, underscores and hyphens stands as it is; any other one, and one that is a word of this
+language, stands in quotes or brackets. A rule may have a name of its own in front, with a colon.
 """
 
 from __future__ import annotations
@@ -464,6 +464,8 @@ def _quoted(name: str) -> str:
 class Watch:
     """A rule on its way along one conversation.
 
+    ``active`` says whether its alarm has not been released yet, ``latest`` holds the latest score of each of its signals.
+
     Args:
         rule: The rule.
 
@@ -476,6 +478,7 @@ class Watch:
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
         self.active = False
+        self.latest: list[float | None] = [None] * len(rule.signals)
         self._speakers = [signal.speakers for signal in rule.signals]
         self._condition = _watched(rule.condition, rule.signals)
         self._until = None if rule.until is None else _watched(rule.until, rule.signals)
@@ -497,6 +500,7 @@ class Watch:
         ]
         if all(score is None for score in new):
             return False
+        self.latest = [old if score is None else score / STEP for old, score in zip(self.latest, new, strict=True)]
         # Both go on at every token: windows and runs must not miss any.
         holds = self._condition(new)
         released = holds is not True if self._until is None else self._until(new) is True
