@@ -255,7 +255,8 @@ class Reporter:
                     with Path(each.file).open("a", encoding="utf-8"):
                         pass
                 except OSError as error:
-                    raise AffectlensError(f"alarms cannot be logged to {each.file} ({error.strerror}): name another file") from None
+                    why = error.strerror or error
+                    raise AffectlensError(f"alarms cannot be logged to {each.file} ({why}): name another file") from None
             elif isinstance(each, Webhook) and each not in self._outboxes:
                 key = os.environ.get(each.secret, "")
                 if not key:
@@ -264,8 +265,9 @@ class Reporter:
 
     def tell(self, policy: Policy, event: str, facts: Mapping[str, Any], alert: Alert | None = None) -> None:
         """Tell the policy's files and webhooks of an event, and its callables of an alert. Nothing of it raises an error."""
-        record = {"event": event, "id": secrets.token_hex(8), "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        **facts} for each in policy.actions:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        record = {"event": event, "id": secrets.token_hex(8), "time": now, **facts}
+        for each in policy.actions:
             if isinstance(each, Log):
                 self._append(each.file, json.dumps(record, ensure_ascii=False))
             elif isinstance(each, Webhook):

@@ -1,9 +1,9 @@
 """What is usual: mean and standard deviation of every score over ordinary conversations, against which a z score is stated.
 
-A centred cosine of 0.1 says little: some concepts lie higher than others in every text, and they lie differently in the user's words,
-in a reply, and in the same reply read alone. So each of these has its own mean and deviation over tokens, and the gap between the
-last two has one as well. How well they are known follows from the number of conversations, not of tokens, which are not
-independent: the standard errors are those of the jackknife over conversations.
+A centred cosine of 0.1 says little: some concepts lie higher than others in every text, and they lie differently in the user's
+words, in a reply, and in the same reply read alone. So each of these has its own mean and deviation over tokens, and the gap
+between the last two has one as well. How well they are known follows from the number of conversations, not of tokens, which are
+not independent: the standard errors are those of the jackknife over conversations.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from affectlens.conversations import Conversation, Run
+from affectlens.conversations import Conversation
 from affectlens.corpus import load
 from affectlens.engine import Engine
 from affectlens.errors import FormatError, MismatchError
