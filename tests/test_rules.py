@@ -14,7 +14,6 @@ import pytest
 from affectlens.errors import RuleError
 from affectlens.rules import (
     OWN,
-    STEP,
     Compare,
     Condition,
     Every,
@@ -23,11 +22,11 @@ from affectlens.rules import (
     Rule,
     Signal,
     Some,
-    Watch,
     Window,
     comparisons,
     parse,
 )
+from affectlens.watching import STEP, Watch
 
 Tokens = list[tuple[str, tuple[float, ...]]]
 

@@ -208,7 +208,7 @@ class Baseline:
             raise FormatError(f"{file} is a baseline of another format: {fix}")
         try:
             spreads = {
-                name: Spread(*(np.array(spread[key]) for key in _ARRAYS), spread["n_tokens"], spread["n_texts"])
+                name: Spread(**{**spread, **{key: np.array(spread[key]) for key in _ARRAYS}})
                 for name, spread in fields.pop("spreads").items()
             }
             plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}

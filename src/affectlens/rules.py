@@ -5,8 +5,7 @@
     cornered: desperate > 3 and calm < -1 and not user.playful > 1
     rise([at ease], 30) > 2 or gap("grief-stricken") > 2
 
-A rule is parsed into data (:class:`Rule`); a :class:`Watch` runs it along a conversation, one token at a time, in a time that
-depends neither on the length of the conversation nor on that of the windows.
+A rule is parsed into data (:class:`Rule`); :class:`affectlens.watching.Watch` runs it along a conversation.
 
 **Scores.** Every number is in standard deviations from a baseline. A concept's name alone is its score at a token. ``gap(x)`` is
 how far the reading of a reply in its context lies above that of its words alone, ``other(x)`` the score by the vectors of the
@@ -38,17 +37,11 @@ language, stands in quotes or brackets. A rule may have a name of its own in fro
 from __future__ import annotations
 
 import functools
-import math
-import operator
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from affectlens.errors import RuleError, nearest
-
-STEP = 2**20
-"""Scores count in steps of one through this."""
 
 LONGEST = 1000
 """Characters of a rule; it also bounds how deep conditions nest."""
@@ -58,13 +51,6 @@ OWN = ("assistant", "text")
 
 Kind = Literal["inner", "gap", "other"]
 Operator = Literal[">", ">=", "<", "<="]
-
-_COMPARE: dict[str, Callable[[float, float], bool]] = {
-    ">": operator.gt,
-    ">=": operator.ge,
-    "<": operator.lt,
-    "<=": operator.le,
-}
 
 
 # ── rules as data ──
@@ -194,7 +180,7 @@ class Rule:
 
     @functools.cached_property
     def signals(self) -> tuple[Signal, ...]:
-        """The scores that it names, each once, in the order of the rule: what :meth:`Watch.step` wants."""
+        """The scores that it names, each once, in the order of the rule: what a watch wants at each token."""
         return tuple(dict.fromkeys(compare.signal for compare, _ in self._comparisons()))
 
     @property
@@ -456,136 +442,3 @@ def _quoted(name: str) -> str:
     """A name as it can stand in a rule."""
     bare = name.replace("-", "_").isidentifier() and name.lower() not in ("not",)
     return name if bare else f'"{name}"' if '"' not in name else f"'{name}'" if "'" not in name else f"[{name}]"
-
-
-# ── along a conversation ──
-
-
-class Watch:
-    """A rule on its way along one conversation.
-
-    ``active`` says whether its alarm has not been released yet, ``latest`` holds the latest score of each of its signals.
-
-    Args:
-        rule: The rule.
-
-    Example:
-        >>> watch = Watch(parse("desperate > 3 for 2 tokens"))
-        >>> [watch.step("assistant", (score,)) for score in (4.0, 2.0, 4.0, 4.0, 4.0)]
-        [False, False, False, True, False]
-    """
-
-    def __init__(self, rule: Rule) -> None:
-        self.rule = rule
-        self.active = False
-        self.latest: list[float | None] = [None] * len(rule.signals)
-        self._speakers = [signal.speakers for signal in rule.signals]
-        self._condition = _watched(rule.condition, rule.signals)
-        self._until = None if rule.until is None else _watched(rule.until, rule.signals)
-        self._since = rule.cooldown
-
-    def step(self, speaker: str, scores: Sequence[float]) -> bool:
-        """Take the next token.
-
-        Args:
-            speaker: Whose it is.
-            scores: Its score for each of ``rule.signals``, nan where there is none; those of other speakers do not count.
-
-        Returns:
-            Whether the rule fires at this token.
-        """
-        new = [
-            round(score * STEP) if speaker in speakers and math.isfinite(score) else None
-            for score, speakers in zip(scores, self._speakers, strict=True)
-        ]
-        if all(score is None for score in new):
-            return False
-        self.latest = [old if score is None else score / STEP for old, score in zip(self.latest, new, strict=True)]
-        # Both go on at every token: windows and runs must not miss any.
-        holds = self._condition(new)
-        released = holds is not True if self._until is None else self._until(new) is True
-        self._since += 1
-        if self.active:
-            self.active = not released
-            return False
-        self.active = holds is True and self._since > self.rule.cooldown
-        if self.active:
-            self._since = 0
-        return self.active
-
-
-_Scores = Sequence[int | None]
-
-
-def _watched(condition: Condition, signals: Sequence[Signal]) -> Callable[[_Scores], bool | None]:
-    """What gives the truth of a condition at each token, fed with all tokens in order."""
-    if isinstance(condition, Compare):
-        value, compare, threshold = _valued(condition.value, signals), _COMPARE[condition.operator], condition.threshold
-
-        def compared(new: _Scores) -> bool | None:
-            known = value(new)
-            return None if known is None else compare(known, threshold)
-
-        return compared
-    if isinstance(condition, Every | Some):
-        parts = [_watched(part, signals) for part in condition.parts]
-        decisive = isinstance(condition, Some)
-
-        def joined(new: _Scores) -> bool | None:
-            truths = [part(new) for part in parts]  # all of them, whatever the first says
-            return decisive if decisive in truths else None if None in truths else not decisive
-
-        return joined
-    part = _watched(condition.part, signals)
-    if isinstance(condition, Not):
-
-        def negated(new: _Scores) -> bool | None:
-            truth = part(new)
-            return None if truth is None else not truth
-
-        return negated
-    n, run = condition.n, 0
-
-    def lasting(new: _Scores) -> bool | None:
-        nonlocal run
-        truth = part(new)
-        run = run + 1 if truth else 0
-        return None if truth is None else run >= n
-
-    return lasting
-
-
-def _valued(value: Signal | Window, signals: Sequence[Signal]) -> Callable[[_Scores], float | None]:
-    """What gives a value at each token; it keeps the one that it had where its speaker is silent."""
-    place = signals.index(value.signal if isinstance(value, Window) else value)
-    known: float | None = None
-    if isinstance(value, Signal):
-
-        def latest(new: _Scores) -> float | None:
-            nonlocal known
-            score = new[place]
-            known = known if score is None else score / STEP
-            return known
-
-        return latest
-    n, rising = value.n, value.how == "rise"
-    window: deque[int] = deque()
-    total = moment = 0  # the sum of the window's scores, and of each times its place in the window, from 0
-
-    def windowed(new: _Scores) -> float | None:
-        nonlocal known, total, moment
-        score = new[place]
-        if score is None:
-            return known
-        if len(window) == n:
-            total -= window.popleft()
-            moment -= total
-        moment += len(window) * score
-        total += score
-        window.append(score)
-        if len(window) == n:
-            # The slope is 12 · Σ (i - (n - 1) / 2) x / (n (n² - 1)); the line rises over n - 1 steps.
-            known = 6 * (2 * moment - (n - 1) * total) / (n * (n + 1) * STEP) if rising else total / (n * STEP)
-        return known
-
-    return windowed

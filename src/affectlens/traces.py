@@ -252,7 +252,7 @@ def read_text(run: Run, text: str, probe: Probe, *, id: str = "text") -> Trace:
         EngineError: It does not fit the model.
     """
     (result,) = run([Request(text, readouts=probe.readouts)])
-    return _trace(result, probe, id=id, format="plain text")
+    return trace_of(result, probe, id=id, format="plain text")
 
 
 def read_chat(run: Run, talk: Conversation, probe: Probe) -> Trace:
@@ -267,20 +267,24 @@ def read_chat(run: Run, talk: Conversation, probe: Probe) -> Trace:
     return _traces(run, [Read(talk, result, format)], probe)[0]
 
 
-def _traces(run: Run, read: Sequence[Read], probe: Probe) -> list[Trace]:
-    traces = [_trace(each.result, probe, id=each.talk.id, format=each.format) for each in read if each.result is not None]
-    if not probe.alone:
-        return traces
-    asked = [(n, turn, words) for n, trace in enumerate(traces) for turn, words in replies(trace.layout).items()]
-    results = run([Request(words.text, readouts=probe.readouts[:1]) for _, _, words in asked]) if asked else iter(())
-    for (n, _, words), result in zip(asked, results, strict=True):
-        values = traces[n].visible
-        assert values is not None
-        values[words.tokens] = carried_over(words.spans, result.layout.offsets, probe.scores(result)[0])
+def read_alone(run: Run, traces: Sequence[Trace], probe: Probe) -> list[Trace]:
+    """The same traces with what each reply reads alone, as a plain text."""
+    traces = [replace(trace, visible=np.full_like(trace.scores, np.nan)) for trace in traces]
+    asked = [(trace, words) for trace in traces for words in replies(trace.layout).values()]
+    results = run([Request(words.text, readouts=probe.readouts[:1]) for _, words in asked]) if asked else iter(())
+    for (trace, words), result in zip(asked, results, strict=True):
+        assert trace.visible is not None
+        trace.visible[words.tokens] = carried_over(words.spans, result.layout.offsets, probe.scores(result)[0])
     return traces
 
 
-def _trace(result: Result, probe: Probe, *, id: str, format: str) -> Trace:
+def _traces(run: Run, read: Sequence[Read], probe: Probe) -> list[Trace]:
+    traces = [trace_of(each.result, probe, id=each.talk.id, format=each.format) for each in read if each.result is not None]
+    return read_alone(run, traces, probe) if probe.alone else traces
+
+
+def trace_of(result: Result, probe: Probe, *, id: str, format: str) -> Trace:
+    """The trace of a result that was asked for with the readouts of the probe, in centred cosines."""
     scores, other = probe.scores(result)
     return Trace(
         id,
@@ -289,7 +293,6 @@ def _trace(result: Result, probe: Probe, *, id: str, format: str) -> Trace:
         probe.vectors.names,
         probe.vectors.layer,
         scores,
-        visible=np.full_like(scores, np.nan) if probe.alone else None,
         other=other,
         other_names=() if probe.other is None else probe.other.names,
     )
