@@ -97,7 +97,10 @@ def test_a_baseline_makes_its_own_texts_standard(vectors: ConceptVectors, baseli
         every = every[np.isfinite(every).all(axis=1)]
         np.testing.assert_allclose(every.mean(axis=0), 0, atol=1e-5)
         np.testing.assert_allclose(every.std(axis=0), 1, atol=1e-5)
-    assert baseline.spreads["user"].n_texts == len(raw) and baseline.spreads["text"].n_tokens < baseline.spreads["assistant"].n_tokens
+    assert (
+        baseline.spreads["user"].n_texts == len(raw)
+        and baseline.spreads["text"].n_tokens < baseline.spreads["assistant"].n_tokens
+    )
     assert "40 conversations" in baseline.note and baseline.speakers == ("assistant", "text", "user")
 
 
@@ -154,8 +157,9 @@ def test_baselines_are_stored_and_guarded(vectors: ConceptVectors, baseline: Bas
     with pytest.raises(FormatError, match=f"give {FEW} or more"):
         Baseline.measure(ENGINE, neutral_dialogues(ENGINE)[:9], probe=Probe(vectors), source="few")
     record = json.loads(file.read_text())
-    for broken in ("{", "[]", json.dumps({**record, "format": 9}), json.dumps({**record, "spreads": {}}),
-                   json.dumps({**record, "names": ["calm"]}), json.dumps({k: v for k, v in record.items() if k != "layer"})):  # fmt: skip
+    without = {key: value for key, value in record.items() if key != "layer"}
+    others = [{**record, "format": 9}, {**record, "spreads": {}}, {**record, "names": ["calm"]}, without]
+    for broken in ("{", "[]", *map(json.dumps, others)):
         file.write_text(broken)
         with pytest.raises(FormatError, match="affectlens baseline"):
             Baseline.load(file)
@@ -364,7 +368,7 @@ def test_rules_see_the_untouched_model(vectors: ConceptVectors, baseline: Baseli
 
 def test_steering_from_the_first_token(vectors: ConceptVectors, baseline: Baseline) -> None:
     monitor = Monitor(vectors, baseline, rules=[Policy(parse("user.calm > -50"), (Steer((("sad", 1.0),)),))])
-    tokens, stream = replay(monitor, QUIET)
+    _, stream = replay(monitor, QUIET)
     mixture = 1.0 * vectors["sad"]
     steering = mixture.at(Where(part="prompt", last=1)) + mixture.at(Where(part="response"))
     assert stream.text == ENGINE.generate([QUIET], sampling=Sampling(max_tokens=80, seed=3), steering=steering)[0]

@@ -291,8 +291,12 @@ class Sums:
         """A baseline of the same conversations without the one of this number (and those of its group)."""
         totals, left = self._totals(), self._groups[number % GROUPS]
         rest = {name: total - left.get(name, 0) for name, total in totals.items()}
-        spreads = {name: replace(baseline.spreads[name], mean=m, deviation=d) for name, (m, d) in _moments(rest).items()}
-        return replace(baseline, spreads=spreads)
+        spreads = {
+            name: replace(baseline.spreads[name], mean=m, deviation=d)
+            for name, (m, d) in _moments(rest).items()
+            if name in baseline.spreads
+        }
+        return replace(baseline, spreads={**baseline.spreads, **spreads})
 
     def _totals(self) -> dict[str, np.ndarray]:
         totals: dict[str, np.ndarray] = {}

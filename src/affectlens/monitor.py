@@ -124,12 +124,13 @@ class Monitor:
     def ready(self, engine: Engine) -> Baseline:
         """The baseline; measured on the neutral dialogues when there is none yet."""
         if self.baseline is None:
-            probe = self._probe(engine)
+            probe = self.probe_of(engine)
             self.baseline = Baseline.measure(engine, neutral_dialogues(engine), probe=probe, source="neutral dialogues")
             self._check()
         return self.baseline
 
-    def _probe(self, engine: Engine) -> Probe:
+    def probe_of(self, engine: Engine) -> Probe:
+        """What to read of this model."""
         return replace(self.probe, template=engine.info.template is not None)
 
     def score(self, engine: Engine, what: str | Chat | Conversation, *, id: str = "") -> Trace:
@@ -144,7 +145,7 @@ class Monitor:
         Raises:
             EngineError: It does not fit the model.
         """
-        baseline, probe = self.ready(engine), self._probe(engine)
+        baseline, probe = self.ready(engine), self.probe_of(engine)
         if isinstance(what, str):
             return watched(baseline.standardise(read_text(engine.run, what, probe, id=id or "text")), self.policies)
         talk = what if isinstance(what, Conversation) else Conversation(id or "conversation", tuple(what))
@@ -153,7 +154,7 @@ class Monitor:
     def scores(self, engine: Engine, talks: Iterable[Conversation]) -> Iterator[tuple[Trace | None, Read]]:
         """:meth:`score` for a stream of conversations; those that the model cannot take come without a trace, with a reason."""
         baseline = self.ready(engine)
-        for trace, read in read_traces(engine.run, talks, self._probe(engine)):
+        for trace, read in read_traces(engine.run, talks, self.probe_of(engine)):
             yield (None if trace is None else watched(baseline.standardise(trace), self.policies)), read
 
     def stream(
@@ -203,7 +204,7 @@ class Stream(Iterator[Token]):
         self.finish = ""
         self.trace: Trace | None = None
         self._monitor, self._engine, self._id = monitor, engine, id
-        self._baseline, self._probe = monitor.ready(engine), monitor._probe(engine)
+        self._baseline, self._probe = monitor.ready(engine), monitor.probe_of(engine)
         plain = isinstance(prompt, str)
         self._request = Request(
             prompt if isinstance(prompt, str) else tuple(prompt),
