@@ -70,7 +70,7 @@ def test_realised_false_alarms_lie_inside_the_stated_interval(vectors: ConceptVe
 
 
 def test_intervals_cover_as_often_as_they_say() -> None:
-    """Clustered alarms, planted: the next conversations lie inside 95 % of the prediction intervals, and the rate in the other."""
+    """Clustered alarms, planted: the next conversations lie inside 95 % of the prediction intervals, and the rate too."""
     rng = np.random.default_rng(3)
     covered = {"next": 0, "rate": 0}
     for _ in range(600):

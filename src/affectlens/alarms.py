@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from scipy.stats import betabinom
@@ -101,6 +102,16 @@ class Trial:
         a, b = (count / self.design + 0.5 for count in (self.alarmed, self.turns - self.alarmed))
         low, high = betabinom.ppf([0.025, 0.975], draws, a, b)
         return math.floor(low * self.design), min(n, math.ceil(high * self.design))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        delay = self.delay and {
+            "concepts": list(self.delay.concepts),
+            "noticed": self.delay.noticed.as_dict(),
+            "tokens": self.delay.tokens and self.delay.tokens.as_dict(),
+        }
+        computed = {"per_thousand": self.per_thousand.as_dict(), "next_thousand": list(self.expect(1000))}
+        return {**vars(self), **computed, "delay": delay}
 
     def __str__(self) -> str:
         low, high = self.expect(1000)

@@ -87,7 +87,7 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
         raise FormatError(f"{path} does not exist: name a JSONL, JSON or parquet file of conversations, or a folder of them")
     for file in files:
         name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-        for number, record in enumerate(_records(file), start=1):
+        for number, record in enumerate(records_of(file), start=1):
             own = f"{name}:{number}"
             try:
                 read = conversation(record, own)
@@ -162,7 +162,12 @@ def _labels(record: Mapping[str, Any]) -> dict[str, str]:
     return {role: label for role, label in found.items() if isinstance(label, str) and label}
 
 
-def _records(file: Path) -> Iterator[Any]:
+def records_of(file: Path) -> Iterator[Any]:
+    """The records of a JSONL, JSON or parquet file as they are.
+
+    Raises:
+        FormatError: It cannot be read; names the file, and the line where it is one.
+    """
     if file.suffix == ".parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
