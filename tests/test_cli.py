@@ -475,7 +475,8 @@ def test_scoring_every_token_with_rules_and_a_page(folder: Path, made: Path, run
     shutil.copytree(made, tmp_path / "run")
     first = fine(run("score", "run", "c.jsonl", "--rules", "rules.txt", "--html", "page.html", "--gap"))
     lines = first.stdout.splitlines()
-    assert lines[0].startswith("angry +") and lines[1].startswith("  loud: fires at token") and lines[-1].startswith("calm +")
+    assert lines[0].startswith("angry +") and lines[1].startswith("  loud: fires at token")
+    assert any(line.startswith("calm +") for line in lines)
     assert "no baseline at layer 4 yet" in first.stderr and (tmp_path / "run" / "vectors" / "baseline-4.json").exists()
     page = (tmp_path / "page.html").read_text()
     assert "angry gap" in page and "loud at token" in page and "z against neutral dialogues" in page
@@ -493,8 +494,10 @@ def test_scoring_every_token_with_rules_and_a_page(folder: Path, made: Path, run
 def test_baselines_and_rules_that_are_tried(folder: Path, made: Path, run: Run, tmp_path: Path) -> None:
     shutil.copytree(made, tmp_path / "run")
     engine = ToyEngine()
-    talks = [{"messages": [{"role": "user", "content": engine.write(None, f"a{i}", seed=i)},
-                           {"role": "assistant", "content": engine.write(None, f"b{i}", seed=i)}]} for i in range(12)]  # fmt: skip
+    talks = [
+        {"turns": [["user", engine.write(None, f"a{i}", seed=i)], ["assistant", engine.write(None, f"b{i}", seed=i)]]}
+        for i in range(12)
+    ]
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, talks)))
     made_of = json.loads(fine(run("baseline", "run", "own.jsonl", "--json")).stdout)
     assert made_of["source"] == "own.jsonl" and made_of["spreads"]["assistant"]["conversations"] == 12
@@ -502,9 +505,8 @@ def test_baselines_and_rules_that_are_tried(folder: Path, made: Path, run: Run, 
     (tmp_path / "few.jsonl").write_text(json.dumps(talks[0]))
     assert "a baseline of 1 conversations" in refused(run("baseline", "run", "few.jsonl"))
     assert fine(run("rules", "check", "angry > 1 for 3 tokens")).stdout.startswith("rules understood: 1")
-    (tmp_path / "rules.toml").write_text(
-        '[[rules]]\nwhen = "loud: mean(angry, 5) > 1.5"\nactions = [{do = "log", file = "no.jsonl"}]'
-    )
+    actions = 'actions = [{do = "log", file = "no.jsonl"}]'
+    (tmp_path / "rules.toml").write_text(f'[[rules]]\nwhen = "loud: mean(angry, 5) > 1.5"\n{actions}')
     printed = fine(run("rules", "check", "rules.toml", "--vectors", "run", "--on", "own.jsonl")).stdout
     assert printed.startswith("loud: false alarms in ") and "stories of angry: noticed" in printed
     (trial,) = json.loads(fine(run("rules", "check", "rules.toml", "--vectors", "run", "--json")).stdout)
