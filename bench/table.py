@@ -355,12 +355,40 @@ def power(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"False findings over all: {false} of {trials}, {share} (wanted: at most 5 %)."])
 
 
+def alarms(result: dict[str, Any]) -> str:
+    """The table of ``bench/alarms.py``: what was stated before a rule was armed, and what came."""
+
+    def shown(estimate: dict[str, Any] | None, digits: int = 0) -> str:
+        if estimate is None:
+            return "–"
+        value, low, high = ("∞" if estimate[end] is None else f"{estimate[end]:.{digits}f}" for end in ("value", "low", "high"))
+        return f"{value} [{low}, {high}]"
+
+    lines = [
+        f"{result['model']}, layer {result['layer']}. {result['baseline']}. {result['seconds']:.0f} s.",
+        "",
+        "| rule | false alarms per 1,000 turns | expected in held-out turns | came | stories noticed, of | tokens until then |",
+        "|---|---|---|---|---|---|",
+    ]
+    inside = 0
+    for row in result["rules"]:
+        low, high = row["expected"]
+        inside += low <= row["came"] <= high
+        noticed = row["delay"] and row["delay"]["noticed"]
+        found = f"{round(noticed['value'] * noticed['n'])} of {noticed['n']}" if noticed else f"– ({row['untried']})"
+        tokens = shown(row["delay"]["tokens"]) if row["delay"] else "–"
+        rate, held = shown(row["per_thousand"]), f"{low} to {high} of {row['held_out']}"
+        lines.append(f"| `{row['rule']}` | {rate} | {held} | {row['came']} | {found} | {tokens} |")
+    return "\n".join([*lines, "", f"Inside what was expected: {inside} of {len(result['rules'])} rules."])
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "extraction": extraction,
     "profile_reading": profile_reading,
     "corpus": corpus,
     "power": power,
     "tuned_pair": tuned_pair,
+    "alarms": alarms,
 }
 
 

@@ -37,7 +37,14 @@ OPTIONS = {
         "--add", "--allow", "--compare", "--device", "--dtype", "--json", "--layer", "--max-tokens", "--model", "--plain",
         "--seed", "--temperature",
     ],
-    "score": ["--allow", "--device", "--dtype", "--json", "--kind", "--layer", "--model", "--top"],
+    "score": [
+        "--allow", "--baseline", "--device", "--dtype", "--gap", "--html", "--json", "--kind", "--layer", "--model", "--rules",
+        "--top",
+    ],
+    "baseline": ["--allow", "--device", "--dtype", "--json", "--layer", "--model", "--out"],
+    "rules check": [
+        "--allow", "--baseline", "--device", "--dtype", "--json", "--layer", "--model", "--on", "--vectors",
+    ],
     "browse": [
         "--allow", "--conversation", "--device", "--dtype", "--json", "--layer", "--model", "--out", "--probe", "--top",
     ],
@@ -52,6 +59,8 @@ ARGUMENTS = {
     "discover": ["model"],
     "steer": ["vectors", "prompt"],
     "score": ["vectors", "file"],
+    "baseline": ["vectors", "file"],
+    "rules check": ["rules"],
     "browse": ["vectors", "file"],
     "show": ["path", "other"],
     "export": ["vectors"],
@@ -455,6 +464,56 @@ def test_scoring_stdin_text_and_jsonl(folder: Path, made: Path, run: Run, tmp_pa
     assert other["layer"] == 2 and set(other["scores"]) == set(NAMES)
     assert "stdin" in refused(run("score", made, "-", stdin=""))
     assert "UTF-8" in refused(run("score", made, "-", stdin="Größe".encode("latin-1")))
+
+
+def test_scoring_every_token_with_rules_and_a_page(folder: Path, made: Path, run: Run, tmp_path: Path) -> None:
+    engine = ToyEngine()
+    talks = [[["user", engine.write(None, "train", seed=i)], ["assistant", engine.write(name, "soup", seed=i)]]
+             for i, name in enumerate(("angry", "calm"))]  # fmt: skip
+    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"id": str(i), "turns": t}) for i, t in enumerate(talks)))
+    (tmp_path / "rules.txt").write_text("loud: mean(angry, 10) > 0.5\n")
+    shutil.copytree(made, tmp_path / "run")
+    first = fine(run("score", "run", "c.jsonl", "--rules", "rules.txt", "--html", "page.html", "--gap"))
+    lines = first.stdout.splitlines()
+    assert lines[0].startswith("angry +") and lines[1].startswith("  loud: fires at token")
+    assert any(line.startswith("calm +") for line in lines)
+    assert "no baseline at layer 4 yet" in first.stderr and (tmp_path / "run" / "vectors" / "baseline-4.json").exists()
+    page = (tmp_path / "page.html").read_text()
+    assert "angry gap" in page and "loud at token" in page and "z against neutral dialogues" in page
+    again = fine(run("score", "run", "c.jsonl", "--json"))
+    assert "no baseline" not in again.stderr and "z against neutral dialogues: 40 conversations" in again.stderr
+    rows = [json.loads(line) for line in again.stdout.splitlines()]
+    assert [max(row["scores"], key=row["scores"].get) for row in rows] == ["angry", "calm"] and rows[0]["alerts"] == []
+    text = fine(run("score", "run", "-", "--rules", "angry > 1", stdin=engine.write("angry", "x"))).stdout.splitlines()
+    assert text[0].startswith("angry +") and "(text)" in text[1]
+    wrong = run("score", "run", "c.jsonl", "--rules", "angy > 1")
+    assert wrong.exit_code == 1 and "did you mean angry?, column 1" in wrong.stderr and wrong.stderr.endswith("^^^^\n")
+    assert "layer 4, not 2" in refused(run("score", "run", "c.jsonl", "--layer", 2, "--baseline", "run/vectors/baseline-4.json"))
+
+
+def test_baselines_and_rules_that_are_tried(folder: Path, made: Path, run: Run, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path / "run")
+    engine = ToyEngine()
+    talks = [
+        {"turns": [["user", engine.write(None, f"a{i}", seed=i)], ["assistant", engine.write(None, f"b{i}", seed=i)]]}
+        for i in range(12)
+    ]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, talks)))
+    made_of = json.loads(fine(run("baseline", "run", "own.jsonl", "--json")).stdout)
+    assert made_of["source"] == "own.jsonl" and made_of["spreads"]["assistant"]["conversations"] == 12
+    assert "12 conversations" in fine(run("baseline", "run", "own.jsonl", "--out", "other.json")).stdout
+    (tmp_path / "few.jsonl").write_text(json.dumps(talks[0]))
+    assert "a baseline of 1 conversations" in refused(run("baseline", "run", "few.jsonl"))
+    assert fine(run("rules", "check", "angry > 1 for 3 tokens")).stdout.startswith("rules understood: 1")
+    actions = 'actions = [{do = "log", file = "no.jsonl"}]'
+    (tmp_path / "rules.toml").write_text(f'[[rules]]\nwhen = "loud: mean(angry, 5) > 1.5"\n{actions}')
+    printed = fine(run("rules", "check", "rules.toml", "--vectors", "run", "--on", "own.jsonl")).stdout
+    assert printed.startswith("loud: false alarms in ") and "stories of angry: noticed" in printed
+    (trial,) = json.loads(fine(run("rules", "check", "rules.toml", "--vectors", "run", "--json")).stdout)
+    assert trial["turns"] == 40 and trial["per_thousand"]["n"] == 40 and trial["delay"]["concepts"] == ["angry"]
+    assert not (tmp_path / "no.jsonl").exists(), "what rules do is not done while they are tried"
+    wrong = run("rules", "check", "angry > 1 for")
+    assert wrong.exit_code == 1 and wrong.stderr.splitlines()[1:] == ["  angry > 1 for", "               ^"]
 
 
 def test_showing_a_run_a_report_and_vectors(made: Path, run: Run) -> None:

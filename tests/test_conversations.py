@@ -193,9 +193,9 @@ def test_pieces_are_the_words_whatever_the_tokenizer_does_with_spaces_and_charac
     spans = [(0, 5), (5, 6), (7, 9), (10, 11), (10, 11), (10, 11), (12, 14), (14, 17), (17, 26), (26, 27), (27, 32), (32, 33)]
     roles = ["template"] * 2 + ["user"] * 6 + ["template"] * 2 + ["assistant"] * 2
     layout = Layout(text, tuple(text[a:b] for a, b in spans), tuple(range(12)), tuple(spans), tuple(roles), 10)
-    from affectlens.conversations import _pieces
+    from affectlens.conversations import pieces_of
 
-    turns, pieces, groups = _pieces(layout)
+    turns, pieces, groups = pieces_of(layout)
     assert turns == [("user", 4), ("assistant", 2)]
     assert ["".join(pieces[:4]), "".join(pieces[4:])] == ["Oh 🙂 no.", "Fine."]
     assert groups[1] == [3, 4, 5]

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from affectlens.activations import Activations
+    from affectlens.baseline import Baseline
     from affectlens.concepts import ConceptSet
     from affectlens.discovery import Recipe, discover
     from affectlens.engine import Readout, Request, Sampling, Steering, Where, open_engine
     from affectlens.engines.residual import steer
     from affectlens.errors import AffectlensError
+    from affectlens.monitor import Monitor
     from affectlens.pipeline import study
     from affectlens.report import Report
     from affectlens.vectors import ConceptVectors
@@ -28,8 +30,10 @@ if TYPE_CHECKING:
 _HOME = {
     "Activations": "activations",
     "AffectlensError": "errors",
+    "Baseline": "baseline",
     "ConceptSet": "concepts",
     "ConceptVectors": "vectors",
+    "Monitor": "monitor",
     "Readout": "engine",
     "Recipe": "discovery",
     "Report": "report",
@@ -46,8 +50,10 @@ _HOME = {
 __all__ = [
     "Activations",
     "AffectlensError",
+    "Baseline",
     "ConceptSet",
     "ConceptVectors",
+    "Monitor",
     "Readout",
     "Recipe",
     "Report",

@@ -15,6 +15,7 @@ from affectlens.errors import AffectlensError
 
 if TYPE_CHECKING:
     from affectlens.audit import Check
+    from affectlens.baseline import Baseline
     from affectlens.conversations import Conversation
     from affectlens.engine import Engine, Steering
     from affectlens.report import Report
@@ -278,13 +279,28 @@ def steer(vectors: str, prompt: str, added: str, compare: bool, **options: Any) 
 @click.argument("file")
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Concepts to print for each text.")
 @click.option(
-    "--kind", type=click.Choice(["centred", "cosine", "z"]), default="centred", show_default=True, help="What a score is."
+    "--kind",
+    type=click.Choice(["centred", "cosine", "z"]),
+    default="centred",
+    show_default=True,
+    help="What the score of a text's mean residual is.",
 )
+@click.option("--html", type=click.Path(path_type=Path), help="Score every token, and write a page of them.")
+@click.option("--rules", metavar="RULES", help="Score every token, and say where rules fire: a file, or one rule.")
+@click.option("--gap", is_flag=True, help="Score every token, and read the assistant's words alone as well.")
+@click.option("--baseline", type=FILE, help="What z is stated against.  [default: that beside the vectors]")
 @shared("layer", "model", "device", "dtype", "allow", "json")
 def score(vectors: str, file: str, top: int, kind: Any, **options: Any) -> None:
-    """Score the texts of FILE (JSONL with a text field, parquet, or one plain text; - reads one from stdin), mean over tokens."""
+    """Score the texts or conversations of FILE (JSONL, parquet, or one plain text; - reads one from stdin).
+
+    The score of a text is that of the mean over its tokens. Conversations, and texts with --html, --rules, --gap or --baseline,
+    are scored token by token, in standard deviations from ordinary conversations.
+    """
     from affectlens.engine import Request, Where
 
+    if any(options[name] for name in ("html", "rules", "gap", "baseline")) or _holds_conversations(file):
+        _score_tokens(vectors, file, top, **options)
+        return
     texts = _texts(file)
     loaded, engine = _vectors_and_engine(vectors, **options)
     readout = loaded.readout(where=Where(after=1), pool="mean")  # the first token is an attention sink
@@ -295,8 +311,189 @@ def score(vectors: str, file: str, top: int, kind: Any, **options: Any) -> None:
             named = dict(zip(loaded.names, scores.round(6).tolist(), strict=True))
             click.echo(json.dumps({"text": text, "layer": loaded.layer, "kind": kind, "scores": named}, ensure_ascii=False))
         else:
-            shown = "  ".join(f"{name} {value:+.3f}" for name, value in best)
-            click.echo(f"{shown}   | {' '.join(text.split())[:60]}")
+            click.echo(_best(best, text))
+
+
+def _best(best: Sequence[tuple[str, float]], text: str) -> str:
+    shown = "  ".join(f"{name} {value:+.3f}" for name, value in best)
+    return f"{shown}   | {' '.join(text.split())[:60]}"
+
+
+def _score_tokens(
+    name: str, file: str, top: int, *, html: Path | None, rules: str | None, gap: bool, baseline: Path | None, **options: Any
+) -> None:
+    from affectlens.actions import read_policies
+    from affectlens.browse import LIMIT, page
+    from affectlens.conversations import read_conversations
+    from affectlens.monitor import Monitor
+    from affectlens.runs import atomic_write
+
+    # What rules do is left out: nothing is happening here.
+    policies = [each.rule for each in read_policies(rules)] if rules else []
+    loaded, engine = _vectors_and_engine(name, **options)
+    for rule in policies:
+        rule.check(loaded.names, rule.speakers)  # before a baseline is measured
+    monitor = Monitor(loaded, _baseline(name, loaded, engine, baseline), rules=policies, gap=gap)
+    if _holds_conversations(file):
+        read = ((trace, each.talk.id, each.reason) for trace, each in monitor.scores(engine, read_conversations(file)))
+    else:
+        texts = enumerate(_texts(file), start=1)
+        read = ((monitor.score(engine, text, id=f"text {i}"), f"text {i}", "") for i, text in texts)
+    shown: list[Any] = []
+    for trace, id, reason in read:
+        if trace is None:
+            click.echo(f"{id} is left out: {reason}", err=True)
+            continue
+        roles = set(trace.layout.roles)
+        best = trace.top(len(loaded), speaker=next(role for role in ("assistant", "text", "user", *roles) if role in roles))
+        if options["as_json"]:
+            facts = {"id": id, "layer": loaded.layer, "kind": "z", "scores": {key: round(value, 4) for key, value in best}}
+            click.echo(json.dumps({**facts, "alerts": [vars(alert) for alert in trace.alerts]}, ensure_ascii=False))
+        else:
+            words = "".join(
+                trace.layout.tokens[i] for i, role in enumerate(trace.layout.roles) if role not in ("template", "special")
+            )
+            click.echo(_best(best[:top], words))
+            for alert in trace.alerts:
+                click.echo(f"  {alert.rule}: fires at token {alert.token} ({alert.speaker}): {alert.words}")
+        if html and len(shown) < LIMIT:
+            named = [signal.concept for rule in policies for signal in rule.signals if signal.concept in loaded]
+            shown.append(trace.shown([*named, *(key for key, _ in best[:top])]))
+    assert monitor.baseline is not None
+    click.echo(monitor.baseline.note, err=True)
+    if html:
+        with atomic_write(html) as temporary:
+            title = "A text" if file == "-" else Path(file).name
+            temporary.write_text(page(shown, title, note=f"{monitor.baseline.note}.", model=engine.info.id), encoding="utf-8")
+        click.echo(f"Page: {html.resolve()}", err=True)
+
+
+def _holds_conversations(file: str) -> bool:
+    """Whether the first record of a file has turns and no text."""
+    from affectlens.conversations import records_of
+    from affectlens.corpus import TURNS, files_of
+
+    path = Path(file)
+    if file == "-" or not path.exists():
+        return False
+    files = (
+        files_of(path, (".jsonl", ".json", ".parquet")) if path.is_dir() or path.suffix in (".jsonl", ".json", ".parquet") else []
+    )
+    first = next((record for each in files for record in records_of(each)), None)
+    return isinstance(first, dict) and "text" not in first and any(isinstance(first.get(key), list) for key in TURNS)
+
+
+def _baseline(name: str, vectors: ConceptVectors, engine: Engine, given: Path | None = None) -> Baseline:
+    """The baseline that is named, or that stands beside the vectors; measured on the neutral dialogues where there is none."""
+    from affectlens.baseline import Baseline
+
+    stored = _baseline_file(name, vectors)
+    if given or (stored and stored.exists()):
+        return Baseline.load(given or stored or "")
+    click.echo(f"no baseline at layer {vectors.layer} yet: reading the neutral dialogues", err=True)
+    return measure_baseline(vectors, engine, None, stored)
+
+
+def _baseline_file(name: str, vectors: ConceptVectors) -> Path | None:
+    """Where the baseline of vectors stands; None when they are in no folder of ours."""
+    for folder in (Path(name) / "vectors", Path(name)):
+        if (folder / "config.json").exists():
+            return folder / f"baseline-{vectors.layer}.json"
+    return None
+
+
+def measure_baseline(vectors: ConceptVectors, engine: Engine, file: Path | None, out: Path | None) -> Baseline:
+    """Measure a baseline on a file of conversations (None: the neutral dialogues), and store it.
+
+    Args:
+        vectors: At their layer.
+        engine: The model.
+        file: What :func:`affectlens.conversations.read_conversations` reads.
+        out: Where to store it; None for nowhere.
+    """
+    from affectlens.baseline import Baseline, neutral_dialogues
+    from affectlens.conversations import read_conversations
+    from affectlens.traces import Probe
+
+    talks = neutral_dialogues(engine) if file is None else read_conversations(file)
+    probe = Probe(vectors, template=engine.info.template is not None)
+    found = Baseline.measure(engine, talks, probe=probe, source=file.name if file else "neutral dialogues")
+    if out is not None:
+        found.save(out)
+    return found
+
+
+@main.command()
+@click.argument("vectors")
+@click.argument("file", required=False, type=FILE)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Where to store it.  [default: baseline-LAYER.json beside the vectors]"
+)
+@shared("layer", "model", "device", "dtype", "allow", "json")
+def baseline(vectors: str, file: Path | None, out: Path | None, **options: Any) -> None:
+    """Measure what is usual, so that scores can be stated in standard deviations from it.
+
+    FILE holds ordinary conversations, your own traffic at best; by default the bundled neutral dialogues are read.
+    """
+    from affectlens.errors import FormatError
+
+    loaded, engine = _vectors_and_engine(vectors, **options)
+    place = out or _baseline_file(vectors, loaded)
+    if place is None:
+        raise FormatError(f"{vectors} is no folder that a baseline could be stored in: name a file with --out")
+    found = measure_baseline(loaded, engine, file, place)
+    if options["as_json"]:
+        spreads = {name: {"tokens": s.n_tokens, "conversations": s.n_texts} for name, s in found.spreads.items()}
+        click.echo(json.dumps({"file": str(place), "source": found.source, "layer": found.layer, "spreads": spreads}))
+        return
+    click.echo(f"{place.resolve()}: {found.note}")
+
+
+@main.group()
+def rules() -> None:
+    """Rules of the monitor."""
+
+
+@rules.command("check")
+@click.argument("rules")
+@click.option("--vectors", help="Try the rules with these vectors; without them only the language is checked.")
+@click.option("--on", type=FILE, help="Ordinary conversations to try them on.  [default: the bundled neutral dialogues]")
+@click.option("--baseline", type=FILE, help="What z is stated against.  [default: that beside the vectors]")
+@shared("layer", "model", "device", "dtype", "allow", "json")
+def rules_check(rules: str, vectors: str | None, on: Path | None, baseline: Path | None, **options: Any) -> None:
+    """Try RULES before they are armed: false alarms on ordinary conversations, delay on stories.
+
+    RULES is a file (one rule a line, or TOML with actions), or one rule: 'desperate > 3 for 20 tokens'.
+    """
+    from affectlens.actions import read_policies
+    from affectlens.activations import Text
+    from affectlens.alarms import try_rules
+    from affectlens.conversations import read_conversations
+    from affectlens.corpus import load
+    from affectlens.monitor import Monitor
+
+    policies = read_policies(rules)
+    if vectors is None:
+        if options["as_json"]:
+            click.echo(json.dumps([{"rule": each.rule.name, "text": each.rule.text} for each in policies], ensure_ascii=False))
+        else:
+            click.echo(f"rules understood: {len(policies)} (with --vectors they are tried)")
+        return
+    loaded, engine = _vectors_and_engine(vectors, **options)
+    plain = [each.rule for each in policies]
+    for rule in plain:
+        rule.check(loaded.names, rule.speakers)  # before anything is read
+    monitor = Monitor(loaded, _baseline(vectors, loaded, engine, baseline), rules=plain)
+    own = engine.texts("stories")
+    stories = [Text(r["id"], r["text"], r["concept"]) for r in (load("stories") if own is None else own)]
+    trials = try_rules(engine, monitor, talks=read_conversations(on) if on else None, stories=stories)
+    if options["as_json"]:
+        click.echo(json.dumps([trial.as_dict() for trial in trials], ensure_ascii=False))
+        return
+    for trial in trials:
+        click.echo(trial)
+    assert monitor.baseline is not None
+    click.echo(monitor.baseline.note, err=True)
 
 
 def _texts(file: str) -> list[str]:

@@ -87,7 +87,7 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
         raise FormatError(f"{path} does not exist: name a JSONL, JSON or parquet file of conversations, or a folder of them")
     for file in files:
         name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-        for number, record in enumerate(_records(file), start=1):
+        for number, record in enumerate(records_of(file), start=1):
             own = f"{name}:{number}"
             try:
                 read = conversation(record, own)
@@ -162,7 +162,12 @@ def _labels(record: Mapping[str, Any]) -> dict[str, str]:
     return {role: label for role, label in found.items() if isinstance(label, str) and label}
 
 
-def _records(file: Path) -> Iterator[Any]:
+def records_of(file: Path) -> Iterator[Any]:
+    """The records of a JSONL, JSON or parquet file as they are.
+
+    Raises:
+        FormatError: It cannot be read; names the file, and the line where it is one.
+    """
     if file.suffix == ".parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -402,7 +407,7 @@ def trace(each: Read, vectors: ConceptVectors, *, ranking: Ranking, row: int, pr
     layout, reading = each.result.layout, each.result.readings[0]
     tokens = np.full((len(layout), len(vectors)), np.nan)
     tokens[reading.positions] = vectors.scores(reading)
-    turns, pieces, groups = _pieces(layout)
+    turns, pieces, groups = pieces_of(layout)
     # The mean over the tokens of a piece; almost every piece is one token.
     scores = np.stack([tokens[group[0]] if len(group) == 1 else tokens[group].mean(axis=0) for group in groups])
     known = ~np.isnan(scores[:, 0])
@@ -459,7 +464,7 @@ def strongest(traced: Trace, probe: str, *, width: int = STRETCH) -> str:
     return " ".join(words.split())
 
 
-def _pieces(layout: Layout) -> tuple[list[tuple[str, int]], list[str], list[list[int]]]:
+def pieces_of(layout: Layout) -> tuple[list[tuple[str, int]], list[str], list[list[int]]]:
     """Turns, the text of their pieces, and the tokens of each piece.
 
     A piece begins where the one before ended, so that pieces together are the turn to the letter: some tokenizers leave spaces

@@ -6,9 +6,11 @@
     ├── MissingExtra           an optional package is needed; names the pip command
     ├── EngineError            a request cannot be run (prompt too long, hook that never fired, no reply position)
     ├── FormatError            a file is broken, empty or of another format
+    ├── RuleError              a rule of the monitor cannot be understood; shows where
     └── UnknownName            a name that does not exist; names the nearest ones
 
-Each has a page in ``docs/errors/``. A message is one line that ends by saying what to do.
+Each has a page in ``docs/errors/``. A message is one line that ends by saying what to do; under that of a rule stands the rule,
+with the place marked.
 """
 
 from __future__ import annotations
@@ -37,6 +39,23 @@ class FormatError(AffectlensError):
     """A file is broken, empty or of another format."""
 
 
+class RuleError(AffectlensError):
+    """A rule cannot be understood, or names what does not exist.
+
+    Args:
+        problem: What is wrong and what to do, in one line.
+        rule: The whole rule.
+        start, end: The characters of it that are wrong, counted from 0.
+    """
+
+    def __init__(self, problem: str, rule: str, start: int, end: int) -> None:
+        # What stands before a line break would push the mark out of place.
+        line = "".join(" " if character.isspace() else character for character in rule)
+        marks = " " * start + "^" * max(1, end - start)
+        super().__init__(f"{problem}, column {start + 1}\n  {line}\n  {marks}")
+        self.problem, self.rule, self.start, self.end = problem, rule, start, end
+
+
 class MissingExtra(AffectlensError):
     """An optional package is missing."""
 
@@ -48,9 +67,18 @@ class UnknownName(AffectlensError):
     """A name that does not exist; the message names the nearest ones."""
 
     def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
-        known = list(known)
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(known[:8])}"
-        if not near and len(known) > 8:
-            hint += f" and {len(known) - 8} more"
-        super().__init__(f"unknown {what} {name!r}: {hint}")
+        super().__init__(f"unknown {what} {name!r}: {nearest(name, known)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What a message says of the names that there are.
+
+    Example:
+        >>> nearest("clam", ["calm", "sad"])
+        'did you mean calm?'
+    """
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {', '.join(near)}?"
+    return f"known are {', '.join(known[:8])}" + (f" and {len(known) - 8} more" if len(known) > 8 else "")

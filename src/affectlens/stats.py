@@ -162,12 +162,13 @@ def bootstrap_each(
     return [Estimate(float(v), float(low), float(high), len(codes), level, unit) for v, low, high in ends]
 
 
-def wilson(successes: int, n: int, *, level: float = 0.95, unit: str = "") -> Estimate:
+def wilson(successes: int, n: int, *, level: float = 0.95, unit: str = "", design: float = 1.0) -> Estimate:
     """Rate with Wilson's interval (1927), which stays right near 0 and 1, where the textbook one collapses.
 
     Args:
         successes, n: how often it happened, out of how many independent trials.
         level, unit: as for `bootstrap`.
+        design: how many trials tell as much as one that is independent of all others (the design effect of clusters).
 
     Returns:
         successes / n with its interval inside [0, 1]; for n = 0, nan with [0, 1].
@@ -179,8 +180,12 @@ def wilson(successes: int, n: int, *, level: float = 0.95, unit: str = "") -> Es
     """
     if n == successes == 0:
         return Estimate(math.nan, 0.0, 1.0, 0, level, unit)
-    ends = distributions.binomtest(int(successes), int(n)).proportion_ci(level, method="wilson")
-    return Estimate(successes / n, float(ends.low), float(ends.high), int(n), level, unit)
+    if not 0 <= successes <= n or design < 1:
+        raise ValueError(f"{successes} of {n} trials with a design effect of {design}: that cannot be")
+    p, z2 = successes / n, float(distributions.norm.ppf((1 + level) / 2)) ** 2 * design / n
+    centre, half = (p + z2 / 2) / (1 + z2), math.sqrt(p * (1 - p) * z2 + z2**2 / 4) / (1 + z2)
+    low, high = 0.0 if successes == 0 else centre - half, 1.0 if successes == n else centre + half
+    return Estimate(p, low, high, int(n), level, unit)
 
 
 def permutation_null(

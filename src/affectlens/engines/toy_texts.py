@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 SCENARIOS, HELD_OUT = 6, 2
 """Messages of each concept, and how many of them are held out."""
+STORIES = 6
+"""Stories of each concept."""
 LADDERS, STEPS = 6, 9
 """Quantity ladders of each kind, and the values of each."""
 CONTRASTS = 24
@@ -55,6 +57,10 @@ class _Writer:
 
     def cue(self, concept: str) -> str:
         return str(self.rng.choice(self.engine.concepts[concept]))
+
+
+def _stories(w: _Writer) -> list[dict[str, Any]]:
+    return [{"id": f"{name}-{i}", "concept": name, "text": w.words(name, 90)} for name in w.names for i in range(STORIES)]
 
 
 def _scenarios(w: _Writer) -> list[dict[str, Any]]:
@@ -190,6 +196,7 @@ def _neutral(w: _Writer) -> list[dict[str, Any]]:
 
 
 WRITERS: dict[str, Callable[[_Writer], list[dict[str, Any]]]] = {
+    "stories": _stories,
     "scenarios": _scenarios,
     "ladders": _ladders,
     "contrasts": _contrasts,
