@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 import families
 from affectlens.cli import main
 from affectlens.engines.toy import TOPICS, ToyEngine
-from affectlens.exchange import read_gguf
+from affectlens.control import read_gguf
 from affectlens.vectors import ConceptVectors
 
 NAMES = ("angry", "calm", "sad", "happy", "afraid", "proud")

@@ -27,6 +27,8 @@ NOUNS = (
     "runs",
     "models",
     "exchange",
+    "control",
+    "sparse",
     "figures",
     "corpus",
     "readings",
