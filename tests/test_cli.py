@@ -42,7 +42,10 @@ OPTIONS = {
         "--allow", "--conversation", "--device", "--dtype", "--json", "--layer", "--model", "--out", "--probe", "--top",
     ],
     "show": ["--device", "--dtype", "--html", "--json", "--layer", "--lens", "--model"],
-    "export": ["--add", "--gguf", "--hub", "--layer", "--public"],
+    "export": ["--add", "--gguf", "--hub", "--layer", "--lm-eval", "--public", "--safetensors"],
+    "import": [
+        "--contrast", "--convention", "--device", "--dtype", "--first-token", "--model", "--name", "--neutral", "--out",
+    ],
     "doctor": ["--device", "--dtype", "--json"],
     "corpus check": ["--concepts", "--json"],
     "list": ["--json"],
@@ -55,6 +58,7 @@ ARGUMENTS = {
     "browse": ["vectors", "file"],
     "show": ["path", "other"],
     "export": ["vectors"],
+    "import": ["file"],
     "doctor": ["model"],
     "corpus check": ["path"],
     "list": ["what"],
@@ -228,6 +232,9 @@ assert "torch" not in sys.modules
         ("score", "v", "-", "--allow", "anything"),
         ("export", "v"),
         ("export", "v", "--gguf", "x.gguf"),
+        ("export", "v", "--lm-eval", "x.pt"),
+        ("import", "x.npz", "--model", "toy", "--out", "v"),
+        ("import", "x.npz", "--model", "toy", "--out", "v", "--convention", "1"),
         ("list", "models"),
     ],
 )
@@ -478,6 +485,25 @@ def test_exporting_a_control_vector(made: Path, run: Run, tmp_path: Path) -> Non
     ((layer, direction),) = read_gguf(tmp_path / "c.gguf").items()
     assert layer == 3
     np.testing.assert_allclose(direction, vectors.residual_norms[3] * (0.5 * calm - 0.25 * sad), rtol=1e-4, atol=1e-5)
+
+
+def test_exporting_and_importing_again(made: Path, run: Run, tmp_path: Path) -> None:
+    """Each format, written and made vectors of again: the same direction at the same layer, and a strength with a unit."""
+    vectors = ConceptVectors.load(made)
+    for option, file in (("--gguf", "c.gguf"), ("--safetensors", "c.safetensors"), ("--lm-eval", "c.pt")):
+        fine(run("export", made, "--add", "calm=0.5", "--layer", "3", option, file))
+        result = fine(run("import", file, "--convention", "block", "--model", "toy", "--out", f"from-{file}", "--name", "calm"))
+        assert "1 vectors at layers 3, default 3" in result.stdout and "counted from 0" in result.stderr
+        back = ConceptVectors.load(f"from-{file}")
+        assert back.names == ("calm",) and back.layers == (3,)
+        np.testing.assert_allclose(back.at(3)[0], vectors.at(3)[vectors.index("calm")], atol=1e-6)
+        np.testing.assert_allclose(back.norms[0, 0], 0.5 * vectors.residual_norms[3], rtol=1e-5)
+        np.testing.assert_allclose(back.residual_norms, vectors.residual_norms[3], rtol=0.2)
+        score = json.loads(fine(run("score", f"from-{file}", "-", "--json", "--kind", "z", stdin="the sea was calm")).stdout)
+        assert np.isfinite(score["scores"]["calm"])
+    assert "does not end with .pt" in refused(run("export", made, "--add", "calm=0.5", "--lm-eval", "c.bin"))
+    off_by_one = run("import", "c.gguf", "--convention", "block-from-1", "--model", "toy", "--out", "other")
+    assert "at layers 2" in fine(off_by_one).stdout
 
 
 def test_the_doctor(folder: Path, run: Run) -> None:

@@ -464,27 +464,74 @@ def _compare(mine: Report, theirs: Report, html: Path | None, as_json: bool) -> 
 @main.command()
 @click.argument("vectors")
 @click.option("--add", "added", help="Mixture to export, for example calm=0.05.")
-@click.option("--gguf", type=click.Path(path_type=Path), help="Write a llama.cpp control vector of the mixture.")
+@click.option("--gguf", type=click.Path(path_type=Path), help="Write a control vector of the mixture for llama.cpp and repeng.")
+@click.option("--safetensors", type=click.Path(path_type=Path), help="Write it as plain vectors, for steering-vectors.")
+@click.option("--lm-eval", type=click.Path(path_type=Path), help="Write it for lm-evaluation-harness (a .pt file).")
 @click.option("--hub", metavar="REPO", help="Push the vectors to a Hugging Face Hub repository.")
 @click.option("--public", is_flag=True, help="Make a new Hub repository public.")
 @shared("layer")
-def export(vectors: str, added: str | None, gguf: Path | None, hub: str | None, public: bool, layer: int | None) -> None:
-    """Export VECTORS to llama.cpp or to the Hub."""
-    from affectlens.exchange import export_gguf, load_vectors, push_to_hub
+def export(vectors: str, added: str | None, hub: str | None, public: bool, layer: int | None, **files: Path | None) -> None:
+    """Export VECTORS, or a mixture of them for other programs to steer with."""
+    from affectlens.control import export_gguf, export_lm_eval, export_safetensors
+    from affectlens.exchange import load_vectors, push_to_hub
 
-    if not gguf and not hub:
-        raise click.UsageError("name a target: --gguf FILE or --hub REPO")
-    if gguf and not added:
-        raise click.UsageError("--gguf exports a mixture: name it with --add, for example --add calm=0.05")
+    wanted = {form: path for form, path in files.items() if path}
+    if not wanted and not hub:
+        raise click.UsageError("name a target: --gguf FILE, --safetensors FILE, --lm-eval FILE or --hub REPO")
+    if wanted and not added:
+        raise click.UsageError("a file holds a mixture: name it with --add, for example --add calm=0.05")
     loaded = load_vectors(vectors)
     if layer is not None:
         loaded = loaded.with_layer(layer)
-    if gguf:
+    if wanted:
         mixture = parse_mixture(str(added), loaded)
-        export_gguf(mixture, gguf, model=loaded.model)
-        click.echo(f"{gguf}: {mixture}; llama.cpp applies it at every position (--control-vector {gguf})")
+        writers = {"gguf": export_gguf, "safetensors": export_safetensors, "lm_eval": export_lm_eval}
+        uses = {
+            "gguf": "llama-cli --control-vector-scaled {}:1",
+            "safetensors": "add direction.L to the output of block L",
+            "lm_eval": "lm_eval --model steered --model_args pretrained=MODEL,steer_path={}",
+        }
+        for form, path in wanted.items():
+            writers[form](mixture, path, model=loaded.model)
+            click.echo(f"{path}: {mixture}, at every position ({uses[form].format(path)})")
     if hub:
         click.echo(push_to_hub(loaded, hub, private=not public))
+
+
+@main.command("import")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--convention",
+    type=click.Choice(["block", "block-from-1", "hidden-states"]),
+    required=True,
+    help="What layer N of FILE is: the output of block N counted from 0, or from 1, or entry N of output_hidden_states.",
+)
+@click.option("--model", required=True, help="The model that the vectors belong to.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write the vectors to.")
+@click.option("--name", help="What a control vector is a vector of.  [default: the name of FILE]")
+@click.option("--contrast", is_flag=True, help="Subtract the mean over the concepts: for files of mean residuals.")
+@shared("neutral", "first_token", "device", "dtype")
+def import_(
+    file: Path, convention: Any, model: str, out: Path, name: str | None, contrast: bool, neutral: str, first_token: int, **how: str
+) -> None:
+    """Make vectors of somebody's FILE (.npz, .safetensors, .gguf, .pt), with units measured on MODEL.
+
+    FILE holds layer_N__NAME or NAME (layers, width), or a control vector. Nothing in it tells how layers are counted: say so.
+    """
+    from affectlens.concepts import ConceptSet
+    from affectlens.discovery import Recipe, neutral_texts
+    from affectlens.exchange import import_vectors
+
+    engine = _engine(model, **how)
+    texts = neutral_texts(Recipe(neutral=neutral, first_token=first_token), ConceptSet.load("emotions"), engine)
+    what = {"convention": convention, "name": name, "contrast": contrast, "first_token": first_token}
+    vectors = import_vectors(file, engine, texts=texts, **what)
+    vectors.save(out)
+    layers = ", ".join(map(str, vectors.layers))
+    click.echo(f"{len(vectors)} vectors at layers {layers}, default {vectors.layer}: {out.resolve()}")
+    click.echo(f"layer N of {file} taken as {vectors.method['convention']}", err=True)
+    if (left_out := vectors.method["left out"]) != "nothing":
+        click.echo(f"left out, because they are no layers of the residual stream: {left_out}", err=True)
 
 
 @main.command()
