@@ -19,8 +19,8 @@ from safetensors.numpy import load_file, save_file
 
 import families
 from affectlens.cli import main
-from affectlens.engines.toy import TOPICS, ToyEngine
 from affectlens.control import read_gguf
+from affectlens.engines.toy import TOPICS, ToyEngine
 from affectlens.vectors import ConceptVectors
 
 NAMES = ("angry", "calm", "sad", "happy", "afraid", "proud")
@@ -46,6 +46,10 @@ OPTIONS = {
     "import": [
         "--contrast", "--convention", "--device", "--dtype", "--first-token", "--model", "--name", "--neutral", "--out",
     ],
+    "features": [
+        "--allow", "--concept", "--concepts", "--device", "--draws", "--dtype", "--first-token", "--json", "--model", "--out",
+        "--per-concept", "--sae", "--seed", "--size", "--stories",
+    ],
     "doctor": ["--device", "--dtype", "--json"],
     "corpus check": ["--concepts", "--json"],
     "list": ["--json"],
@@ -59,6 +63,7 @@ ARGUMENTS = {
     "show": ["path", "other"],
     "export": ["vectors"],
     "import": ["file"],
+    "features": ["vectors"],
     "doctor": ["model"],
     "corpus check": ["path"],
     "list": ["what"],
@@ -504,6 +509,31 @@ def test_exporting_and_importing_again(made: Path, run: Run, tmp_path: Path) -> 
     assert "does not end with .pt" in refused(run("export", made, "--add", "calm=0.5", "--lm-eval", "c.bin"))
     off_by_one = run("import", "c.gguf", "--convention", "block-from-1", "--model", "toy", "--out", "other")
     assert "at layers 2" in fine(off_by_one).stdout
+
+
+def test_features_of_an_autoencoder(folder: Path, made: Path, run: Run, tmp_path: Path) -> None:
+    """Features of the planted directions and many random ones: the concept's own is found, and steers under its name."""
+    from affectlens.sparse import SparseAutoencoder
+
+    engine, rng = ToyEngine(), np.random.default_rng(0)
+    rows = np.concatenate([[engine.truth[name][4] for name in NAMES], rng.normal(size=(60, 64)) / 8]).astype(np.float32)
+    bias = -np.ones(len(rows), np.float32)
+    SparseAutoencoder(4, np.ascontiguousarray(rows.T), bias, rows, np.zeros(64, np.float32)).save("sae")
+    options = ("--sae", "sae", "--stories", folder / "stories.jsonl", "--concepts", folder / "six.toml", "--size", "4")
+    found = json.loads(fine(run("features", made, *options, "--concept", "angry", "--out", "parts", "--json")).stdout)
+    (angry,) = found["concepts"]
+    assert angry["name"] == "angry" and angry["chosen"][0] == 0
+    own = angry["features"][0]
+    assert own["id"] == 0 and own["weight"] > 0 and own["difference"]["low"] > 0 and own["auroc"] > 0.9 and own["p"] < 0.02
+    assert angry["random"][0]["p"] < 0.02
+    text = fine(run("features", made, *options, "--concept", "angry")).stdout
+    assert "angry: 4 features make up" in text and "random directions: null" in text
+    parts = ConceptVectors.load("parts")
+    assert parts.names[0] == "feature 0" and parts.layers == (4,)
+    steered = fine(run("steer", "parts", "the sea", "--add", "feature 0=0.3", "--json", "--max-tokens", "3")).stdout
+    assert json.loads(steered)["steering"] == "+0.3 feature 0 @ layer 4"
+    assert "feature 0" in fine(run("score", "parts", "-", "--kind", "z", stdin="the sea was calm")).stdout
+    assert "cfg.json" in refused(run("features", made, "--sae", folder))
 
 
 def test_the_doctor(folder: Path, run: Run) -> None:

@@ -41,7 +41,13 @@ def vectors(seed: int = 0, family: str = "llama") -> ConceptVectors:
     """Random vectors for the tiny models, whose mean residual norms differ between layers."""
     random = np.random.default_rng(seed)
     directions = random.normal(size=(families.LAYERS, 3, families.WIDTH))
-    model = {"id": f"tiny/{family}", "family": family, "n_layers": families.LAYERS, "width": families.WIDTH, "fingerprint": "ab12"}
+    model = {
+        "id": f"tiny/{family}",
+        "family": family,
+        "n_layers": families.LAYERS,
+        "width": families.WIDTH,
+        "fingerprint": "ab12",
+    }
     size = (families.LAYERS, 3)
     return ConceptVectors(
         names=("angry", "calm", "sad"),
@@ -122,7 +128,8 @@ def test_repeng_adds_what_we_add(family: str, repeng: Any, tmp_path: Path) -> No
     blocks = repeng.control.model_layer_list(wrapped)
     for block in list(blocks)[1:]:
         block.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).detach().clone()), with_kwargs=True
+            lambda module, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).detach().clone()),
+            with_kwargs=True,
         )
     with torch.no_grad():
         logits = wrapped(IDS).logits
@@ -246,7 +253,7 @@ def test_the_harness_file_is_data_and_always_the_same(tmp_path: Path) -> None:
     content = torch.load(one, weights_only=True)
     assert list(content) == ["layers.1", "layers.2", "layers.3"]
     assert {type(value) for entry in content.values() for value in entry.values()} == {torch.Tensor, float, str, type(None)}
-    assert list(torch.load(two, weights_only=True))[0] == "language_model.layers.1"
+    assert next(iter(torch.load(two, weights_only=True))) == "language_model.layers.1"
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
+from affectlens.control import export_gguf, read_gguf
 from affectlens.engine import Steering, Where
 from affectlens.errors import AffectlensError, EngineError, FormatError, MismatchError
-from affectlens.control import export_gguf, read_gguf
 from affectlens.exchange import FILES, from_hub, load_vectors, push_to_hub
 from affectlens.vectors import ConceptVectors
 

@@ -512,7 +512,15 @@ def export(vectors: str, added: str | None, hub: str | None, public: bool, layer
 @click.option("--contrast", is_flag=True, help="Subtract the mean over the concepts: for files of mean residuals.")
 @shared("neutral", "first_token", "device", "dtype")
 def import_(
-    file: Path, convention: Any, model: str, out: Path, name: str | None, contrast: bool, neutral: str, first_token: int, **how: str
+    file: Path,
+    convention: Any,
+    model: str,
+    out: Path,
+    name: str | None,
+    contrast: bool,
+    neutral: str,
+    first_token: int,
+    **how: str,
 ) -> None:
     """Make vectors of somebody's FILE (.npz, .safetensors, .gguf, .pt), with units measured on MODEL.
 
@@ -532,6 +540,74 @@ def import_(
     click.echo(f"layer N of {file} taken as {vectors.method['convention']}", err=True)
     if (left_out := vectors.method["left out"]) != "nothing":
         click.echo(f"left out, because they are no layers of the residual stream: {left_out}", err=True)
+
+
+@main.command()
+@click.argument("vectors")
+@click.option("--sae", type=FILE, required=True, help="Folder with a sparse autoencoder in SAELens format.")
+@click.option("--concept", "chosen", metavar="NAME", multiple=True, help="Take this one apart; may be repeated.  [default: 12]")
+@click.option("--size", type=click.IntRange(1), default=16, show_default=True, help="Features in the sparse approximation.")
+@click.option("--draws", type=click.IntRange(100), default=200, show_default=True, help="Draws behind each null.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the features as vectors, to score, steer and export with.")
+@shared("stories", "concepts", "per_concept", "first_token", "model", "device", "dtype", "allow", "seed", "json")
+def features(
+    vectors: str,
+    sae: Path,
+    chosen: tuple[str, ...],
+    size: int,
+    out: Path | None,
+    stories: str | None,
+    concepts: str,
+    per_concept: int | None,
+    first_token: int,
+    **options: Any,
+) -> None:
+    """Which features of a sparse autoencoder compose VECTORS, and how well few of them do."""
+    from dataclasses import asdict
+
+    from affectlens.concepts import SHOWCASE, ConceptSet
+    from affectlens.discovery import Recipe, open_stories, why_dropped
+    from affectlens.features import compose, observe
+    from affectlens.sparse import SparseAutoencoder, as_vectors
+
+    coder = SparseAutoencoder.load(sae)
+    loaded, engine = _vectors_and_engine(vectors, layer=None, **options)
+    coder.check(loaded)
+    names = list(dict.fromkeys(chosen)) or [name for name in SHOWCASE if name in loaded] or list(loaded.names[:12])
+    for name in names:
+        loaded.index(name)
+    known = ConceptSet.load(concepts)
+    known = known.select([name for name in loaded.names if name in known])
+    source = open_stories(stories, known, engine, Recipe(per_concept=per_concept, first_token=first_token))
+    seen: set[str] = set()
+    texts = [t for i in range(source.shards()) for t in source.shard(i) if not why_dropped(t, source.concepts, seen)]
+    firing = observe(engine, coder, texts, first_token=first_token)
+    found = compose(coder, loaded, firing, names=names, size=size, draws=options["draws"], seed=options["seed"])
+    if out is not None:
+        union = list(dict.fromkeys(feature for one in found for feature in one.chosen))
+        as_vectors(coder, loaded, union, texts=firing.residuals).save(out)
+        click.echo(f"{len(union)} features as vectors: {out.resolve()}", err=True)
+    if options["as_json"]:
+        what = {
+            "layer": coder.layer,
+            "features": len(coder),
+            "explained": asdict(firing.explained),
+            "per_token": firing.per_token,
+        }
+        click.echo(json.dumps({**what, "concepts": [one.as_dict() for one in found]}, ensure_ascii=False))
+        return
+    click.echo(
+        f"{len(coder)} features of layer {coder.layer}: they reconstruct {firing.explained} of the variance of "
+        f"{len(firing.texts)} texts, {firing.per_token:.1f} fire at a token"
+    )
+    for one in found:
+        k = len(one.explained)
+        click.echo(f"\n{one.name}: {k} features make up {one.explained[-1]:.2f} of the direction")
+        click.echo(f"  random directions: {one.random[-1]}\n  texts with exchanged labels: {one.exchanged[-1]}")
+        click.echo("  feature  weight  cosine  fires more in its texts          AUROC  p")
+        for f in one.features:
+            weight = f"{f.weight:+.3f}" if f.weight else "     –"
+            click.echo(f"  {f.id:7}  {weight}  {f.cosine:+.3f}  {f.difference!s:32} {f.auroc:.2f}   {f.p:.2g}")
 
 
 @main.command()

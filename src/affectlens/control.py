@@ -9,12 +9,12 @@ lm-evaluation-harness   ``.pt``            the hook point of block L, such as ``
 ======================= ================== =============================================================================
 
 All of them count blocks from 0 and add to the output of a block, as affectlens does. None of them knows our unit of strength, so
-the scale is baked in (strength times mean residual norm, divided among a term's layers): use the files with coefficient 1. And all
-of them act at every position of every text, the beginning-of-sequence token included, so that anything that depends on tokens,
-readings or time is refused.
+the scale is baked in (strength times mean residual norm, divided among a term's layers): use the files with coefficient 1. And
+all of them act at every position of every text, the beginning-of-sequence token included, so that anything that depends on
+tokens, readings or time is refused.
 
-``additions`` gives the vectors, ``export_*`` writes them, ``read_control`` reads any of these files, ours or theirs, and ``as_steering``
-makes a steering of them again.
+``additions`` gives the vectors, ``export_*`` writes them, ``read_control`` reads any of these files, ours or theirs, and
+``as_steering`` makes a steering of them again.
 """
 
 from __future__ import annotations
@@ -200,9 +200,9 @@ def export_gguf(steering: Steering, path: str | Path, *, model: Mapping[str, Any
     """Write a steering as a control vector for llama.cpp and repeng.
 
     ``llama-cli --control-vector-scaled FILE:1`` does what the steering does, and so does
-    ``ControlModel.set_control(ControlVector.import_gguf(FILE), 1)`` in repeng, with one difference that they leave no choice about:
-    they add at every position, the beginning-of-sequence token included. Keys ``affectlens.*`` say what the file is. Try a large
-    strength first: the few architectures for which llama.cpp has no control vectors ignore the file silently.
+    ``ControlModel.set_control(ControlVector.import_gguf(FILE), 1)`` in repeng, with one difference that they leave no choice
+    about: they add at every position, the beginning-of-sequence token included. Keys ``affectlens.*`` say what the file is. Try a
+    large strength first: the few architectures for which llama.cpp has no control vectors ignore the file silently.
 
     Args:
         steering: Additions at all positions, on any layers but 0. Terms of strength 0 are left out.
@@ -288,8 +288,8 @@ def read_gguf(path: str | Path) -> dict[int, np.ndarray]:
 
 # ── steering-vectors, and any program of your own: safetensors ──
 #
-# steering-vectors has no file format of its own, and needs transformers below 5, so it usually lives in another environment. There
-# the file is loaded with safetensors alone:
+# steering-vectors has no file format of its own, and needs transformers below 5, so it usually lives in another environment.
+# There the file is loaded with safetensors alone:
 #     SteeringVector({int(name.split(".")[1]): vector for name, vector in load_file(FILE).items()})
 # Its `decoder_block` number L, like ours, is the output of block L counted from 0 (layer_matching.py), and `apply` adds
 # multiplier * vector to every token of it.
@@ -366,12 +366,12 @@ def read_safetensors(path: str | Path) -> dict[int, np.ndarray]:
 
 # ── lm-evaluation-harness: a file of PyTorch ──
 #
-# `lm_eval --model steered --model_args pretrained=MODEL,steer_path=FILE.pt` (lm_eval/models/hf_steered.py, read and tested at 0.4.13)
-# takes {hookpoint: {steering_vector, steering_coefficient, action: add | clamp, bias, head_index}}. A hook point is the name of a
-# module inside model.base_model, and the vector acts on its output: that of the list of blocks, followed by the block's number.
-# `add` adds coefficient * vector to every token; `clamp` sets the coordinate along the vector, scaled to length 1, to the
-# coefficient. There is one entry for each hook point. The harness unpickles the file without any precaution; what we write
-# holds tensors, strings and numbers only, and we read with the restricted unpickler of PyTorch, which makes nothing else.
+# `lm_eval --model steered --model_args pretrained=MODEL,steer_path=FILE.pt` (lm_eval/models/hf_steered.py, read and tested at
+# 0.4.13) takes {hookpoint: {steering_vector, steering_coefficient, action: add | clamp, bias, head_index}}. A hook point is the
+# name of a module inside model.base_model, and the vector acts on its output: that of the list of blocks, followed by the block's
+# number. `add` adds coefficient * vector to every token; `clamp` sets the coordinate along the vector, scaled to length 1, to the
+# coefficient. There is one entry for each hook point. The harness unpickles the file without any precaution; what we write holds
+# tensors, strings and numbers only, and we read with the restricted unpickler of PyTorch, which makes nothing else.
 
 BLOCKS = {
     **dict.fromkeys(("bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gptj"), "h"),
@@ -426,7 +426,9 @@ def export_lm_eval(steering: Steering, path: str | Path, *, model: Mapping[str, 
             raise EngineError(f"{program} cannot {term.mode} {term.strength:g} of {term.name!r}: use ablate() or clamp(value)")
         for layer in term.layers:
             if layer in entries:
-                raise EngineError(f"{program} does one thing at a layer, and {term.name!r} is the second at layer {layer}: use .on()")
+                raise EngineError(
+                    f"{program} does one thing at a layer, and {term.name!r} is the second at layer {layer}: use .on()"
+                )
             row = term.row(layer)
             value = float(term.strength * term.norms[row]) if term.mode == "clamp" else 0.0
             entries[layer] = ("clamp", term.directions[row], value)

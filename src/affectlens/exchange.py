@@ -1,7 +1,8 @@
 """Vectors of concepts from elsewhere and to elsewhere: other people's files of arrays, and the Hugging Face Hub.
 
-All of them are data only. An archive is a handful of arrays; from the Hub come the three files that ``ConceptVectors.save`` writes
-and nothing else, whatever the repository holds: no pickle, no code. Steering for other programs is in :mod:`affectlens.control`.
+All of them are data only. An archive is a handful of arrays; from the Hub come the three files that ``ConceptVectors.save``
+writes and nothing else, whatever the repository holds: no pickle, no code. Steering for other programs is in
+:mod:`affectlens.control`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import re
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -143,12 +144,13 @@ def import_vectors(
     nothing is changed but their length, which is kept beside them.
 
     Args:
-        path: ``.npz`` or ``.safetensors`` with arrays ``layer_N__NAME (D,)``, or ``NAME (layers, D)`` with a row for each layer of
-            the model; or a control vector (``direction.N``) as ``.safetensors``, ``.gguf`` or ``.pt``.
+        path: ``.npz`` or ``.safetensors`` with arrays ``layer_N__NAME (D,)``, or ``NAME (layers, D)`` with a row for each layer
+            of the model; or a control vector (``direction.N``) as ``.safetensors``, ``.gguf`` or ``.pt``.
         engine: The model that the vectors belong to.
-        convention: What a layer's number in the file means, see :data:`CONVENTIONS`. Nothing in such a file tells, and being off by
-            one block is not noticed later, so it must be said.
-        texts: Neutral texts of ``first_token`` tokens at least. Their mean residual becomes the centre, their scores the baseline.
+        convention: What a layer's number in the file means, see :data:`CONVENTIONS`. Nothing in such a file tells, and being off
+            by one block is not noticed later, so it must be said.
+        texts: Neutral texts of ``first_token`` tokens at least. Their mean residual becomes the centre, their scores the
+            baseline.
         name: What a control vector, which has no name, is a vector of (default: the name of the file).
         contrast: Subtract the mean over the concepts: for files that hold mean residuals instead of directions.
         first_token: Read texts from the n-th token on, counted from 1.
@@ -172,7 +174,9 @@ def import_vectors(
     layers = tuple(given)
     rows = np.array([[given[layer][concept] for concept in names] for layer in layers], dtype=np.float64)
     if rows.shape[-1] != info.width:
-        raise MismatchError(f"{path} is {rows.shape[-1]} wide but {info.id} is {info.width} wide: name the model it was made with")
+        raise MismatchError(
+            f"{path} is {rows.shape[-1]} wide but {info.id} is {info.width} wide: name the model it was made with"
+        )
     if contrast and len(names) < 2:
         raise FormatError(f"{path} holds one concept, so there is no mean over concepts to subtract: leave contrast out")
     rows -= rows.mean(axis=1, keepdims=True) if contrast else 0
@@ -228,14 +232,15 @@ def _by_layer(path: Path, convention: str, n_layers: int, name: str) -> tuple[di
         elif array.ndim == 2 and not control and not layered:
             if len(array) != len(numbers):
                 raise MismatchError(
-                    f"{key!r} of {path} has {len(array)} rows, and by this convention {len(numbers)} are wanted: name its layers, "
-                    "as layer_N__NAME, or another convention or model"
+                    f"{key!r} of {path} has {len(array)} rows, and by this convention {len(numbers)} are wanted: name its "
+                    "layers, as layer_N__NAME, or another convention or model"
                 )
             for number, row in zip(numbers, array, strict=True):
                 found.setdefault(number, {})[key] = row
         else:
             raise FormatError(
-                f"{path} holds {key!r} of shape {array.shape}: give layer_N__NAME (width), NAME (layers, width) or direction.N (width)"
+                f"{path} holds {key!r} of shape {array.shape}: give layer_N__NAME (width), NAME (layers, width) or "
+                "direction.N (width)"
             )
     if wrong := [number for number in found if not (first <= number <= last or number in outside)]:
         raise MismatchError(
@@ -244,7 +249,9 @@ def _by_layer(path: Path, convention: str, n_layers: int, name: str) -> tuple[di
     left_out = [f"{number} ({outside[number]})" for number in sorted(found) if number in outside]
     kept = {number - first: found[number] for number in sorted(found) if number not in outside}
     if not kept:
-        raise FormatError(f"{path} holds no layer of the residual stream ({', '.join(left_out) or 'nothing at all'}): name another")
+        raise FormatError(
+            f"{path} holds no layer of the residual stream ({', '.join(left_out) or 'nothing at all'}): name another"
+        )
     names = set().union(*kept.values())
     for layer, concepts in kept.items():
         if lacking := names - set(concepts):
