@@ -63,10 +63,10 @@ def test_every_kind_by_hand(kind: str) -> None:
 
 
 def test_topk_fires_at_most_k_and_nothing_negative() -> None:
-    sae = coder("topk", encoder_bias=np.full(FEATURES, -30, np.float32))
+    sae = replace(coder("topk"), encoder_bias=np.full(FEATURES, -14, np.float32))
     fired = sae.encode(residuals())
     assert (fired >= 0).all() and ((fired > 0).sum(1) <= 3).all() and ((fired > 0).sum(1) < 3).any()
-    assert ((replace(sae, k=FEATURES).encode(residuals()) > 0).sum(1) > 3).any()
+    assert ((replace(coder("topk"), k=FEATURES).encode(residuals()) > 0).sum(1) > 3).all()
 
 
 @pytest.mark.parametrize("normalize", ["layer_norm", "constant_norm_rescale"])
