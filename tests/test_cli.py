@@ -19,8 +19,8 @@ from safetensors.numpy import load_file, save_file
 
 import families
 from affectlens.cli import main
+from affectlens.control import read_gguf
 from affectlens.engines.toy import TOPICS, ToyEngine
-from affectlens.exchange import read_gguf
 from affectlens.vectors import ConceptVectors
 
 NAMES = ("angry", "calm", "sad", "happy", "afraid", "proud")
@@ -49,7 +49,14 @@ OPTIONS = {
         "--allow", "--conversation", "--device", "--dtype", "--json", "--layer", "--model", "--out", "--probe", "--top",
     ],
     "show": ["--device", "--dtype", "--html", "--json", "--layer", "--lens", "--model"],
-    "export": ["--add", "--gguf", "--hub", "--layer", "--public"],
+    "export": ["--add", "--gguf", "--hub", "--layer", "--lm-eval", "--public", "--safetensors"],
+    "import": [
+        "--contrast", "--convention", "--device", "--dtype", "--first-token", "--model", "--name", "--neutral", "--out",
+    ],
+    "features": [
+        "--allow", "--concept", "--concepts", "--device", "--draws", "--dtype", "--first-token", "--json", "--model", "--out",
+        "--per-concept", "--sae", "--seed", "--size", "--stories",
+    ],
     "doctor": ["--device", "--dtype", "--json"],
     "corpus check": ["--concepts", "--json"],
     "list": ["--json"],
@@ -64,6 +71,8 @@ ARGUMENTS = {
     "browse": ["vectors", "file"],
     "show": ["path", "other"],
     "export": ["vectors"],
+    "import": ["file"],
+    "features": ["vectors"],
     "doctor": ["model"],
     "corpus check": ["path"],
     "list": ["what"],
@@ -237,6 +246,9 @@ assert "torch" not in sys.modules
         ("score", "v", "-", "--allow", "anything"),
         ("export", "v"),
         ("export", "v", "--gguf", "x.gguf"),
+        ("export", "v", "--lm-eval", "x.pt"),
+        ("import", "x.npz", "--model", "toy", "--out", "v"),
+        ("import", "x.npz", "--model", "toy", "--out", "v", "--convention", "1"),
         ("list", "models"),
     ],
 )
@@ -537,6 +549,50 @@ def test_exporting_a_control_vector(made: Path, run: Run, tmp_path: Path) -> Non
     ((layer, direction),) = read_gguf(tmp_path / "c.gguf").items()
     assert layer == 3
     np.testing.assert_allclose(direction, vectors.residual_norms[3] * (0.5 * calm - 0.25 * sad), rtol=1e-4, atol=1e-5)
+
+
+def test_exporting_and_importing_again(made: Path, run: Run, tmp_path: Path) -> None:
+    """Each format, written and made vectors of again: the same direction at the same layer, and a strength with a unit."""
+    vectors = ConceptVectors.load(made)
+    for option, file in (("--gguf", "c.gguf"), ("--safetensors", "c.safetensors"), ("--lm-eval", "c.pt")):
+        fine(run("export", made, "--add", "calm=0.5", "--layer", "3", option, file))
+        result = fine(run("import", file, "--convention", "block", "--model", "toy", "--out", f"from-{file}", "--name", "calm"))
+        assert "1 vectors at layers 3, default 3" in result.stdout and "counted from 0" in result.stderr
+        back = ConceptVectors.load(f"from-{file}")
+        assert back.names == ("calm",) and back.layers == (3,)
+        np.testing.assert_allclose(back.at(3)[0], vectors.at(3)[vectors.index("calm")], atol=1e-6)
+        np.testing.assert_allclose(back.norms[0, 0], 0.5 * vectors.residual_norms[3], rtol=1e-5)
+        np.testing.assert_allclose(back.residual_norms, vectors.residual_norms[3], rtol=0.2)
+        score = json.loads(fine(run("score", f"from-{file}", "-", "--json", "--kind", "z", stdin="the sea was calm")).stdout)
+        assert np.isfinite(score["scores"]["calm"])
+    assert "does not end with .pt" in refused(run("export", made, "--add", "calm=0.5", "--lm-eval", "c.bin"))
+    off_by_one = run("import", "c.gguf", "--convention", "block-from-1", "--model", "toy", "--out", "other")
+    assert "at layers 2" in fine(off_by_one).stdout
+
+
+def test_features_of_an_autoencoder(folder: Path, made: Path, run: Run, tmp_path: Path) -> None:
+    """Features of the planted directions and many random ones: the concept's own is found, and steers under its name."""
+    from affectlens.sparse import SparseAutoencoder
+
+    engine, rng = ToyEngine(), np.random.default_rng(0)
+    rows = np.concatenate([[engine.truth[name][4] for name in NAMES], rng.normal(size=(60, 64)) / 8]).astype(np.float32)
+    bias = -np.ones(len(rows), np.float32)
+    SparseAutoencoder(4, np.ascontiguousarray(rows.T), bias, rows, np.zeros(64, np.float32)).save("sae")
+    options = ("--sae", "sae", "--stories", folder / "stories.jsonl", "--concepts", folder / "six.toml", "--size", "4")
+    found = json.loads(fine(run("features", made, *options, "--concept", "angry", "--out", "parts", "--json")).stdout)
+    (angry,) = found["concepts"]
+    assert angry["name"] == "angry" and angry["chosen"][0] == 0
+    own = angry["features"][0]
+    assert own["id"] == 0 and own["weight"] > 0 and own["difference"]["low"] > 0 and own["auroc"] > 0.9 and own["p"] < 0.02
+    assert angry["random"][0]["p"] < 0.02
+    text = fine(run("features", made, *options, "--concept", "angry")).stdout
+    assert "angry: 4 features make up" in text and "random directions: null" in text
+    parts = ConceptVectors.load("parts")
+    assert parts.names[0] == "feature 0" and parts.layers == (4,)
+    steered = fine(run("steer", "parts", "the sea", "--add", "feature 0=0.3", "--json", "--max-tokens", "3")).stdout
+    assert json.loads(steered)["steering"] == "+0.3 feature 0 @ layer 4"
+    assert "feature 0" in fine(run("score", "parts", "-", "--kind", "z", stdin="the sea was calm")).stdout
+    assert "cfg.json" in refused(run("features", made, "--sae", folder))
 
 
 def test_the_doctor(folder: Path, run: Run) -> None:

@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
+from affectlens.control import export_gguf, read_gguf
 from affectlens.engine import Steering, Where
 from affectlens.errors import AffectlensError, EngineError, FormatError, MismatchError
-from affectlens.exchange import FILES, export_gguf, from_hub, load_vectors, push_to_hub, read_gguf
+from affectlens.exchange import FILES, from_hub, load_vectors, push_to_hub
 from affectlens.vectors import ConceptVectors
 
 NAMES = ("angry", "calm", "sad")

@@ -27,6 +27,8 @@ NOUNS = (
     "runs",
     "models",
     "exchange",
+    "control",
+    "sparse",
     "figures",
     "corpus",
     "readings",
@@ -41,7 +43,7 @@ NOUNS = (
     "watching",
 )
 SEAM = ("layout", "scope", "steering", "engine")  # each imports only those before it
-VERBS = ("discovery", "pipeline", "audit", "studies", "monitor", "alarms")
+VERBS = ("discovery", "features", "pipeline", "audit", "studies", "monitor", "alarms")
 DOORS = ("cli", "report", "browse", "pages")
 ENGINES = tuple(name for name in MODULES if name.startswith("engines."))
 STUDIES = tuple(name for name in MODULES if name.startswith("studies."))
@@ -114,7 +116,7 @@ def test_nouns_import_nouns(noun: str) -> None:
     assert ours(noun) & {*VERBS, *DOORS, *ENGINES, *STUDIES} <= allowed
 
 
-@pytest.mark.parametrize("verb", ["discovery", "pipeline", "studies", "audit", "monitor", "alarms", *AUDIT])
+@pytest.mark.parametrize("verb", [*VERBS, *AUDIT])
 def test_verbs_import_no_backend_and_no_door(verb: str) -> None:
     doors = {"report", "browse"} if verb == "pipeline" else set()  # the main job ends in a report and a page
     assert ours(verb, typing=True) & {"engines", *ENGINES, *DOORS} <= doors
@@ -171,13 +173,12 @@ def test_nothing_that_runs_strangers_code(module: str) -> None:
     assert {name.partition(".")[0] for name in imports(MODULES[module], typing=True)} & banned == set()
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         called = ast.unparse(call.func)
-        assert called not in ("eval", "exec", "compile", "__import__", "os.system", "torch.load", "np.load"), (
-            f"{module}: {called}"
-        )
-        for keyword in call.keywords:
-            never = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
-            risky = keyword.arg in ("trust_remote_code", "shell", "allow_pickle", "weights_only") and not never
-            assert not risky, f"{module}: {called}({keyword.arg}=...)"
+        assert called not in ("eval", "exec", "compile", "__import__", "os.system", "np.load"), f"{module}: {called}"
+        settings = {k.arg: k.value.value if isinstance(k.value, ast.Constant) else ... for k in call.keywords}
+        # The restricted unpickler makes tensors, numbers and strings only: the one way into a file of PyTorch.
+        assert called != "torch.load" or settings.get("weights_only") is True, f"{module}: {called} without weights_only=True"
+        for name in ("trust_remote_code", "shell", "allow_pickle"):
+            assert settings.get(name, False) is False, f"{module}: {called}({name}=...)"
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -663,27 +663,150 @@ def _compare(mine: Report, theirs: Report, html: Path | None, as_json: bool) -> 
 @main.command()
 @click.argument("vectors")
 @click.option("--add", "added", help="Mixture to export, for example calm=0.05.")
-@click.option("--gguf", type=click.Path(path_type=Path), help="Write a llama.cpp control vector of the mixture.")
+@click.option("--gguf", type=click.Path(path_type=Path), help="Write a control vector of the mixture for llama.cpp and repeng.")
+@click.option("--safetensors", type=click.Path(path_type=Path), help="Write it as plain vectors, for steering-vectors.")
+@click.option("--lm-eval", type=click.Path(path_type=Path), help="Write it for lm-evaluation-harness (a .pt file).")
 @click.option("--hub", metavar="REPO", help="Push the vectors to a Hugging Face Hub repository.")
 @click.option("--public", is_flag=True, help="Make a new Hub repository public.")
 @shared("layer")
-def export(vectors: str, added: str | None, gguf: Path | None, hub: str | None, public: bool, layer: int | None) -> None:
-    """Export VECTORS to llama.cpp or to the Hub."""
-    from affectlens.exchange import export_gguf, load_vectors, push_to_hub
+def export(vectors: str, added: str | None, hub: str | None, public: bool, layer: int | None, **files: Path | None) -> None:
+    """Export VECTORS, or a mixture of them for other programs to steer with."""
+    from affectlens.control import export_gguf, export_lm_eval, export_safetensors
+    from affectlens.exchange import load_vectors, push_to_hub
 
-    if not gguf and not hub:
-        raise click.UsageError("name a target: --gguf FILE or --hub REPO")
-    if gguf and not added:
-        raise click.UsageError("--gguf exports a mixture: name it with --add, for example --add calm=0.05")
+    wanted = {form: path for form, path in files.items() if path}
+    if not wanted and not hub:
+        raise click.UsageError("name a target: --gguf FILE, --safetensors FILE, --lm-eval FILE or --hub REPO")
+    if wanted and not added:
+        raise click.UsageError("a file holds a mixture: name it with --add, for example --add calm=0.05")
     loaded = load_vectors(vectors)
     if layer is not None:
         loaded = loaded.with_layer(layer)
-    if gguf:
+    if wanted:
         mixture = parse_mixture(str(added), loaded)
-        export_gguf(mixture, gguf, model=loaded.model)
-        click.echo(f"{gguf}: {mixture}; llama.cpp applies it at every position (--control-vector {gguf})")
+        writers = {"gguf": export_gguf, "safetensors": export_safetensors, "lm_eval": export_lm_eval}
+        uses = {
+            "gguf": "llama-cli --control-vector-scaled {}:1",
+            "safetensors": "add direction.L to the output of block L",
+            "lm_eval": "lm_eval --model steered --model_args pretrained=MODEL,steer_path={}",
+        }
+        for form, path in wanted.items():
+            writers[form](mixture, path, model=loaded.model)
+            click.echo(f"{path}: {mixture}, at every position ({uses[form].format(path)})")
     if hub:
         click.echo(push_to_hub(loaded, hub, private=not public))
+
+
+@main.command("import")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--convention",
+    type=click.Choice(["block", "block-from-1", "hidden-states"]),
+    required=True,
+    help="What layer N of FILE is: the output of block N counted from 0, or from 1, or entry N of output_hidden_states.",
+)
+@click.option("--model", required=True, help="The model that the vectors belong to.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write the vectors to.")
+@click.option("--name", help="What a control vector is a vector of.  [default: the name of FILE]")
+@click.option("--contrast", is_flag=True, help="Subtract the mean over the concepts: for files of mean residuals.")
+@shared("neutral", "first_token", "device", "dtype")
+def import_(
+    file: Path,
+    convention: Any,
+    model: str,
+    out: Path,
+    name: str | None,
+    contrast: bool,
+    neutral: str,
+    first_token: int,
+    **how: str,
+) -> None:
+    """Make vectors of somebody's FILE (.npz, .safetensors, .gguf, .pt), with units measured on MODEL.
+
+    FILE holds layer_N__NAME or NAME (layers, width), or a control vector. Nothing in it tells how layers are counted: say so.
+    """
+    from affectlens.concepts import ConceptSet
+    from affectlens.discovery import Recipe, neutral_texts
+    from affectlens.exchange import import_vectors
+
+    engine = _engine(model, **how)
+    texts = neutral_texts(Recipe(neutral=neutral, first_token=first_token), ConceptSet.load("emotions"), engine)
+    what = {"convention": convention, "name": name, "contrast": contrast, "first_token": first_token}
+    vectors = import_vectors(file, engine, texts=texts, **what)
+    vectors.save(out)
+    layers = ", ".join(map(str, vectors.layers))
+    click.echo(f"{len(vectors)} vectors at layers {layers}, default {vectors.layer}: {out.resolve()}")
+    click.echo(f"layer N of {file} taken as {vectors.method['convention']}", err=True)
+    if (left_out := vectors.method["left out"]) != "nothing":
+        click.echo(f"left out, because they are no layers of the residual stream: {left_out}", err=True)
+
+
+@main.command()
+@click.argument("vectors")
+@click.option("--sae", type=FILE, required=True, help="Folder with a sparse autoencoder in SAELens format.")
+@click.option("--concept", "chosen", metavar="NAME", multiple=True, help="Take this one apart; may be repeated.  [default: 12]")
+@click.option("--size", type=click.IntRange(1), default=16, show_default=True, help="Features in the sparse approximation.")
+@click.option("--draws", type=click.IntRange(100), default=200, show_default=True, help="Draws behind each null.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the features as vectors, to score, steer and export with.")
+@shared("stories", "concepts", "per_concept", "first_token", "model", "device", "dtype", "allow", "seed", "json")
+def features(
+    vectors: str,
+    sae: Path,
+    chosen: tuple[str, ...],
+    size: int,
+    out: Path | None,
+    stories: str | None,
+    concepts: str,
+    per_concept: int | None,
+    first_token: int,
+    **options: Any,
+) -> None:
+    """Which features of a sparse autoencoder compose VECTORS, and how well few of them do."""
+    from dataclasses import asdict
+
+    from affectlens.concepts import SHOWCASE, ConceptSet
+    from affectlens.discovery import Recipe, open_stories, why_dropped
+    from affectlens.features import compose, observe
+    from affectlens.sparse import SparseAutoencoder, as_vectors
+
+    coder = SparseAutoencoder.load(sae)
+    loaded, engine = _vectors_and_engine(vectors, layer=None, **options)
+    coder.check(loaded)
+    names = list(dict.fromkeys(chosen)) or [name for name in SHOWCASE if name in loaded] or list(loaded.names[:12])
+    for name in names:
+        loaded.index(name)
+    known = ConceptSet.load(concepts)
+    known = known.select([name for name in loaded.names if name in known])
+    source = open_stories(stories, known, engine, Recipe(per_concept=per_concept, first_token=first_token))
+    seen: set[str] = set()
+    texts = [t for i in range(source.shards()) for t in source.shard(i) if not why_dropped(t, source.concepts, seen)]
+    firing = observe(engine, coder, texts, first_token=first_token)
+    found = compose(coder, loaded, firing, names=names, size=size, draws=options["draws"], seed=options["seed"])
+    if out is not None:
+        union = list(dict.fromkeys(feature for one in found for feature in one.chosen))
+        as_vectors(coder, loaded, union, texts=firing.residuals).save(out)
+        click.echo(f"{len(union)} features as vectors: {out.resolve()}", err=True)
+    if options["as_json"]:
+        what = {
+            "layer": coder.layer,
+            "features": len(coder),
+            "explained": asdict(firing.explained),
+            "per_token": firing.per_token,
+        }
+        click.echo(json.dumps({**what, "concepts": [one.as_dict() for one in found]}, ensure_ascii=False))
+        return
+    click.echo(
+        f"{len(coder)} features of layer {coder.layer}: they reconstruct {firing.explained} of the variance of "
+        f"{len(firing.texts)} texts, {firing.per_token:.1f} fire at a token"
+    )
+    for one in found:
+        k = len(one.explained)
+        click.echo(f"\n{one.name}: {k} features make up {one.explained[-1]:.2f} of the direction")
+        click.echo(f"  random directions: {one.random[-1]}\n  texts with exchanged labels: {one.exchanged[-1]}")
+        click.echo("  feature  weight  cosine  fires more in its texts          AUROC  p")
+        for f in one.features:
+            weight = f"{f.weight:+.3f}" if f.weight else "     –"
+            click.echo(f"  {f.id:7}  {weight}  {f.cosine:+.3f}  {f.difference!s:32} {f.auroc:.2f}   {f.p:.2g}")
 
 
 @main.command()

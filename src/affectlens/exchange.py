@@ -1,7 +1,8 @@
-"""Vectors and steering in other people's formats: llama.cpp control vectors, NumPy archives, and the Hugging Face Hub.
+"""Vectors of concepts from elsewhere and to elsewhere: other people's files of arrays, and the Hugging Face Hub.
 
-All of them are data only. A GGUF control vector or an archive is a handful of arrays; from the Hub come the three files that
-``ConceptVectors.save`` writes and nothing else, whatever the repository holds: no pickle, no code.
+All of them are data only. An archive is a handful of arrays; from the Hub come the three files that ``ConceptVectors.save``
+writes and nothing else, whatever the repository holds: no pickle, no code. Steering for other programs is in
+:mod:`affectlens.control`.
 """
 
 from __future__ import annotations
@@ -12,169 +13,32 @@ import re
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
-from affectlens.engine import Steering, Where
-from affectlens.errors import AffectlensError, EngineError, FormatError, MismatchError
-from affectlens.runs import atomic_write
-from affectlens.vectors import ConceptVectors, fit_means
+from affectlens.activations import Text, collect
+from affectlens.control import read_control
+from affectlens.engine import Engine
+from affectlens.errors import AffectlensError, FormatError, MismatchError
+from affectlens.vectors import ConceptVectors, centred_cosine, fit_means
 
-FORMAT = 1
 FILES = ("vectors.safetensors", "config.json", "README.md")
 """What vectors consist of: all that is ever uploaded or downloaded."""
 
-_ARCHITECTURE = "controlvector"
+Convention = Literal["block", "block-from-1", "hidden-states"]
+CONVENTIONS: dict[str, str] = {
+    "block": "the output of block N, counted from 0 (affectlens, repeng, steering-vectors, resid_post, llama.cpp when it steers)",
+    "block-from-1": "the output of the N-th block, counted from 1 (resid_pre; llama.cpp's cvector-generator when it measures)",
+    "hidden-states": "entry N of output_hidden_states: 0 is the embedding, and the last stands after the final norm",
+}
+"""What the number N of a layer means in somebody's file."""
+
 _KEY = re.compile(r"layer_(\d+)__(.+)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
-
-
-# ── llama.cpp ──
-#
-# Why our layer L is direction.L, as read in llama.cpp's source. The loader (common_control_vector_load_one in common/common.cpp)
-# stores direction.L at n_embd * (L - 1) of its buffer, times the file's scale; it refuses L = 0, tensors that are not F32 and
-# one-dimensional, and unequal lengths. llama_adapter_cvec::apply (src/llama-adapter.cpp) copies that place to tensors[L] for
-# L = 1 … n_layer - 1. A model's graph ends block `il`, counted from 0, with `cur = build_cvec(cur, il)` after the last residual
-# addition, and that adds tensors[il] to every row. So direction.L is added to the output of block L: our convention and repeng's.
-# (llama.cpp's own cvector-generator writes what it measured after block L as direction.(L + 1), one block later.)
-# Some graphs, mostly encoders and recurrent models, never call build_cvec: there a control vector does nothing, without a word.
-
-
-def export_gguf(steering: Steering, path: str | Path, *, model: Mapping[str, Any]) -> Path:
-    """Write a steering as a llama.cpp control vector.
-
-    The scale is baked in (strength times mean residual norm, divided by the number of layers), so
-    ``llama-cli --control-vector-scaled FILE:1`` does what the steering does, with one difference that llama.cpp leaves no
-    choice about: it adds at every position, the beginning-of-sequence token included. Keys ``affectlens.*`` say what the file is.
-    Try a large strength first: the few architectures for which llama.cpp has no control vectors ignore the file silently.
-
-    Args:
-        steering: Additions at all positions, on any layers but 0. Terms of strength 0 are left out.
-        path: The file to write, atomically.
-        model: What the directions belong to: ``vectors.model`` (``id``, ``family``, ``n_layers``, ``width``, ``fingerprint``).
-
-    Returns:
-        The file.
-
-    Raises:
-        EngineError: llama.cpp cannot do this (layer 0, an ablation or a clamp, some positions only), or it does nothing.
-        MismatchError: The steering is not of this model (another width, a layer it does not have).
-        AffectlensError: The file cannot be written.
-
-    Example:
-        >>> from affectlens.engine import Term
-        >>> calm = Steering((Term("calm", 0.5, (2,), (2,), np.eye(4, dtype="f")[:1], np.array([6.0], "f")),))
-        >>> model = {"id": "toy", "family": "toy", "n_layers": 6, "width": 4, "fingerprint": "ab12"}
-        >>> read_gguf(export_gguf(calm, tempfile.mkdtemp() + "/calm.gguf", model=model))
-        {2: array([3., 0., 0., 0.], dtype=float32)}
-    """
-    from gguf import GGUFWriter
-
-    directions = _directions(steering, model)
-    terms = [
-        {
-            "name": term.name,
-            "strength": term.strength,
-            "layers": term.layers,
-            "divide": term.divide,
-            "residual_norms": [float(term.norms[term.row(layer)]) for layer in term.layers],
-        }
-        for term in steering.terms
-        if term.strength != 0
-    ]
-    own = {
-        "model.id": model["id"],
-        "model.fingerprint": model["fingerprint"],
-        "terms": json.dumps(terms, ensure_ascii=False),
-        "strength_unit": "multiples of the mean residual norm at the layer, divided among a term's layers by its rule; baked in",
-        "layer_convention": "direction.L is added to the residual stream after block L, counted from 0",
-        "positions": "applied at every position, the beginning-of-sequence token included",
-    }
-    path = Path(path)
-    with atomic_write(path) as temporary, contextlib.closing(GGUFWriter(temporary, _ARCHITECTURE)) as writer:
-        writer.add_name(f"{steering} of {model['id']}")
-        writer.add_description("Use with --control-vector-scaled FILE:1: the scale is baked in. Applied at every position.")
-        # llama.cpp reads neither of the next two; its generator and repeng write them, the second as the number of directions.
-        writer.add_string(f"{_ARCHITECTURE}.model_hint", str(model["family"]))
-        writer.add_int32(f"{_ARCHITECTURE}.layer_count", len(directions))
-        writer.add_uint32("affectlens.format", FORMAT)
-        for key, value in own.items():
-            writer.add_string(f"affectlens.{key}", str(value))
-        for layer, direction in directions.items():
-            writer.add_tensor(f"direction.{layer}", direction)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    return path
-
-
-def _directions(steering: Steering, model: Mapping[str, Any]) -> dict[int, np.ndarray]:
-    """What is added at each layer, if llama.cpp can do it."""
-    for term in steering.terms:
-        if term.mode == "add" and term.strength == 0:
-            continue
-        if term.mode != "add":
-            raise EngineError(f"{term.name!r} is to {term.mode}, but llama.cpp only adds: export additions only")
-        if term.where != Where():
-            raise EngineError(f"{term.name!r} acts at {term.where}, but llama.cpp adds at every position: leave out .at(...)")
-        if limit := term.gate or term.schedule:
-            raise EngineError(f"{term.name!r} acts {limit}, but llama.cpp adds to every token the same: leave it out")
-        if 0 in term.layers:
-            last = model["n_layers"] - 1
-            raise EngineError(f"{term.name!r} acts on layer 0, which llama.cpp cannot steer: use .on() with 1 to {last}")
-        if wrong := [layer for layer in term.layers if not 0 < layer < model["n_layers"]]:
-            raise MismatchError(f"{model['id']} has layers 0 to {model['n_layers'] - 1}, not {wrong[0]}: use its own vectors")
-        if term.directions.shape[-1] != model["width"]:
-            width = term.directions.shape[-1]
-            raise MismatchError(f"{term.name!r} is {width} wide but {model['id']} is {model['width']} wide: use its own vectors")
-    directions = {layer: push.vector for layer in steering.layers for push in steering.at_layer(layer)[0]}
-    if not any(direction.any() for direction in directions.values()):
-        raise EngineError("this steering adds nothing: give a concept with a strength, as in 0.05 * vectors['calm']")
-    return directions
-
-
-def read_gguf(path: str | Path) -> dict[int, np.ndarray]:
-    """Read a llama.cpp control vector, ours or anyone's, as strictly as llama.cpp does.
-
-    Args:
-        path: The file.
-
-    Returns:
-        For each layer that it steers what is added there at scale 1, ``(D,)`` float32; layers ascending.
-
-    Raises:
-        FormatError: Missing, empty, truncated, not a GGUF file, of another architecture, or with tensors that are no directions.
-
-    Example:
-        >>> read_gguf("calm.gguf")  # doctest: +SKIP
-        {18: array([ 0.0311, -0.1204, ...], dtype=float32)}
-    """
-    from gguf import GGMLQuantizationType, GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-        field = reader.get_field("general.architecture")
-        architecture = field.contents() if field else None
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError, OSError) as error:
-        # The reader checks nothing: a file that ends too soon shows as whatever its arithmetic runs into.
-        raise FormatError(f"{path} is not a whole GGUF file ({_first_line(error)}): export or download it again") from None
-    if architecture != _ARCHITECTURE:
-        raise FormatError(f"{path} has architecture {architecture!r}, not {_ARCHITECTURE!r}: give a control vector, not a model")
-    directions: dict[int, np.ndarray] = {}
-    for tensor in reader.tensors:
-        match = re.fullmatch(r"direction\.([1-9]\d*)", tensor.name)
-        if not match or tensor.tensor_type != GGMLQuantizationType.F32 or tensor.data.ndim != 1:
-            raise FormatError(f"{path} holds {tensor.name!r}, which is no direction that llama.cpp accepts: export it again")
-        directions[int(match[1])] = np.array(tensor.data, dtype=np.float32)
-    if len({len(direction) for direction in directions.values()}) != 1:
-        raise FormatError(f"{path} holds no directions, or of different widths: export it again")
-    if not all(np.isfinite(direction).all() for direction in directions.values()):
-        raise FormatError(f"{path} holds numbers that are not finite: export it again")
-    return dict(sorted(directions.items()))
 
 
 # ── NumPy archives ──
@@ -259,6 +123,163 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, RuntimeError, MemoryError) as error:
         raise FormatError(f"{path} is no whole .npz file of plain arrays ({_first_line(error)}): write it again") from None
     return found
+
+
+# ── any file of arrays, for a model at hand ──
+
+
+def import_vectors(
+    path: str | Path,
+    engine: Engine,
+    *,
+    convention: Convention,
+    texts: Sequence[Text],
+    name: str | None = None,
+    contrast: bool = False,
+    first_token: int = 50,
+) -> ConceptVectors:
+    """Make somebody's vectors usable with a model: what they do not say about its residuals is measured on neutral texts.
+
+    With residual norms a strength has its unit, and with a centre and a baseline readings have their origin. Of the vectors
+    nothing is changed but their length, which is kept beside them.
+
+    Args:
+        path: ``.npz`` or ``.safetensors`` with arrays ``layer_N__NAME (D,)``, or ``NAME (layers, D)`` with a row for each layer
+            of the model; or a control vector (``direction.N``) as ``.safetensors``, ``.gguf`` or ``.pt``.
+        engine: The model that the vectors belong to.
+        convention: What a layer's number in the file means, see :data:`CONVENTIONS`. Nothing in such a file tells, and being off
+            by one block is not noticed later, so it must be said.
+        texts: Neutral texts of ``first_token`` tokens at least. Their mean residual becomes the centre, their scores the
+            baseline.
+        name: What a control vector, which has no name, is a vector of (default: the name of the file).
+        contrast: Subtract the mean over the concepts: for files that hold mean residuals instead of directions.
+        first_token: Read texts from the n-th token on, counted from 1.
+
+    Returns:
+        The vectors. The embedding, and what stands after the final norm, are no layers of the residual stream: they are left out,
+        and ``method`` says so.
+
+    Raises:
+        FormatError: Missing, broken, or no such file; a concept lacks a layer; a number is not finite; a vector is zero.
+        MismatchError: Not of this model: another width, or other layers than it has.
+
+    Example:
+        >>> vectors = import_vectors("happy.gguf", engine, convention="block", texts=texts)   # doctest: +SKIP
+    """
+    path, info = Path(path), engine.info
+    if convention not in CONVENTIONS:
+        raise FormatError(f"the convention is {convention!r}: say what layer N is, one of {', '.join(CONVENTIONS)}")
+    given, left_out = _by_layer(path, convention, info.n_layers, name or path.stem)
+    names = tuple(next(iter(given.values())))
+    layers = tuple(given)
+    rows = np.array([[given[layer][concept] for concept in names] for layer in layers], dtype=np.float64)
+    if rows.shape[-1] != info.width:
+        raise MismatchError(
+            f"{path} is {rows.shape[-1]} wide but {info.id} is {info.width} wide: name the model it was made with"
+        )
+    if contrast and len(names) < 2:
+        raise FormatError(f"{path} holds one concept, so there is no mean over concepts to subtract: leave contrast out")
+    rows -= rows.mean(axis=1, keepdims=True) if contrast else 0
+    norms = np.linalg.norm(rows, axis=-1)
+    if not (norms > 0).all():
+        layer, concept = np.argwhere(norms == 0)[0]
+        raise FormatError(f"{path} has no direction of {names[concept]!r} at layer {layers[layer]}: leave that concept out")
+    directions = rows / norms[..., None]
+    with tempfile.TemporaryDirectory() as folder:
+        read = collect(engine, texts, Path(folder), first_token=first_token)
+        residuals = [read.layer(layer).astype(np.float64) for layer in layers]
+        unit = read.token_norms()[[read.layers.index(layer) for layer in layers]]
+    scores = [centred_cosine(x, d, x.mean(0)) for x, d in zip(residuals, directions, strict=True)]
+    return ConceptVectors(
+        names=names,
+        layers=layers,
+        layer=min(layers, key=lambda layer: abs(layer - info.default_layer)),
+        directions=directions.astype(np.float32),
+        norms=norms.astype(np.float32),
+        centre=np.stack([x.mean(0) for x in residuals]).astype(np.float32),
+        residual_norms=unit.astype(np.float32),
+        neutral=(np.zeros((0, info.width), np.float32),) * len(layers),
+        baseline=np.stack([np.stack([s.mean(0), s.std(0)], axis=1) for s in scores]).astype(np.float32),
+        stability=np.full(norms.shape, np.nan, np.float32),
+        counts=np.zeros(len(names), dtype=np.int64),
+        model={key: value for key, value in asdict(info).items() if key not in ("checks", "device")},
+        method={
+            "source": f"imported from {path.name}",
+            "convention": f"{convention}: {CONVENTIONS[convention]}",
+            "left out": ", ".join(left_out) or "nothing",
+            "contrast": contrast,
+            "centre and baseline": f"of {len(residuals[0])} neutral texts",
+            "share": 0.0,
+        },
+    )
+
+
+def _by_layer(path: Path, convention: str, n_layers: int, name: str) -> tuple[dict[int, dict[str, np.ndarray]], list[str]]:
+    """The vectors of each of our layers, and what in the file is no such layer."""
+    first, last = (0, n_layers - 1) if convention == "block" else (1, n_layers)
+    outside = {0: "the embedding"} if first else {}
+    if convention == "hidden-states":
+        outside[n_layers] = "what stands after the final norm"
+    numbers = range(first, last + 1) if convention != "hidden-states" else range(n_layers + 1)
+    found: dict[int, dict[str, np.ndarray]] = {}
+    for key, array in _tensors(path).items():
+        if not np.isfinite(array).all():
+            raise FormatError(f"{path} holds numbers at {key!r} that are not finite: write it again")
+        control, layered = re.fullmatch(r"direction\.(\d+)", key), _KEY.fullmatch(key)
+        if array.ndim == 1 and (control or layered):
+            number, concept = (int(control[1]), name) if control else (int(layered[1]), layered[2])  # type: ignore[index]
+            found.setdefault(number, {})[concept] = array
+        elif array.ndim == 2 and not control and not layered:
+            if len(array) != len(numbers):
+                raise MismatchError(
+                    f"{key!r} of {path} has {len(array)} rows, and by this convention {len(numbers)} are wanted: name its "
+                    "layers, as layer_N__NAME, or another convention or model"
+                )
+            for number, row in zip(numbers, array, strict=True):
+                found.setdefault(number, {})[key] = row
+        else:
+            raise FormatError(
+                f"{path} holds {key!r} of shape {array.shape}: give layer_N__NAME (width), NAME (layers, width) or "
+                "direction.N (width)"
+            )
+    if wrong := [number for number in found if not (first <= number <= last or number in outside)]:
+        raise MismatchError(
+            f"{path} has a layer {max(wrong)}, which a model of {n_layers} blocks does not have by this convention: name another"
+        )
+    left_out = [f"{number} ({outside[number]})" for number in sorted(found) if number in outside]
+    kept = {number - first: found[number] for number in sorted(found) if number not in outside}
+    if not kept:
+        raise FormatError(
+            f"{path} holds no layer of the residual stream ({', '.join(left_out) or 'nothing at all'}): name another"
+        )
+    names = set().union(*kept.values())
+    for layer, concepts in kept.items():
+        if lacking := names - set(concepts):
+            raise FormatError(f"{path} has no {min(lacking)!r} at layer {layer + first}: give every concept at every layer")
+    if len({len(vector) for concepts in kept.values() for vector in concepts.values()}) != 1:
+        raise FormatError(f"{path} holds vectors of different widths: write it again")
+    return kept, left_out
+
+
+def _tensors(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file by name, whatever format it has."""
+    from safetensors import SafetensorError
+
+    if path.suffix == ".npz":
+        arrays = _arrays(path)
+    elif path.suffix == ".safetensors":
+        from safetensors.torch import load_file  # NumPy has no bfloat16
+
+        try:
+            arrays = {key: (t.float() if t.is_floating_point() else t).numpy() for key, t in load_file(path).items()}
+        except (SafetensorError, OSError) as error:
+            raise FormatError(f"{path} is no whole safetensors file ({_first_line(error)}): write it again") from None
+    else:
+        return {f"direction.{number}": vector for number, vector in read_control(path).items()}
+    for key, array in arrays.items():
+        if array.dtype.kind != "f":
+            raise FormatError(f"{path} holds {key!r} of {array.dtype}: give floats")
+    return {key: np.asarray(array, dtype=np.float64) for key, array in arrays.items()}
 
 
 # ── Hugging Face Hub ──

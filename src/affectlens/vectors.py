@@ -340,6 +340,8 @@ class ConceptVectors:
         if kind == "centred":
             return cosine
         mean, deviation = self.baseline[row, :, 0], self.baseline[row, :, 1]
+        if not np.isfinite(self.baseline[row]).all():
+            raise MismatchError("these vectors come without the baseline that z is counted from: read them centred")
         return (cosine - mean) / np.maximum(deviation, 1e-12)
 
     def top_tokens(
