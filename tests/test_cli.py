@@ -361,7 +361,7 @@ def test_a_gguf_file_of_no_bytes(run: Run, tmp_path: Path) -> None:
         (("score", "run", "none.txt"), "cannot be read"),
         (("score", "run", "latin.txt"), "UTF-8"),
         (("score", "run", "empty.txt"), "is empty"),
-        (("score", "run", "."), "cannot be read"),
+        (("score", "run", "."), "is no JSON"),
         (("score", "run", "six.toml", "--layer", "-1"), "choose among 0 to 5"),
         (("score", "run", "six.toml", "--model", "llama"), "use vectors of this model"),
         (("steer", "run", "Hi", "--add", "calm=1", "--model", "llama"), "use vectors of this model"),

@@ -161,6 +161,7 @@ def _about(steering: Steering, model: Mapping[str, Any], layers: str) -> dict[st
             "name": term.name,
             "strength": term.strength,
             "layers": term.layers,
+            "divide": term.divide,
             "residual_norms": [float(term.norms[term.row(layer)]) for layer in term.layers],
         }
         for term in steering.terms
@@ -170,7 +171,7 @@ def _about(steering: Steering, model: Mapping[str, Any], layers: str) -> dict[st
         "model.id": str(model["id"]),
         "model.fingerprint": str(model["fingerprint"]),
         "terms": json.dumps(terms, ensure_ascii=False),
-        "strength_unit": "multiples of the mean residual norm at the layer, divided among a term's layers; baked in",
+        "strength_unit": "multiples of the mean residual norm at the layer, divided among a term's layers by its rule; baked in",
         "layer_convention": f"{layers} is added to the residual stream after block L, counted from 0",
         "positions": "applied at every position, the beginning-of-sequence token included",
     }
