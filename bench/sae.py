@@ -6,9 +6,9 @@
 
 The autoencoder (top-k; Gao and others, "Scaling and evaluating sparse autoencoders", 2024) is trained on the residuals of every
 token of the bundled neutral dialogues, of the scenarios and of stories of every emotion, at the vectors' default layer. What it
-explains, and which features tell which emotion, is measured on stories of other topics. It is small and trained on little: it shows
-that the machinery works, and its features are not those of a full-sized one. Time is processor time, so that a busy machine gives
-the same. Writes ``bench/results/sae.json``.
+explains, and which features tell which emotion, is measured on stories of other topics. It is small and trained on little: it
+shows that the machinery works, and its features are not those of a full-sized one. Time is processor time, so that a busy machine
+gives the same. Writes ``bench/results/sae.json``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from affectlens.concepts import SHOWCASE
 from affectlens.corpus import bundled, load, read_texts
 from affectlens.engine import Engine, Readout, Request, Where
 from affectlens.exchange import load_vectors
-from affectlens.features import compose, observe
+from affectlens.features import Composition, Feature, compose, observe
 from affectlens.runs import provenance, write_json
 from affectlens.sparse import SparseAutoencoder
 
@@ -95,6 +95,12 @@ def train(tokens: np.ndarray, layer: int, *, seconds: float, seed: int = 0) -> t
     return sae, {"steps": steps, "seconds": seconds, "tokens": len(tokens), "batch": BATCH, "history": history}
 
 
+def shown(one: Composition) -> list[Feature]:
+    """The three features that are taken in first, and the three that tell the emotion's texts best."""
+    best = sorted(one.features, key=lambda f: -abs(f.auroc - 0.5))[:3]
+    return [f for f in one.features if f.id in one.chosen[:3] or f in best]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", default="runs/smollm2-135m", help="run or folder with vectors of the demo model")
@@ -148,7 +154,7 @@ def main() -> None:
                     | {key: getattr(one, key)[k - 1].as_dict() for key in ("random", "exchanged")}
                     for k in SIZES
                 ],
-                "features": [{**vars(f), "difference": f.difference.as_dict()} for f in one.features[:4]],
+                "features": [{**vars(f), "difference": f.difference.as_dict()} for f in shown(one)],
             }
             for one in found
         ],
