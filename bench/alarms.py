@@ -3,10 +3,10 @@
     python bench/alarms.py                                # the demo model; about two minutes on two cores
     python bench/alarms.py --vectors runs/first           # vectors of your own, and their model
 
-One half of the neutral dialogues (every other one) is the baseline on which ten rules are tried; then they run along the other half,
-which nobody has looked at. For each rule: the rate that was stated with its interval, how many of the held-out replies were expected
-to raise it, and how many did. Beside it what alarms are for: how many stories of the emotion are noticed, and after how many tokens.
-Thresholds are not tuned: every rule has the one it was written with. Writes ``bench/results/alarms.json``.
+One half of the neutral dialogues (every other one) is the baseline on which ten rules are tried; then they run along the other
+half, which nobody has looked at. For each rule: the rate that was stated with its interval, how many of the held-out replies were
+expected to raise it, and how many did. Beside it what alarms are for: how many stories of the emotion are noticed, and after how
+many tokens. Thresholds are not tuned: every rule has the one it was written with. Writes ``bench/results/alarms.json``.
 """
 
 from __future__ import annotations

@@ -382,6 +382,28 @@ def alarms(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"Inside what was expected: {inside} of {len(result['rules'])} rules."])
 
 
+def sae(result: dict[str, Any]) -> str:
+    """The table of ``bench/sae.py``: how much of each vector a few features make up, beside what chance gives."""
+    sizes = [point["k"] for point in result["concepts"][0]["curve"]]
+    how, explained = result["training"], result["explained"]
+    lines = [
+        f"{result['model']}, layer {result['layer']}, {result['date'][:10]}. {result['features']} features, {result['k']} at a "
+        f"token, trained on {how['tokens']:,} tokens ({how['steps']} steps). They reconstruct {explained['value']:.2f} "
+        f"[{explained['low']:.2f}, {explained['high']:.2f}] of the variance of {result['texts']} other stories. "
+        f"Share of the vector that k features make up; in brackets the median for random directions and for contrasts of texts "
+        f"with exchanged labels ({result['draws']} draws each); p against the second.",
+        "",
+        f"| emotion | {' | '.join(f'k = {k}' for k in sizes)} | p at k = {sizes[-1]} | tells its texts best: feature, AUROC, p |",
+        "|---|" + "---|" * (len(sizes) + 2),
+    ]
+    for one in result["concepts"]:
+        cells = [f"{p['explained']:.2f} ({p['random']['value']:.2f}, {p['exchanged']['value']:.2f})" for p in one["curve"]]
+        best = max(one["features"], key=lambda f: abs(f["auroc"] - 0.5))
+        tells = f"{best['id']}, {best['auroc']:.2f}, {best['p']:.2g}"
+        lines.append(f"| {one['name']} | {' | '.join(cells)} | {one['curve'][-1]['exchanged']['p']:.2g} | {tells} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "extraction": extraction,
     "profile_reading": profile_reading,
@@ -389,6 +411,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "power": power,
     "tuned_pair": tuned_pair,
     "alarms": alarms,
+    "sae": sae,
 }
 
 

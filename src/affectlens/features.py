@@ -265,48 +265,46 @@ def compose(
     ]
     order, weights, explained = pursue(dictionary, np.concatenate([targets, random, contrasts]), size=size)
     auroc, extremes = _telling(firing.means, labels, names, shuffles)
+    real, aimless, exchanged = np.split(explained, [len(names), len(names) + draws])
     found = []
     for n, name in enumerate(names):
-        by_chance = [
-            tuple(_null(explained[part, k], explained[n, k], kind) for k in range(size))
-            for part, kind in (
-                (slice(len(names), len(names) + draws), "random directions"),
-                (slice(len(names) + draws, None), "contrasts of texts with exchanged labels"),
-            )
-        ]
-        best = np.argsort(-np.abs(auroc[n] - 0.5), kind="stable")[:top]
-        listed = np.array(list(dict.fromkeys([*order[n].tolist(), *best.tolist()])))
-        mine = labels == name
-
-        def differences(index: np.ndarray, mine: np.ndarray = mine, listed: np.ndarray = listed) -> np.ndarray:
-            means, own = firing.means[index][:, listed], mine[index]
-            return np.asarray(means[own].mean(0) - means[~own].mean(0))
-
-        gaps = bootstrap_each(differences, mine, draws=200, seed=seed)
+        chosen = order[n].tolist()
         far = np.abs(auroc[n] - 0.5)
-        features = [
-            Feature(
-                id=int(f),
-                cosine=float(dictionary[f] @ targets[n]),
-                weight=float(weights[n, f]),
-                difference=gap,
-                auroc=float(auroc[n, f]),
-                p=float((1 + (extremes[:, n] >= far[f] - 1e-12).sum()) / (1 + draws)),
-                typical=float(firing.typical[f]),
-            )
-            for f, gap in zip(listed, gaps, strict=True)
-        ]
+        listed = list(dict.fromkeys([*chosen, *np.argsort(-far, kind="stable")[:top].tolist()]))
+        gaps = _differences(firing.means[:, listed], labels == name, seed)
         found.append(
             Composition(
-                name,
-                tuple(int(f) for f in order[n]),
-                tuple(float(weights[n, f]) for f in order[n]),
-                tuple(explained[n].tolist()),
-                *by_chance,
-                tuple(features),
+                name=name,
+                chosen=tuple(chosen),
+                weights=tuple(weights[n, chosen].tolist()),
+                explained=tuple(real[n].tolist()),
+                random=tuple(_null(aimless[:, k], real[n, k], "random directions") for k in range(size)),
+                exchanged=tuple(_null(exchanged[:, k], real[n, k], "contrasts of exchanged texts") for k in range(size)),
+                features=tuple(
+                    Feature(
+                        id=f,
+                        cosine=float(dictionary[f] @ targets[n]),
+                        weight=float(weights[n, f]),
+                        difference=gap,
+                        auroc=float(auroc[n, f]),
+                        p=float((1 + (extremes[:, n] >= far[f] - 1e-12).sum()) / (1 + draws)),
+                        typical=float(firing.typical[f]),
+                    )
+                    for f, gap in zip(listed, gaps, strict=True)
+                ),
             )
         )
     return found
+
+
+def _differences(means: np.ndarray, mine: np.ndarray, seed: int) -> list[Estimate]:
+    """Mean in the concept's texts minus mean in the others, of each column, with intervals over texts."""
+
+    def statistic(index: np.ndarray) -> np.ndarray:
+        own = mine[index]
+        return np.asarray(means[index][own].mean(0) - means[index][~own].mean(0))
+
+    return bootstrap_each(statistic, mine, draws=200, seed=seed)
 
 
 def _exchanged(texts: Sequence[Text], labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
