@@ -381,8 +381,8 @@ def alarms(result: dict[str, Any]) -> str:
     n, splits = len(result["rules"]), result["splits"]
     summary = (
         f"Inside what was expected: {inside['expected']} of {n} rules alone, {inside['jointly']} of {n} jointly. "
-        f"Over a thousand random halves of the same dialogues: alone in {100 * splits['alone']:.1f} % (wanted: 95), all {n} jointly "
-        f"in {100 * splits['jointly']:.1f} % (wanted: 95)."
+        f"Over a thousand random halves of the same dialogues: alone in {100 * splits['alone']:.1f} % (wanted: 95), "
+        f"all {n} jointly in {100 * splits['jointly']:.1f} % (wanted: 95)."
     )
     return "\n".join([*lines, "", summary])
 
