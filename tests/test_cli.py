@@ -554,7 +554,7 @@ def test_exporting_a_control_vector(made: Path, run: Run, tmp_path: Path) -> Non
 def test_exporting_and_importing_again(made: Path, run: Run, tmp_path: Path) -> None:
     """Each format, written and made vectors of again: the same direction at the same layer, and a strength with a unit."""
     vectors = ConceptVectors.load(made)
-    for option, file in (("--gguf", "c.gguf"), ("--safetensors", "c.safetensors"), ("--lm-eval", "c.pt")):
+    for option, file in (("--gguf", "c.gguf"), ("--safetensors", "c.safetensors")):
         fine(run("export", made, "--add", "calm=0.5", "--layer", "3", option, file))
         result = fine(run("import", file, "--convention", "block", "--model", "toy", "--out", f"from-{file}", "--name", "calm"))
         assert "1 vectors at layers 3, default 3" in result.stdout and "counted from 0" in result.stderr
@@ -565,6 +565,8 @@ def test_exporting_and_importing_again(made: Path, run: Run, tmp_path: Path) -> 
         np.testing.assert_allclose(back.residual_norms, vectors.residual_norms[3], rtol=0.2)
         score = json.loads(fine(run("score", f"from-{file}", "-", "--json", "--kind", "z", stdin="the sea was calm")).stdout)
         assert np.isfinite(score["scores"]["calm"])
+    fine(run("export", made, "--add", "calm=0.5", "--lm-eval", "c.pt"))
+    refused(run("import", "c.pt", "--convention", "block", "--model", "toy", "--out", "from-pickle", "--name", "calm"))
     assert "does not end with .pt" in refused(run("export", made, "--add", "calm=0.5", "--lm-eval", "c.bin"))
     off_by_one = run("import", "c.gguf", "--convention", "block-from-1", "--model", "toy", "--out", "other")
     assert "at layers 2" in fine(off_by_one).stdout

@@ -25,7 +25,6 @@ from affectlens.control import (
     export_safetensors,
     read_control,
     read_gguf,
-    read_lm_eval,
     read_safetensors,
 )
 from affectlens.engine import Steering, Where
@@ -219,17 +218,6 @@ def test_the_harness_clamps_what_we_clamp(tmp_path: Path) -> None:
     assert (logits - model(IDS).logits).abs().max() > 0.1
 
 
-def test_a_file_of_the_harness_becomes_our_steering(tmp_path: Path) -> None:
-    """As their documentation shows it: a vector, a coefficient, and keys that may be left out."""
-    vector = torch.tensor(np.random.default_rng(5).normal(size=families.WIDTH), dtype=torch.float32)
-    entry = {"steering_vector": vector, "steering_coefficient": -2.5, "action": "add", "bias": None}
-    torch.save({"layers.2": entry}, tmp_path / "theirs.pt")
-    read = read_lm_eval(tmp_path / "theirs.pt")
-    np.testing.assert_allclose(read[2], -2.5 * vector.numpy(), rtol=1e-6)
-    mine, _ = ours(families.build("llama"), as_steering(read, vectors()))
-    torch.testing.assert_close(lm_eval_logits("llama", tmp_path / "theirs.pt", tmp_path), mine, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("family", sorted(families.TEXT))
 def test_the_harness_finds_the_blocks_of_every_family(family: str) -> None:
     """The names of modules that the export writes, looked up as the harness looks them up."""
@@ -273,41 +261,10 @@ def test_what_the_harness_cannot_do(change: Any, says: str, tmp_path: Path) -> N
     assert says in str(caught.value) and list(tmp_path.iterdir()) == []
 
 
-class Bait:
-    """Unpickled without precaution, this writes a file."""
-
-    def __reduce__(self) -> Any:
-        return (Path.write_text, (Path("bait.txt"), "eaten"))
-
-
-def test_a_hostile_file_of_the_harness_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.save({"layers.1": {"steering_vector": torch.ones(4), "action": "add", "evil": Bait()}}, "bait.pt")
-    with pytest.raises(FormatError, match="no steering file of tensors and numbers"):
-        read_lm_eval("bait.pt")
-    assert not Path("bait.txt").exists()
-    with pytest.raises(FormatError) as caught:
-        Path("text.pt").write_text("hello")
-        read_lm_eval("text.pt")
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "says"),
-    [
-        ("layers.1.mlp", {}, "acts at 'layers.1.mlp', which is not the output of a block"),
-        ("layers.1", {"action": "clamp"}, "does not simply add"),
-        ("layers.1", {"bias": torch.ones(4)}, "does not simply add"),
-        ("layers.1", {"head_index": 2}, "does not simply add"),
-        ("layers.1", {"steering_vector": torch.ones(2, 4)}, "no vector at 'layers.1'"),
-        ("layers.1", {"steering_vector": torch.full((4,), torch.nan)}, "not finite"),
-    ],
-)
-def test_files_of_the_harness_that_do_more_than_add(name: str, change: dict[str, Any], says: str, tmp_path: Path) -> None:
-    entry = {"steering_vector": torch.ones(4), "steering_coefficient": 1.0, "action": "add", "bias": None, "head_index": None}
-    torch.save({name: entry | change}, tmp_path / "x.pt")
-    with pytest.raises(FormatError, match=says):
-        read_lm_eval(tmp_path / "x.pt")
+def test_a_file_of_the_harness_is_never_read(tmp_path: Path) -> None:
+    path = export_lm_eval(mixture(), tmp_path / "ours.pt", model=vectors().model)
+    with pytest.raises(FormatError, match=r"name a file that ends with \.gguf, \.safetensors"):
+        read_control(path)
 
 
 # --------------------------------------------------------------------------------- all of them
@@ -327,12 +284,12 @@ def test_additions_and_back() -> None:
 
 def test_every_format_reads_what_it_wrote(tmp_path: Path) -> None:
     v = vectors()
-    for export, file in ((export_gguf, "a.gguf"), (export_safetensors, "a.safetensors"), (export_lm_eval, "a.pt")):
+    for export, file in ((export_gguf, "a.gguf"), (export_safetensors, "a.safetensors")):
         read = read_control(export(mixture(), tmp_path / file, model=v.model))
         assert list(read) == [1, 2, 3]
         for layer, vector in additions(mixture(), model=v.model).items():
             np.testing.assert_array_equal(read[layer], vector)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "a.pt", "a.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "a.safetensors"]
     with pytest.raises(FormatError, match=r"name a file that ends with \.gguf"):
         read_control("a.bin")
 

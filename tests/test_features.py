@@ -164,7 +164,7 @@ def test_what_cannot_be_asked() -> None:
     with pytest.raises(FormatError, match="0 texts have 5000 tokens"):
         observe(engine, sae, firing.texts[:3], first_token=5000)
     few = observe(engine, sae, [text for text in firing.texts if text.concept == "calm"])
-    with pytest.raises(FormatError, match="no texts of 'angry'"):
+    with pytest.raises(FormatError, match="0 of 6 texts are of 'angry': give 3 at least"):
         compose(sae, bench.vectors, few, names=["angry"])
-    with pytest.raises(FormatError, match="no texts of 'calm', or of no other"):
+    with pytest.raises(FormatError, match="6 of 6 texts are of 'calm': give 3 at least, and as many others"):
         compose(sae, bench.vectors, few, names=["calm"])

@@ -721,7 +721,7 @@ def import_(
     first_token: int,
     **how: str,
 ) -> None:
-    """Make vectors of somebody's FILE (.npz, .safetensors, .gguf, .pt), with units measured on MODEL.
+    """Make vectors of somebody's FILE (.npz, .safetensors, .gguf), with units measured on MODEL.
 
     FILE holds layer_N__NAME or NAME (layers, width), or a control vector. Nothing in it tells how layers are counted: say so.
     """

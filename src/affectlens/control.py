@@ -133,7 +133,9 @@ def as_steering(added: Mapping[int, np.ndarray], vectors: ConceptVectors, *, nam
 
 
 def read_control(path: str | Path) -> dict[int, np.ndarray]:
-    """What a control vector file adds, whoever wrote it: ``.gguf``, ``.safetensors`` or ``.pt`` by its ending.
+    """What a control vector file adds, whoever wrote it: ``.gguf`` or ``.safetensors`` by its ending.
+
+    Files of lm-evaluation-harness (``.pt``) are pickles: they are written for it and never read.
 
     Args:
         path: The file.
@@ -148,7 +150,7 @@ def read_control(path: str | Path) -> dict[int, np.ndarray]:
         >>> read_control("calm.gguf")  # doctest: +SKIP
         {18: array([ 0.0311, -0.1204, ...], dtype=float32)}
     """
-    readers = {".gguf": read_gguf, ".safetensors": read_safetensors, ".pt": read_lm_eval, ".pth": read_lm_eval}
+    readers = {".gguf": read_gguf, ".safetensors": read_safetensors}
     if (reader := readers.get(Path(path).suffix)) is None:
         raise FormatError(f"{path} is no control vector: name a file that ends with {', '.join(readers)}")
     return reader(path)
@@ -382,8 +384,6 @@ BLOCKS = {
 }
 """What the list of blocks is called inside ``model.base_model``, by family; ``layers`` in all others that were tried."""
 
-_HOOKPOINT = re.compile(r"(?:\w+\.)*(?:layers|h|blocks)\.(\d+)")
-
 
 def export_lm_eval(steering: Steering, path: str | Path, *, model: Mapping[str, Any], blocks: str | None = None) -> Path:
     """Write a steering for the steered models of lm-evaluation-harness, to measure what it does to other abilities.
@@ -449,42 +449,6 @@ def export_lm_eval(steering: Steering, path: str | Path, *, model: Mapping[str, 
     with atomic_write(path) as temporary:
         temporary.write_bytes(blob.getvalue())
     return path
-
-
-def read_lm_eval(path: str | Path) -> dict[int, np.ndarray]:
-    """Read what a steering file of lm-evaluation-harness adds.
-
-    Args:
-        path: A ``.pt`` file; nothing but tensors, numbers and strings is ever made of what it holds.
-
-    Returns:
-        For each layer coefficient times vector, ``(D,)`` float32; layers ascending.
-
-    Raises:
-        FormatError: Missing, broken, with objects in it, hook points that are no blocks, or entries that do not add.
-
-    Example:
-        >>> read_lm_eval("calm.pt")  # doctest: +SKIP
-        {18: array([ 0.0311, -0.1204, ...], dtype=float32)}
-    """
-    import torch
-
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        items = [(str(name), dict(entry)) for name, entry in content.items()]
-    except Exception as error:  # whatever a broken or hostile file makes the unpickler run into
-        raise FormatError(f"{path} is no steering file of tensors and numbers ({_first_line(error)}): export it again") from None
-    found: dict[int, np.ndarray] = {}
-    for name, entry in items:
-        match, vector = _HOOKPOINT.fullmatch(name), entry.get("steering_vector")
-        if not match:
-            raise FormatError(f"{path} acts at {name!r}, which is not the output of a block: affectlens steers blocks only")
-        if entry.get("action") != "add" or entry.get("bias") is not None or entry.get("head_index") is not None:
-            raise FormatError(f"{path} does not simply add at {name!r}: only additions to whole blocks can be imported")
-        if not isinstance(vector, torch.Tensor) or vector.ndim != 1 or not vector.is_floating_point():
-            raise FormatError(f"{path} has no vector at {name!r}: export it again")
-        found[int(match[1])] = vector.float().numpy() * np.float32(entry.get("steering_coefficient", 1.0))
-    return _checked(found, path)
 
 
 def _first_line(error: BaseException) -> str:

@@ -145,7 +145,7 @@ def import_vectors(
 
     Args:
         path: ``.npz`` or ``.safetensors`` with arrays ``layer_N__NAME (D,)``, or ``NAME (layers, D)`` with a row for each layer
-            of the model; or a control vector (``direction.N``) as ``.safetensors``, ``.gguf`` or ``.pt``.
+            of the model; or a control vector (``direction.N``) as ``.safetensors`` or ``.gguf``.
         engine: The model that the vectors belong to.
         convention: What a layer's number in the file means, see :data:`CONVENTIONS`. Nothing in such a file tells, and being off
             by one block is not noticed later, so it must be said.

@@ -21,6 +21,9 @@ from affectlens.sparse import SparseAutoencoder
 from affectlens.stats import Estimate, Null, bootstrap, bootstrap_each
 from affectlens.vectors import ConceptVectors, fit_means, group_means
 
+FEWEST = 3
+"""Texts of a concept, and others, below which nothing can be told: one text is told from all others by any of many features."""
+
 LISTED = 5
 """So many of the features that tell a concept's texts best are listed beside those of its sparse approximation."""
 
@@ -243,7 +246,7 @@ def compose(
 
     Raises:
         MismatchError: The vectors are of another width, or lack the layer.
-        FormatError: There is no text of a concept, or no others.
+        FormatError: Too few texts of a concept, or others, were read.
 
     Example:
         >>> print(compose(sae, vectors, observe(engine, sae, texts), names=["calm"])[0].explained[-1])   # doctest: +SKIP
@@ -252,8 +255,11 @@ def compose(
     sae.check(vectors)
     names = tuple(names or vectors.names)
     labels, topics = (np.array([getattr(text, key) for text in firing.texts], object) for key in ("concept", "topic"))
-    if lacking := [name for name in names if name not in set(labels) or len(set(labels)) < 2]:
-        raise FormatError(f"no texts of {lacking[0]!r}, or of no other concept, were read: give texts of both")
+    few = [name for name in names if not FEWEST <= (labels == name).sum() <= len(labels) - FEWEST]
+    if few:
+        raise FormatError(
+            f"{(labels == few[0]).sum()} of {len(labels)} texts are of {few[0]!r}: give {FEWEST} at least, and as many others"
+        )
     size = min(size, len(sae), sae.width)
     rng = np.random.default_rng([seed, 1107])  # not what somebody drew a dictionary from
     dictionary = sae.directions
