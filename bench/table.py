@@ -379,10 +379,10 @@ def alarms(result: dict[str, Any]) -> str:
         rate, held = shown(row["per_thousand"]), f"{low} to {high} ({least} to {most}) of {row['held_out']}"
         lines.append(f"| `{row['rule']}` | {rate} | {held} | {row['came']} | {found} | {tokens} |")
     n, splits = len(result["rules"]), result["splits"]
+    shares = {key: f"{100 * share:.1f} % (wanted: 95)" for key, share in splits.items()}
     summary = (
-        f"Inside what was expected: {inside['expected']} of {n} rules alone, {inside['jointly']} of {n} jointly. "
-        f"Over a thousand random halves of the same dialogues: alone in {100 * splits['alone']:.1f} % (wanted: 95), "
-        f"all {n} jointly in {100 * splits['jointly']:.1f} % (wanted: 95)."
+        f"Inside what was expected: {inside['expected']} of {n} rules alone, {inside['jointly']} of {n} jointly. Over a thousand "
+        f"random halves of the same dialogues: alone in {shares['alone']}, all {n} jointly in {shares['jointly']}."
     )
     return "\n".join([*lines, "", summary])
 

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+import families
 from affectlens import browse
 from affectlens.actions import Call, Log, Policy, Steer, Stop
 from affectlens.baseline import FEW, GAP, OTHER, Baseline, Sums, neutral_dialogues, spoken, talk_id
 from affectlens.conversations import Conversation
-from affectlens.engine import Layout, Request, Sampling, Where
+from affectlens.engine import Layout, Request, Sampling, Where, open_engine
 from affectlens.engines.toy import ToyEngine
 from affectlens.errors import AffectlensError, FormatError, MismatchError, RuleError, UnknownName
 from affectlens.monitor import EVERY, Monitor
@@ -374,6 +375,16 @@ def test_steering_from_the_first_token(vectors: ConceptVectors, baseline: Baseli
     assert stream.text == ENGINE.generate([QUIET], sampling=Sampling(max_tokens=80, seed=3), steering=steering)[0]
 
 
+def test_steering_behind_a_prefill_that_no_rule_looks_at(vectors: ConceptVectors, baseline: Baseline) -> None:
+    monitor = Monitor(vectors, baseline, rules=[Policy(parse("user.calm > -50"), (Steer((("sad", 0.5),)),))])
+    tokens, stream = replay(monitor, QUIET, prefill=" the old door")
+    assert stream.text.startswith(" the old door") and "".join(t.text for t in tokens) == stream.text.removeprefix(
+        " the old door"
+    )
+    reply = np.flatnonzero(stream.trace.of("assistant"))
+    assert stream.trace.layout.text.endswith(stream.text) and np.isnan(stream.trace.steered[reply[:2]]).all()
+
+
 def test_callables_get_alerts_and_cannot_break_the_reply(
     vectors: ConceptVectors, baseline: Baseline, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -397,6 +408,44 @@ def test_prefill_plain_prompts_and_transcripts(vectors: ConceptVectors, baseline
     base = ToyEngine(template=False)
     stream = monitor.stream(base, QUIET, sampling=Sampling(max_tokens=4))
     assert len(list(stream)) == 4 and stream.trace.format == "plain transcript"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_real_tokenizer_and_a_cache(family: str, tmp_path: Path) -> None:
+    """With transformers, where words may be cut into other tokens when they are read again."""
+    engine = open_engine(str(families.save(family, tmp_path / family)))
+    info = engine.info
+    rng, layers = np.random.default_rng(0), tuple(range(info.n_layers))
+    directions = rng.normal(size=(len(layers), 3, info.width)).astype(np.float32)
+    directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
+    ones = np.ones((len(layers), 3), np.float32)
+    vectors = ConceptVectors(
+        names=("a", "b", "c"), layers=layers, layer=0, directions=directions, norms=ones,
+        centre=np.zeros((len(layers), info.width), np.float32), residual_norms=ones[:, 0], neutral=(),
+        baseline=np.stack([0 * ones, ones], axis=-1), stability=ones, counts=np.full(3, 9), model={"id": info.id},
+    )  # fmt: skip
+    talks = [Conversation(str(i), (("user", f"what is {i}"), ("assistant", f"it is {i} and {i + 1}"))) for i in range(12)]
+    template = info.template is not None
+    baseline = Baseline.measure(engine, talks, probe=Probe(vectors, template=template), source="a dozen")
+    rules = ["gap(c) > -50 cooldown 3 tokens", "user.b > -50", "b > 0 until b < -1 cooldown 2 tokens"]
+    steer = Policy(parse("a > -50 for 5 tokens"), (Steer((("b", 3.0),)),))
+    asked = (("user", "what is it"),)
+    drawn = (Request(asked, transcript=not template, sampling=Sampling(max_tokens=40, seed=seed)) for seed in range(50))
+    long = next(n for n, result in enumerate(engine.run(drawn)) if result.finish == "length")
+    for policies in (rules, [*rules, steer]):
+        monitor = Monitor(vectors, baseline, rules=policies)
+        stream = monitor.stream(engine, asked, sampling=Sampling(max_tokens=40, seed=long))
+        tokens = list(stream)
+        assert "".join(token.text for token in tokens) == stream.text and stream.trace is not None
+        trace = stream.trace
+        assert {alert.rule for alert in trace.alerts} >= {*rules[:2]} and np.isfinite(trace.scores[trace.of("assistant")]).all()
+        assert all(0 <= alert.token < len(trace) for alert in trace.alerts)
+        live = {token.position: token.scores for token in tokens if np.isfinite(token.scores).all()}
+        if policies is rules:
+            np.testing.assert_allclose([trace.scores[p] for p in live], list(live.values()), atol=1e-3)
+    assert any(token.steering for token in tokens) and trace.steered is not None
+    own = np.isfinite(trace.steered).all(axis=1)
+    assert own.sum() > 20 and (trace.steered[own, 1] - trace.scores[own, 1]).mean() > 0.5
 
 
 def test_closing_early(vectors: ConceptVectors, baseline: Baseline) -> None:

@@ -359,10 +359,9 @@ class Stream(Iterator[Token]):
                 for cell, row in zip(kept, self._baseline.z(side, ["assistant"] * len(kept), other=True), strict=True):
                     cell.other = row
             self._report_steered(kept)
-        if late and self.text.strip():
-            start = self._said[0].span[0]
-            said = self._layout.text[start:]
-            start += len(said) - len(said.lstrip())
+        if late and self._reply().strip():
+            said = self._reply()
+            start = _reply_start(self._layout) + len(said) - len(said.lstrip())
             (result,) = self._engine.run([Request(said.strip(), readouts=self._probe.readouts[:1])])
             spans = [(max(cell.span[0] - start, 0), max(cell.span[1] - start, 0)) for cell in late]
             visible = self._baseline.spreads["text"].z(carried_over(spans, result.layout.offsets, self._probe.scores(result)[0]))
@@ -383,8 +382,7 @@ class Stream(Iterator[Token]):
 
     def _reply(self) -> str:
         """The words of the reply, those that may yet be the beginning of a stop string included."""
-        assert self._layout is not None
-        return self._layout.text[self._said[0].span[0] :] if self._said else self.text
+        return self.text if self._layout is None else self._layout.text[_reply_start(self._layout) :]
 
     # ── alarms ──
 
@@ -419,7 +417,7 @@ class Stream(Iterator[Token]):
                 for name, strength in action.add if isinstance(action, Steer) else ():
                     mixture = mixture + strength * vectors[name]
         self._added = str(mixture)
-        if not self._said:
+        if not self._reply():
             # The first token of the reply is drawn at the reply position.
             self._steering = mixture.at(Where(part="prompt", last=1)) + mixture.at(Where(part="response"))
             return replace(self._request, steering=self._steering)
@@ -478,6 +476,11 @@ class Stream(Iterator[Token]):
         places = zip(self.alerts, self._spans, strict=True)
         alerts = tuple(replace(alert, token=_place(alert.token, span, whole.layout)) for alert, span in places)
         self.trace = replace(self._baseline.standardise(trace), alerts=alerts)
+
+
+def _reply_start(layout: Layout) -> int:
+    """Where the words of the reply begin in the text."""
+    return layout.offsets[layout.n_prompt][0] if len(layout) > layout.n_prompt else len(layout.text)
 
 
 def _place(token: int, span: tuple[int, int], layout: Layout) -> int:
