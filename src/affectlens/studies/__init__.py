@@ -317,6 +317,7 @@ STUDIES: tuple[str, ...] = (
     "lasting",
     "transcripts",
     "checkpoints",
+    "calibration",
 )
 """Names of all studies, in the order of the report. Each is the module of that name with a ``STUDY`` object."""
 
