@@ -33,6 +33,7 @@ OPTIONS = {
         [*MAKING, "--base", "--conversations", "--corpus", "--draws", "--labels", "--only", "--texts", "--vectors"]
     ),
     "discover": MAKING,
+    "calibrate": ["--device", "--draws", "--dtype", "--json", "--model", "--perplexity", "--quick", "--seed"],
     "steer": [
         "--add", "--allow", "--compare", "--device", "--dtype", "--json", "--layer", "--max-tokens", "--model", "--plain",
         "--seed", "--temperature",
@@ -50,6 +51,7 @@ OPTIONS = {
 ARGUMENTS = {
     "study": ["model"],
     "discover": ["model"],
+    "calibrate": ["vectors"],
     "steer": ["vectors", "prompt"],
     "score": ["vectors", "file"],
     "browse": ["vectors", "file"],

@@ -34,8 +34,10 @@ NOUNS = (
     "conversations",
     "space",
     "search",
+    "calibration",
+    "effects",
 )
-VERBS = ("discovery", "pipeline", "audit", "studies")
+VERBS = ("discovery", "pipeline", "audit", "studies", "calibrate")
 DOORS = ("cli", "report", "browse", "pages")
 ENGINES = tuple(name for name in MODULES if name.startswith("engines."))
 STUDIES = tuple(name for name in MODULES if name.startswith("studies."))
@@ -107,7 +109,7 @@ def test_nouns_import_nouns(noun: str) -> None:
     assert ours(noun) & {*VERBS, *DOORS, *ENGINES, *STUDIES} <= allowed
 
 
-@pytest.mark.parametrize("verb", ["discovery", "pipeline", "studies", "audit", *AUDIT])
+@pytest.mark.parametrize("verb", ["discovery", "pipeline", "studies", "audit", "calibrate", *AUDIT])
 def test_verbs_import_no_backend_and_no_door(verb: str) -> None:
     doors = {"report", "browse"} if verb == "pipeline" else set()  # the main job ends in a report and a page
     assert ours(verb, typing=True) & {"engines", *ENGINES, *DOORS} <= doors

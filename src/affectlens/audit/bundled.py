@@ -41,7 +41,10 @@ def bundled_file(file: Path, read: Sequence[Record], concepts: ConceptSet) -> li
         return _blind(file, read, concepts)
     checks = list(check_fields(file.name, read, _LAYOUTS[kind], concepts))
     if not checks[0].faults:  # what follows relies on the fields
-        checks += [*_COUNTS[kind](file.name, read, concepts), *check_repetition(file.name, read, openings=kind not in ("ladders", "openings"))]
+        checks += [
+            *_COUNTS[kind](file.name, read, concepts),
+            *check_repetition(file.name, read, openings=kind not in ("ladders", "openings")),
+        ]
     return checks
 
 

@@ -14,9 +14,8 @@ final norm and an unembedding. What it knows is planted, so every study has a ri
 * ``fever-40`` is worse than ``fever-20``, ``exam-40`` better than ``exam-20``; the number of a ``page-40`` means nothing.
 * A concept's direction is valence and arousal axes times its place on the circumplex, plus a part of its own.
 * The unembedding promotes a concept's name and cue words along its direction.
-* With ``acts=(layer, limit)`` what it says depends on one layer: the block behind it hears what emotion the stream carries there
-  and voices it in directions of their own, which alone are unembedded. Every block up to there forgets half of it, and more of it
-  than ``limit`` times the mean residual norm makes the model babble. So there is a best layer to steer at, and a strength.
+* With ``bears=(layer, limit)`` it stands changes of a token's residual by up to ``limit`` times its ordinary norm at that layer, at
+  other layers by a quarter of it; beyond, it babbles. So there is a best layer to steer at, and a largest strength.
 * The beginning-of-sequence token is an attention sink: its norm is a hundred times that of words. Nothing reads it.
 * It knows no English, so it brings texts of its own for the studies to read (:mod:`affectlens.engines.toy_texts`).
 * Asked for stories (a prompt with ``[story 1]`` or ``[dialogue 1]`` in it) it does not sample but recites: blocks of words of a
@@ -170,10 +169,10 @@ class ToyEngine(Engine):
         tone: Concept to strength of a constant component at every token from layer 1 on: another checkpoint of the same model,
             tuned towards a tone.
         drift: How far the tokens' own parts have wandered from those of the model: another checkpoint without a tone.
-        acts: At which layer steering acts, and up to which strength; None for a model that unembeds what the stream carries.
+        bears: The layer that bears steering best, and how much of it; None for a model that never breaks.
 
     Raises:
-        EngineError: There is no concept, or there are too many to give them a voice.
+        EngineError: There is no concept.
         UnknownName: A tone names no concept.
 
     Example:
@@ -195,7 +194,7 @@ class ToyEngine(Engine):
         coupled: bool = False,
         tone: Mapping[str, float] | None = None,
         drift: float = 0.0,
-        acts: tuple[int, float] | None = None,
+        bears: tuple[int, float] | None = None,
     ) -> None:
         self.concepts = {name: tuple(cues) for name, cues in (concepts or {n: w.split() for n, w in CUES.items()}).items()}
         if not self.concepts:
@@ -205,15 +204,13 @@ class ToyEngine(Engine):
         self._effect = effect
         if unknown := [name for name in tone or {} if name not in self.concepts]:
             raise UnknownName("concept", unknown[0], self.concepts)
-        self._acts = acts
-        checkpoint = (effect, coupled, sorted((tone or {}).items()), drift, *([acts] if acts else []))
+        self._bears = bears
+        checkpoint = (effect, coupled, sorted((tone or {}).items()), drift, *([bears] if bears else []))
         settings = repr((sorted(self.concepts.items()), seed, checkpoint, N_LAYERS, WIDTH, OWN, SIGNAL, GAIN, DECAY))
         self._rng = np.random.default_rng([seed, 20261])
         self.truth, self._carried = self._plant()
         self._other, self._untold = (self._carried, self._carried) if coupled else self._copies(seed)
         self._build_words()
-        if acts:
-            self._give_voice()
         self._tone = np.zeros(WIDTH, np.float32)
         for name, strength in (tone or {}).items():
             self._tone += np.float32(strength * 4 * sum(OWN[:4])) * self.truth[name][0]
@@ -268,20 +265,6 @@ class ToyEngine(Engine):
         first, second = (carried @ nuisance.T @ nuisance + emotions @ axes.T @ copy for copy in copies)
         return first.astype(np.float32), second.astype(np.float32)
 
-    def _give_voice(self) -> None:
-        """Let the unembedding read emotions from directions of their own, and babble from another one."""
-        nuisance = self.truth.nuisance.astype(np.float64)
-        carried = self._carried - self._carried @ nuisance.T @ nuisance
-        self._heard = np.linalg.svd(carried)[2][: np.linalg.matrix_rank(carried, tol=1e-3)].astype(np.float32)
-        taken = np.concatenate([nuisance, self._heard, self._other, self._untold])
-        spare = np.linalg.svd(taken)[2][np.linalg.matrix_rank(taken, tol=1e-3) :].astype(np.float32)
-        if len(spare) <= len(self._heard):
-            raise EngineError(f"{len(self.concepts)} concepts leave no room for a voice: give fewer, or leave acts out")
-        self._voice, self._babble = spare[: len(self._heard)], spare[len(self._heard)]
-        emotional = self._unembedding @ self._heard.T
-        self._unembedding += emotional @ (self._voice - self._heard)
-        self._unembedding[[self._ids[" so"], self._ids[" but"]]] += 2 * self._babble
-
     def _build_words(self) -> None:
         """Ids, embeddings and unembedding. Words come with and without a space before them and a capital, as in real BPE."""
         directions, nuisance = self.truth.directions[0], self.truth.nuisance
@@ -328,6 +311,11 @@ class ToyEngine(Engine):
         self._unembedding = (0.12 * self._rng.normal(size=(size, WIDTH)) + 0.35 * promoted).astype(np.float32)
         self._bias = np.full(size, -30, np.float32)
         self._bias[: len(forms)] = [bias for _, _, bias in forms]
+        self._babble = np.zeros(WIDTH, np.float32)
+        if self._bears:  # what it says when it breaks, on an axis that carries nothing
+            spare = np.linalg.svd(np.concatenate([self._carried, self._other, self._untold]))[2][-1]
+            self._babble = 80 * spare.astype(np.float32)
+            self._unembedding[[self._ids[" so"], self._ids[" but"]]] += 2 * spare.astype(np.float32)
 
     # ── text to tokens ──
 
@@ -413,28 +401,22 @@ class ToyEngine(Engine):
         late, people = self._understood(every, memory)
         h = OWN[0] * own + SIGNAL[0] * signal
         stream, read = [h], []
-        voiced = np.zeros_like(h)
         for layer in range(N_LAYERS):
-            if self._acts and layer <= self._acts[0]:  # what was carried so far is half forgotten
-                carried = (h - sum(OWN[: layer + 1]) * own) @ self._heard.T
-                h = h - carried / 2 @ self._heard
             read.append(np.concatenate([memory.read[layer], h @ self._carried.T]))
             context = sum(share @ read[-1] @ copy for share, copy in heard)
             signal = late if layer == LATE else signal
             h = h + OWN[layer + 1] * own + SIGNAL[layer + 1] * signal + GAIN[layer + 1] * context
             h = h + (self._tone if 0 < layer < N_LAYERS - 1 else 0) / (N_LAYERS - 2)
-            h = h + voiced if layer == N_LAYERS - 1 else h  # said by the last block
+            before_steering = h.copy() if self._bears else h
             pushes, pins = steering.at_layer(layer)
             for push in pushes:
                 h[masks[push.where]] += push.vector
             for pin in pins:
                 rows = masks[pin.where]
                 h[rows] += (pin.amount * (pin.target - h[rows] @ pin.basis.T)) @ pin.dual.T
-            if self._acts and layer <= self._acts[0]:
-                at, limit = self._acts
-                carried = (h - sum(OWN[: layer + 2]) * own) @ self._heard.T
-                too_much = np.linalg.norm(carried, axis=1) > limit * 4 * sum(OWN[: layer + 2])
-                voiced += 80 * too_much[:, None] * self._babble + (layer == at) * carried @ self._voice
+            if self._bears:
+                limit = self._bears[1] * (1.0 if layer == self._bears[0] else 0.25) * ordinary_norm(layer)
+                h = h + (np.linalg.norm(h - before_steering, axis=1) > limit)[:, None] * self._babble
             stream.append(h)
         return np.stack(stream), _Memory(every, np.stack(read), speaker, speakers, people)
 
@@ -637,6 +619,16 @@ class ToyEngine(Engine):
         text = "".join(blocks).removeprefix(request.prefill.strip())
         ids, spans = self._encode(text)
         return [(i, text[a:b]) for i, (a, b) in zip(ids, spans, strict=True)]
+
+
+def ordinary_norm(layer: int) -> float:
+    """Norm of a token that means nothing, which is about the mean residual norm.
+
+    Example:
+        >>> round(ordinary_norm(0), 2)
+        4.8
+    """
+    return 4 * sum(OWN[: layer + 2])
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -201,7 +201,7 @@ def _openings(w: _Writer) -> list[dict[str, Any]]:
     return [
         {"id": f"{kind}-{i}", "kind": kind, "text": w.plain(14), "prefill": prefill, "held_out": i % 2 == 1}
         for kind, prefill in prefills.items()
-        for i in range(12)
+        for i in range(8)
     ]
 
 

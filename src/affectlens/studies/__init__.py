@@ -288,7 +288,7 @@ class Study(Protocol):
     question: str
     version: int
     uses: tuple[str, ...]
-    """What its outcome depends on beside the vectors: fields of :class:`Sources`, and ``base``."""
+    """What its outcome depends on beside the vectors: fields of :class:`Sources`, ``base`` and ``calibration``."""
 
     def requests(self, bench: Bench) -> Sequence[Request]:
         """What :meth:`run` will ask of :meth:`Bench.read`: empty when nothing is read or a condition is missing."""

@@ -14,7 +14,7 @@ Declared before any data is seen:
 * **Safe range.** Of every emotion at that layer and in both directions: the last of the strengths tried, in equal steps, up to which
   the upper end (95 %, one-sided, over texts) of the perplexity's factor keeps the bound; then stepped down until replies do.
 * **Controls.** Directions of the same length: random ones, and vectors of the same stories with concepts dealt at random.
-* **Nulls.** Each emotion gets a control direction at random. For the choice of a layer: any other layer in its place.
+* **Nulls.** Each emotion gets a control direction at random. For the choice of a layer: layers exchanged within each emotion.
 * **Intervals.** Bootstrap over the emotions that did not choose.
 * **Conditions.** A model; residual norms; six emotions; six openings that are not held out; three neutral texts.
 
@@ -54,8 +54,8 @@ NAME = "calibration"
 FEW, FEW_OPENINGS, FEW_TEXTS = 6, 6, 3
 STRENGTHS = (0.05, 0.1, 0.2, 0.4)
 """Tried at every layer, to find where it reaches the bound."""
-STEPS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-"""Of the strength at which the chosen layer reaches the bound: tried for every emotion."""
+STEPS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
+"""Of the strength at which the chosen layer reaches the bound: tried for every emotion. A quick look tries every second."""
 TEXTS, REPLIES, TOKENS = 8, 3, 32
 """Neutral texts; replies to each steering, and their length."""
 LAYERS_QUICK, TEXTS_QUICK = 6, 4
@@ -163,7 +163,9 @@ def _plan(bench: Bench, bounds: Bounds) -> _Plan | str:
             return f"{n} {what}: {least} {'is' if least == 1 else 'are'} needed."
     layers = vectors.layers
     if bench.quick:  # the first layers hold words and not meanings: the few are spread over the rest
-        layers = tuple(layers[i] for i in np.unique(np.linspace(len(layers) // 4, len(layers) - 1, LAYERS_QUICK).round().astype(int)))
+        layers = tuple(
+            layers[i] for i in np.unique(np.linspace(len(layers) // 4, len(layers) - 1, LAYERS_QUICK).round().astype(int))
+        )
     return _Plan(bench, bounds, names, asked, events, tuple(pieces), layers, names if bench.quick else vectors.names)
 
 
@@ -270,7 +272,9 @@ def _safe(plan: _Plan, layer: int, strengths: Sequence[float]) -> tuple[dict[str
             steps[i, side] -= not ok
         open_ = [at for at, ok in zip(open_, kept, strict=True) if not ok and steps[at]]
     reached = np.array([0.0, *strengths])[steps] * np.array([-1.0, 1.0])
-    return {name: (float(low), float(high)) for name, (low, high) in zip(plan.every, reached + 0.0, strict=True)}, factors.mean(-1)
+    return {name: (float(low), float(high)) for name, (low, high) in zip(plan.every, reached + 0.0, strict=True)}, factors.mean(
+        -1
+    )
 
 
 def _measure(plan: _Plan) -> Outcome:
@@ -283,7 +287,7 @@ def _measure(plan: _Plan) -> Outcome:
     allowed = allowed if allowed.any() else np.ones(len(allowed), dtype=bool)
     best = int(np.where(allowed, effects[:, ::2].mean(axis=1), -np.inf).argmax())
     layer, full = plan.layers[best], compared["strength"][best]
-    strengths = [round(step * full, 4) for step in STEPS]
+    strengths = [round(step * full, 4) for step in (STEPS[1::2] if bench.quick else STEPS)]
     safe, factors = _safe(plan, layer, strengths)
     common = float(np.median([safe[name][1] for name in plan.names]))
     narrowest = tuple(float(f(end)) for f, end in zip((max, min), zip(*safe.values(), strict=True), strict=True))
@@ -393,7 +397,9 @@ def _findings(
 
     estimate = stats.bootstrap(lambda rows: float(mine[rows].mean()), len(mine), unit="nats", **options)
     random = random_directions(CONTROLS, bench.vectors.directions.shape[-1], seed=bench.seed)
-    findings = [CLAIMS["effect"].tested(estimate, against(random, "random directions of equal length"), estimate.low > 0, f"{where}.")]
+    findings = [
+        CLAIMS["effect"].tested(estimate, against(random, "random directions of equal length"), estimate.low > 0, f"{where}.")
+    ]
     shuffled = shuffled_directions(bench.activations, bench.vectors, layer=layer, n=CONTROLS, seed=bench.seed)
     if shuffled is None:
         findings.append(CLAIMS["shuffled"].untestable("There are no activations of the stories to deal at random."))
@@ -411,11 +417,11 @@ def _layer_finding(plan: _Plan, stated: np.ndarray, best: int, options: Mapping[
     gain = stated - stated.mean(axis=0)
     estimate = stats.bootstrap(lambda rows: float(gain[best, rows].mean()), gain.shape[1], unit="nats", **options)
     null = stats.permutation_null(
-        lambda i: float(gain[i].mean()),
+        lambda layers: float(gain[layers, np.arange(gain.shape[1])].mean()),
         estimate.value,
-        permute=lambda rng: rng.integers(len(gain)),
+        permute=lambda rng: rng.integers(len(gain), size=gain.shape[1]),
         side="greater",
-        kind="any layer in its place",
+        kind="layers exchanged within each emotion",
         **options,
     )
     note = (

@@ -68,7 +68,9 @@ def _dose(data: Mapping[str, Any]) -> go.Figure:
     each = np.array(list(data["perplexity"].values()))
     for name, values in data["perplexity"].items():
         thin = {"color": GREY, "width": 1}
-        grid.add_scatter(x=x, y=whole(values, 1.0), name=name, mode="lines", line=thin, opacity=0.5, showlegend=False, row=1, col=2)
+        grid.add_scatter(
+            x=x, y=whole(values, 1.0), name=name, mode="lines", line=thin, opacity=0.5, showlegend=False, row=1, col=2
+        )
     middle = np.round(np.median(each, axis=0), 4).tolist()
     grid.add_scatter(x=x, y=whole(middle, 1.0), name="median", mode="lines", line={"color": RED, "width": 2.4}, row=1, col=2)
     grid.add_hline(y=data["bounds"]["perplexity"], line={"color": GREY, "dash": "dash", "width": 1}, row=1, col=2)
