@@ -245,11 +245,11 @@ def _engine(model: str, *, device: str, dtype: str) -> Engine:
 @click.option("--quick", is_flag=True, help="Compare six layers, and measure the safe ranges of twelve emotions.")
 @click.option("--draws", type=click.IntRange(100), default=1000, show_default=True, help="Resamples and permutations.")
 @shared("model", "device", "dtype", "seed", "json")
-def calibrate(vectors: Path, perplexity: float | None, quick: bool, draws: int, as_json: bool, **options: Any) -> None:
+def calibrate(vectors: Path, perplexity: float, quick: bool, draws: int, as_json: bool, **options: Any) -> None:
     """Find out where and how strongly VECTORS should steer, and keep it beside them.
 
-    From then on they steer at the calibrated layer, are read at the layer that tells held-out stories apart best, and warn outside
-    the safe range. VECTORS is a folder; resumes where it stopped.
+    From then on they steer at the calibrated layer, are read at the layer that tells held-out stories apart best, and steer warns
+    outside the safe range. VECTORS is a folder; resumes where it stopped.
     """
     from affectlens.calibrate import calibrate as measure
     from affectlens.calibration import Bounds
@@ -258,11 +258,10 @@ def calibrate(vectors: Path, perplexity: float | None, quick: bool, draws: int, 
     from affectlens.runs import provenance
     from affectlens.vectors import ConceptVectors, vectors_folder
 
-    bounds = Bounds(perplexity) if perplexity else Bounds()
     folder = vectors_folder(vectors)
     name = options["model"] or str(ConceptVectors.load(folder, calibrated=False).model["id"])
     engine = _engine(name, device=options["device"], dtype=options["dtype"])
-    loaded, outcome = measure(engine, folder, bounds=bounds, quick=quick, draws=draws, seed=options["seed"])
+    loaded, outcome = measure(engine, folder, bounds=Bounds(perplexity), quick=quick, draws=draws, seed=options["seed"])
     found = loaded.calibration
     assert found is not None  # measure() raises otherwise
     command = click.get_current_context().obj
@@ -290,8 +289,8 @@ def calibrate(vectors: Path, perplexity: float | None, quick: bool, draws: int, 
     "--add",
     "added",
     required=True,
-    help="Mixture, for example calm=0.05,desperate=-0.05 (multiples of the mean residual norm); of calibrated vectors a name alone "
-    "stands for its largest safe strength.",
+    help="Mixture, for example calm=0.05,desperate=-0.05 (multiples of the mean residual norm); of calibrated vectors a name "
+    "alone stands for its largest safe strength.",
 )
 @click.option("--compare", is_flag=True, help="Print the unsteered reply beside the steered one, and what both read.")
 @click.option("--max-tokens", type=click.IntRange(1), default=80, show_default=True)
@@ -313,12 +312,8 @@ def steer(vectors: str, prompt: str, added: str, compare: bool, **options: Any) 
     scores = _scores_of(engine, loaded, text, answers) if compare else {}
     if options["as_json"]:
         named = {name: dict(zip(loaded.names, row.round(6).tolist(), strict=True)) for name, row in scores.items()}
-        plain = {
-            "prompt": prompt,
-            "steering": str(mixture),
-            **answers,
-            **({"layer": loaded.layer, "scores": named} if compare else {}),
-        }
+        plain: dict[str, Any] = {"prompt": prompt, "steering": str(mixture), **answers}
+        plain |= {"layer": loaded.layer, "scores": named} if compare else {}
         click.echo(json.dumps(plain, ensure_ascii=False, indent=1))
     elif compare:
         _print_beside(mixture, answers, scores, loaded)
@@ -364,16 +359,16 @@ def _print_beside(
     def read(name: str) -> Text:
         if name not in scores:
             return Text("no words to read")
-        best = [vectors.names[i] for i in scores[name].argsort()[::-1][:top]]
+        best = [vectors.names[i] for i in scores[name].argsort()[::-1][:5]]
         shown = [f"{concept} {scores[name][vectors.index(concept)]:+.3f}" for concept in dict.fromkeys([*added, *best])]
         return Text(", ".join(shown))
 
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_lines=True)
-    for heading in ("nothing added", str(mixture)):
+    for heading in ("unsteered: nothing added", f"steered: {mixture}"):
         grid.add_column(Text(heading), ratio=1, overflow="fold")
-    grid.add_row(
-        *(Text("".join(c if c.isprintable() or c == "\n" else " " for c in answers[n].strip())) for n in ("unsteered", "steered"))
-    )
+    # Escape sequences would drive the terminal.
+    said = {name: "".join(c if c.isprintable() or c == "\n" else " " for c in text.strip()) for name, text in answers.items()}
+    grid.add_row(Text(said["unsteered"]), Text(said["steered"]))
     grid.add_row(read("unsteered"), read("steered"))
     Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False).print(grid)
     click.echo(f"readings: centred cosine of the words at layer {vectors.layer}, read again with nothing added", err=True)

@@ -276,7 +276,8 @@ def push_to_hub(
     """Upload vectors to a model repository on the Hugging Face Hub; it is made if there is none.
 
     Args:
-        vectors: What to upload: ``vectors.safetensors``, ``config.json``, the card ``README.md`` and a calibration; other files there stay.
+        vectors: What to upload: ``vectors.safetensors``, ``config.json``, the card ``README.md`` and the calibration, if there is
+            one; other files there stay.
         repo: ``org/name``, or ``name`` for your own.
         private: Make a private repository, and refuse to upload to one that is public.
         token: A Hub token that may write; default: ``HF_TOKEN`` or what ``hf auth login`` stored.

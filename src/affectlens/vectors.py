@@ -463,7 +463,7 @@ class ConceptVectors:
                 neutral=tuple(np.split(tensors.pop("neutral"), ends)),
                 model=dict(config["model"]),
                 method=dict(config["method"]),
-                **tensors,
+                **tensors,  # type: ignore[arg-type]
             )
             fits = vectors.directions.shape[:2] == (len(vectors.layers), len(vectors)) and vectors.layer in vectors.layers
         except (KeyError, TypeError, ValueError):

@@ -14,8 +14,8 @@ final norm and an unembedding. What it knows is planted, so every study has a ri
 * ``fever-40`` is worse than ``fever-20``, ``exam-40`` better than ``exam-20``; the number of a ``page-40`` means nothing.
 * A concept's direction is valence and arousal axes times its place on the circumplex, plus a part of its own.
 * The unembedding promotes a concept's name and cue words along its direction.
-* With ``bears=(layer, limit)`` it stands changes of a token's residual by up to ``limit`` times its ordinary norm at that layer, at
-  other layers by a quarter of it; beyond, it babbles. So there is a best layer to steer at, and a largest strength.
+* With ``bears=(layer, limit)`` it stands a change of a token's residual of up to ``limit`` times the ordinary norm at that layer,
+  at others of a quarter of it; beyond, it babbles. So there is a best layer to steer at, and a largest strength.
 * The beginning-of-sequence token is an attention sink: its norm is a hundred times that of words. Nothing reads it.
 * It knows no English, so it brings texts of its own for the studies to read (:mod:`affectlens.engines.toy_texts`).
 * Asked for stories (a prompt with ``[story 1]`` or ``[dialogue 1]`` in it) it does not sample but recites: blocks of words of a

@@ -2,8 +2,8 @@
 
 Declared before any data is seen:
 
-* **Effect.** Log-probability of an emotion's own word as the next one behind an opening ("I feel …") minus the mean over the words
-  of the other emotions, with steering minus without, in nats: at most twelve emotions, the published ones where they have vectors.
+* **Effect.** Log-probability of an emotion's own word as the next one behind an opening ("I feel …") minus the mean over the
+  words of the other emotions, with steering minus without, in nats. At most twelve emotions: the published ones that have vectors.
 * **Cost.** Factor of the perplexity of neutral text; repetition and distinct pairs of words in replies to open questions. The
   bounds (:class:`affectlens.calibration.Bounds`) are fixed beforehand. Every token is steered, as a user's steering does.
 * **Comparing layers.** At equal cost: each layer at the strength at which neutral text reaches the bound of the perplexity,
@@ -11,8 +11,8 @@ Declared before any data is seen:
 * **Choosing the layer.** The largest effect of one half of the emotions behind one half of the openings, among the layers whose
   replies keep their bounds (among all when none does). What is stated of it comes from the other half of both. Openings that are
   held out are not touched here: the continuation study has them.
-* **Safe range.** Of every emotion at that layer and in both directions: the last of the strengths tried, in equal steps, up to which
-  the upper end (95 %, one-sided, over texts) of the perplexity's factor keeps the bound; then stepped down until replies do.
+* **Safe range.** Of every emotion at that layer, in both directions: the last of the strengths tried, in equal steps, up to
+  which the upper end (95 %, one-sided, over texts) of the perplexity's factor keeps the bound; then stepped down until replies do.
 * **Controls.** Directions of the same length: random ones, and vectors of the same stories with concepts dealt at random.
 * **Nulls.** Each emotion gets a control direction at random. For the choice of a layer: layers exchanged within each emotion.
 * **Intervals.** Bootstrap over the emotions that did not choose.
@@ -62,15 +62,21 @@ LAYERS_QUICK, TEXTS_QUICK = 6, 4
 CONTROLS, AT_EACH_LAYER = 24, 4
 
 _ABOVE = f"holds: p <= {ALPHA} and the interval above 0; weak: p <= {ALPHA} only; fails: otherwise"
+_BEYOND = f"holds: p <= {ALPHA} and the interval above the band of the control; weak: p <= {ALPHA} only; fails: otherwise"
 CLAIMS = {
     claim.id: claim
     for claim in (
-        Claim(NAME, "effect", "Within the safe range steering raises an emotion's own word above other emotions' words", _ABOVE,
-              figure="layers"),
-        Claim(NAME, "shuffled", "It does so more than vectors of stories whose emotions were dealt at random", _ABOVE, figure="dose"),
-        Claim(NAME, "layer", "The chosen layer steers better than other layers do at equal cost", _ABOVE, figure="layers"),
+        Claim(
+            NAME,
+            "effect",
+            "Within the safe range steering raises an emotion's own word above others' words",
+            _BEYOND,
+            figure="dose",
+        ),
+        Claim(NAME, "shuffled", "It does so more than vectors of stories with emotions dealt at random", _BEYOND, figure="dose"),
+        Claim(NAME, "layer", "The chosen layer steers better than others do at equal cost", _ABOVE, figure="layers"),
     )
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ class _Plan:
         return np.asarray(text_losses(self.bench.read, self.pieces, steerings) - self.losses)
 
     def replies(self, steerings: Sequence[Steering]) -> np.ndarray:
-        """Repetition and distinct pairs in replies, mean over open questions, minus those without steering: ``(steerings, 2)``."""
+        """Repetition and distinct pairs in replies, minus those without steering, means over questions: ``(steerings, 2)``."""
         asked = [Steering(), *steerings]
         requests = [
             event.request(steering=s, sampling=Sampling(TOKENS, top_p=0.95, seed=i), plain=self.bench.plain)
@@ -189,8 +195,8 @@ class CalibrationStudy:
         """Measure.
 
         Args:
-            bench: Needs ``engine``; ``activations`` for the control of shuffled concepts. ``quick`` compares six layers and measures
-                the safe ranges of the emotions whose words are asked for, the others taking the narrowest of them.
+            bench: Needs ``engine``; ``activations`` for the control of shuffled concepts. ``quick`` compares six layers and
+                measures the safe ranges of the emotions whose words are asked for, the others taking the narrowest of them.
 
         Returns:
             Findings, tables over layers and over emotions, the data of four figures; ``data["calibration"]`` is what a
@@ -280,7 +286,6 @@ def _safe(plan: _Plan, layer: int, strengths: Sequence[float]) -> tuple[dict[str
 def _measure(plan: _Plan) -> Outcome:
     bench, vectors = plan.bench, plan.bench.vectors
     options: dict[str, Any] = {"draws": bench.draws, "seed": bench.seed}
-    own = np.arange(len(plan.names))
     compared = _layers(plan)
     effects, replies = np.stack(compared["effects"]), np.stack(compared["replies"])
     allowed = plan.keeps(replies)
@@ -293,7 +298,7 @@ def _measure(plan: _Plan) -> Outcome:
     narrowest = tuple(float(f(end)) for f, end in zip((max, min), zip(*safe.values(), strict=True), strict=True))
     note = (
         f"{len(plan.layers)} layers compared at a perplexity of {plan.bounds.perplexity:g} times; {len(plan.names)} emotions, "
-        f"{len(plan.openings)} openings, {len(plan.pieces)} neutral texts, {len(plan.events)} replies to each; every token steered"
+        f"{len(plan.openings)} openings, {len(plan.pieces)} neutral texts, {len(plan.events)} replies each; every token steered"
     )
     calibration = Calibration(
         layer=layer,
@@ -334,8 +339,8 @@ def _measure(plan: _Plan) -> Outcome:
         )
     )  # fmt: skip
     caption = (
-        f"At the strength at which the perplexity of neutral text reaches {plan.bounds.perplexity:g} times ({STRENGTHS[-1]:g} where it "
-        "never does). Effects in nats: the half that chose the layer, the half that states it. Repetition and distinct pairs of "
+        f"At the strength at which the perplexity of neutral text reaches {plan.bounds.perplexity:g} times "
+        f"({STRENGTHS[-1]:g} where it never does). Effects in nats: the half that chose the layer, the half that states it. Repetition and distinct pairs of "
         "words are differences from replies without steering."
     )
     columns = ("layer", "strength", "effect (chose)", "effect (stated)", "own word", "other words", "repetition", "distinct")
@@ -397,9 +402,8 @@ def _findings(
 
     estimate = stats.bootstrap(lambda rows: float(mine[rows].mean()), len(mine), unit="nats", **options)
     random = random_directions(CONTROLS, bench.vectors.directions.shape[-1], seed=bench.seed)
-    findings = [
-        CLAIMS["effect"].tested(estimate, against(random, "random directions of equal length"), estimate.low > 0, f"{where}.")
-    ]
+    null = against(random, "random directions of equal length")
+    findings = [CLAIMS["effect"].tested(estimate, null, estimate.low > max(0.0, null.high), f"{where[0].upper()}{where[1:]}.")]
     shuffled = shuffled_directions(bench.activations, bench.vectors, layer=layer, n=CONTROLS, seed=bench.seed)
     if shuffled is None:
         findings.append(CLAIMS["shuffled"].untestable("There are no activations of the stories to deal at random."))
