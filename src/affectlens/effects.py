@@ -122,6 +122,17 @@ def word_logprobs(
     return np.array(found, dtype=np.float64).reshape(len(steerings), len(openings), len(words))
 
 
+def specific(changes: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Change of the own word minus the mean change of the others: ``(steerings, words)`` to ``(steerings,)``.
+
+    Example:
+        >>> specific(np.array([[3.0, 1.0, 1.0], [0.0, 0.0, 0.5]]), np.array([0, 2]))
+        array([2. , 0.5])
+    """
+    mine = np.take_along_axis(changes, own[:, None], axis=1)[:, 0]
+    return np.asarray(mine - (changes.sum(axis=1) - mine) / (changes.shape[1] - 1))
+
+
 def neutral_pieces(texts: Sequence[str], n: int) -> list[tuple[str, str]]:
     """Neutral texts as a beginning that is given and a continuation that is to be foretold.
 

@@ -318,6 +318,8 @@ STUDIES: tuple[str, ...] = (
     "transcripts",
     "checkpoints",
     "calibration",
+    "continuation",
+    "description",
 )
 """Names of all studies, in the order of the report. Each is the module of that name with a ``STUDY`` object."""
 

@@ -3,7 +3,7 @@
 Declared before any data is seen:
 
 * **Effect.** Log-probability of an emotion's own word as the next one behind an opening ("I feel …") minus the mean over the
-  words of the other emotions, with steering minus without, in nats. At most twelve emotions: the published ones that have vectors.
+  words of the other emotions, with steering minus without, in nats. At most twelve emotions: the published ones with vectors.
 * **Cost.** Factor of the perplexity of neutral text; repetition and distinct pairs of words in replies to open questions. The
   bounds (:class:`affectlens.calibration.Bounds`) are fixed beforehand. Every token is steered, as a user's steering does.
 * **Comparing layers.** At equal cost: each layer at the strength at which neutral text reaches the bound of the perplexity,
@@ -12,7 +12,7 @@ Declared before any data is seen:
   replies keep their bounds (among all when none does). What is stated of it comes from the other half of both. Openings that are
   held out are not touched here: the continuation study has them.
 * **Safe range.** Of every emotion at that layer, in both directions: the last of the strengths tried, in equal steps, up to
-  which the upper end (95 %, one-sided, over texts) of the perplexity's factor keeps the bound; then stepped down until replies do.
+  which the upper end (95 %, one-sided, over texts) of the factor of the perplexity keeps the bound; stepped down until replies do.
 * **Controls.** Directions of the same length: random ones, and vectors of the same stories with concepts dealt at random.
 * **Nulls.** Each emotion gets a control direction at random. For the choice of a layer: layers exchanged within each emotion.
 * **Intervals.** Bootstrap over the emotions that did not choose.
@@ -43,6 +43,7 @@ from affectlens.effects import (
     random_directions,
     repetition,
     shuffled_directions,
+    specific,
     text_losses,
     word_logprobs,
 )
@@ -210,17 +211,6 @@ class CalibrationStudy:
         return figures(data) if "layers" in data else []
 
 
-def specific(changes: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Change of the own word minus the mean change of the others: ``(steerings, words)`` to ``(steerings,)``.
-
-    Example:
-        >>> specific(np.array([[3.0, 1.0, 1.0], [0.0, 0.0, 0.5]]), np.array([0, 2]))
-        array([2. , 0.5])
-    """
-    mine = np.take_along_axis(changes, own[:, None], axis=1)[:, 0]
-    return np.asarray(mine - (changes.sum(axis=1) - mine) / (changes.shape[1] - 1))
-
-
 def reach(strengths: Sequence[float], costs: np.ndarray, bound: float) -> float:
     """The strength at which a cost that is 0 at strength 0 first reaches the bound, on straight lines between those tried.
 
@@ -340,8 +330,8 @@ def _measure(plan: _Plan) -> Outcome:
     )  # fmt: skip
     caption = (
         f"At the strength at which the perplexity of neutral text reaches {plan.bounds.perplexity:g} times "
-        f"({STRENGTHS[-1]:g} where it never does). Effects in nats: the half that chose the layer, the half that states it. Repetition and distinct pairs of "
-        "words are differences from replies without steering."
+        f"({STRENGTHS[-1]:g} where it never does). Effects in nats: of the half that chose the layer, of the half that states it. "
+        "Repetition and distinct pairs of words are differences from replies without steering."
     )
     columns = ("layer", "strength", "effect (chose)", "effect (stated)", "own word", "other words", "repetition", "distinct")
     table = Table("layers", "Layers at equal cost", caption, columns, rows)
