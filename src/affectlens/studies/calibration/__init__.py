@@ -12,7 +12,7 @@ Declared before any data is seen:
   replies keep their bounds (among all when none does). What is stated of it comes from the other half of both. Openings that are
   held out are not touched here: the continuation study has them.
 * **Safe range.** Of every emotion at that layer, in both directions: the last of the strengths tried, in equal steps, up to
-  which the upper end (95 %, one-sided, over texts) of the factor of the perplexity keeps the bound; stepped down until replies do.
+  which the upper end (95 %, one-sided, over texts) of the perplexity's factor keeps the bound; stepped down until replies do.
 * **Controls.** Directions of the same length: random ones, and vectors of the same stories with concepts dealt at random.
 * **Nulls.** Each emotion gets a control direction at random. For the choice of a layer: layers exchanged within each emotion.
 * **Intervals.** Bootstrap over the emotions that did not choose.
@@ -330,7 +330,7 @@ def _measure(plan: _Plan) -> Outcome:
     )  # fmt: skip
     caption = (
         f"At the strength at which the perplexity of neutral text reaches {plan.bounds.perplexity:g} times "
-        f"({STRENGTHS[-1]:g} where it never does). Effects in nats: of the half that chose the layer, of the half that states it. "
+        f"({STRENGTHS[-1]:g} where it never does). Effects in nats: of the half that chose the layer, of the half that states. "
         "Repetition and distinct pairs of words are differences from replies without steering."
     )
     columns = ("layer", "strength", "effect (chose)", "effect (stated)", "own word", "other words", "repetition", "distinct")

@@ -6,11 +6,11 @@ Declared before any data is seen:
   ("She feels …"), in a story. They are held out: the calibration, which chose layer and strength, has not seen them. Up to twelve
   emotions are steered in turn, the published ones where they have vectors, and every one of their words is asked for.
 * **Strength.** One for all, so that all vectors are equally long: the median of the emotions' largest safe strengths at the
-  calibrated layer, every token steered, as the safe range was measured. ``prefill`` steers the beginning of the answer alone, as
-  published, where the same strength does less.
-* **Statistic.** Change of the log-probability of a word, in nats: its own under an emotion's vector (``matching``), the mean of the
-  others (``others``), the difference (``specific``). The share of emotions whose own word rises most (``first``). Of words that are
-  not the emotion's own, each minus its mean over emotions: Spearman's correlation with the cosine between the two vectors
+  calibrated layer, every token steered, as the safe range was measured. ``prefill`` steers the beginning of the answer alone,
+  as published, where the same strength does less.
+* **Statistic.** Change of the log-probability of a word, in nats: its own under an emotion's vector (``matching``), the mean of
+  the others (``others``), the difference (``specific``). The share of emotions whose own word rises most (``first``). Of words that
+  are not the emotion's own, each minus its mean over emotions: Spearman's correlation with the cosine between the two vectors
   (``related``). At the opposite strength, the fall of the own word against the others (``opposite``).
 * **Replies.** To open questions, read again without steering: score of the emotion steered towards minus that without steering,
   against the mean over the other emotions' steerings (``told``).
