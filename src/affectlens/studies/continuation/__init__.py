@@ -9,8 +9,8 @@ Declared before any data is seen:
   calibrated layer, every token steered, as the safe range was measured. ``prefill`` steers the beginning of the answer alone,
   as published, where the same strength does less.
 * **Statistic.** Change of the log-probability of a word, in nats: its own under an emotion's vector (``matching``), the mean of
-  the others (``others``), the difference (``specific``). The share of emotions whose own word rises most (``first``). Of words that
-  are not the emotion's own, each minus its mean over emotions: Spearman's correlation with the cosine between the two vectors
+  the others (``others``), the difference (``specific``). The share of emotions whose own word rises most (``first``). Of words not
+  the emotion's own, each minus its mean over emotions: Spearman's correlation with the cosine between the two vectors
   (``related``). At the opposite strength, the fall of the own word against the others (``opposite``).
 * **Replies.** To open questions, read again without steering: score of the emotion steered towards minus that without steering,
   against the mean over the other emotions' steerings (``told``).
@@ -356,8 +356,8 @@ def _told(words: _Words, where: str, options: Mapping[str, Any]) -> tuple[Findin
         **options,
     )
     note = (
-        f"Centred cosine of the replies' words at layer {bench.vectors.layer}, own emotion minus others, {len(events)} replies of "
-        f"{TOKENS} tokens to each emotion; {where[0].lower()}{where[1:]}."
+        f"Centred cosine of the replies' words at layer {bench.vectors.layer}, own emotion minus others, {len(events)} replies "
+        f"of {TOKENS} tokens to each emotion; {where[0].lower()}{where[1:]}."
     )
     shown = tuple((name, said[i * len(events)]) for i, name in enumerate(("nothing", *words.names)))
     return CLAIMS["told"].tested(estimate, null, estimate.low > 0, note), shown, scores

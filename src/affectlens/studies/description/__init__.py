@@ -9,7 +9,7 @@ Declared before any data is seen:
   calibrated one.
 * **Statistics.** Change of the log-probability of the emotion's own word behind the begun answer, minus the mean change of the
   others (``word``); rank of the own word's change among all words, mean (``rank``). Of the description, read again without
-  steering in its context: score of the emotion, minus that of the plain description, against the other emotions' (``tone``). Words
+  steering in its context: score of the emotion, minus that of the plain description, against the others' (``tone``). Words
   of the activity that come back in the description, at the calibrated strength as a share of those without (``content``).
 * **Control.** ``word``: random directions of the same length at the same tokens.
 * **Nulls.** Every emotion gets a random direction; ``rank`` and ``tone``: words or descriptions exchanged between emotions;
@@ -114,8 +114,8 @@ class Description:
         grid.add_vline(x=data["strength"], line={"color": GREY, "dash": "dash", "width": 1})
         grid.update_xaxes(title_text="strength at the activity's tokens")
         text = (
-            "Nats; centred cosine; share of the activity's words that come back, against plain descriptions. Dashed: the calibrated "
-            "strength. The published strengths are 0.1, 0.3 and 0.5."
+            "Nats; centred cosine; share of the activity's words that come back, against plain descriptions. Dashed: the "
+            "calibrated strength. The published strengths are 0.1, 0.3 and 0.5."
         )
         return [to_figure("doses", f"Descriptions over strengths, layer {data['layer']}", text, grid)]
 
