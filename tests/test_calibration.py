@@ -59,7 +59,7 @@ def test_nothing_holds_where_nothing_is_planted() -> None:
     assert "holds" not in verdicts(outcome(effect=0.0)).values()
 
 
-def test_what_is_stated_does_not_depend_on_what_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_stated_does_not_depend_on_what_chose() -> None:
     """Openings and emotions that state an effect are none of those that chose the layer."""
     from affectlens.studies import calibration as module
 

@@ -110,7 +110,8 @@ class Calibration:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, from which :meth:`from_dict` makes an equal calibration."""
-        return asdict(self)
+        ranges = {name: list(ends) for name, ends in self.safe.items()}
+        return {**asdict(self), "safe": ranges, "measured": list(self.measured)}
 
     @classmethod
     def from_dict(cls, plain: Any) -> Calibration:

@@ -27,7 +27,7 @@ Read = Callable[[Iterable[Request]], Iterator[Result]]
 PREFILL = Where(part="response", last=64)
 """The words of an answer that are given: ``last`` leaves out those that the model itself goes on with (method 6b)."""
 
-GIVEN, FORETOLD = 24, 64
+GIVEN, FORETOLD = 24, 48
 """Of a neutral text so many words are given, and so many after them have to be foretold."""
 
 

@@ -59,7 +59,7 @@ STEPS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 """Of the strength at which the chosen layer reaches the bound: tried for every emotion. A quick look tries every second."""
 TEXTS, REPLIES, TOKENS = 8, 3, 32
 """Neutral texts; replies to each steering, and their length."""
-LAYERS_QUICK, TEXTS_QUICK = 6, 4
+LAYERS_QUICK, TEXTS_QUICK = 6, 3
 CONTROLS, AT_EACH_LAYER = 24, 4
 
 _ABOVE = f"holds: p <= {ALPHA} and the interval above 0; weak: p <= {ALPHA} only; fails: otherwise"

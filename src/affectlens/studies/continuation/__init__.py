@@ -9,9 +9,9 @@ Declared before any data is seen:
   calibrated layer, every token steered, as the safe range was measured. ``prefill`` steers the beginning of the answer alone,
   as published, where the same strength does less.
 * **Statistic.** Change of the log-probability of a word, in nats: its own under an emotion's vector (``matching``), the mean of
-  the others (``others``), the difference (``specific``). The share of emotions whose own word rises most (``first``). Of words not
-  the emotion's own, each minus its mean over emotions: Spearman's correlation with the cosine between the two vectors
-  (``related``). At the opposite strength, the fall of the own word against the others (``opposite``).
+  the others (``others``), the difference (``specific``). The share of emotions whose own word rises most (``first``). Of words of
+  others, each minus its mean over emotions: Spearman's correlation with the cosine between the two vectors (``related``). At
+  the opposite strength, the fall of the own word against the others (``opposite``).
 * **Replies.** To open questions, read again without steering: score of the emotion steered towards minus that without steering,
   against the mean over the other emotions' steerings (``told``).
 * **Controls.** Directions of the same length: random ones, and vectors of stories with emotions dealt at random.
