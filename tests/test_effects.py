@@ -43,7 +43,7 @@ def test_a_prefill_is_the_assistants_and_alone_is_steered(plain: bool) -> None:
         layout = ENGINE.layout(opening.request(plain=plain))
         steered = "".join(layout.tokens[i] for i in np.flatnonzero(PREFILL.mask(layout)))
         assert steered.strip() == opening.prefill.strip()
-    assert not PREFILL.extends(100)
+    assert not PREFILL.ahead(layout)
 
 
 def test_words_are_scored_as_the_engine_scores_them() -> None:
