@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 import affectlens as al
-from affectlens.activations import Text
+from affectlens.activations import Activations, Text
 from affectlens.concepts import SHOWCASE
 from affectlens.corpus import bundled, load, read_texts
 from affectlens.engine import Engine, Readout, Request, Where
@@ -103,7 +103,7 @@ def shown(one: Composition) -> list[Feature]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", default="runs/smollm2-135m", help="run or folder with vectors of the demo model")
+    parser.add_argument("--run", default="runs/smollm2-135m", help="run of the demo model")
     parser.add_argument(
         "--minutes", type=float, default=1.0, help="of processor time for the training; reading takes as long again"
     )
@@ -133,7 +133,9 @@ def main() -> None:
     folder = sae.save(args.keep or Path(tempfile.mkdtemp(prefix="sae-")))
     sae = SparseAutoencoder.load(folder)
     firing = observe(engine, sae, parts[True])
-    found = compose(sae, vectors, firing, names=[n for n in SHOWCASE if n in vectors], size=max(SIZES), draws=args.draws)
+    fitted = Activations(Path(args.run) / "activations")
+    names = [name for name in SHOWCASE if name in vectors]
+    found = compose(sae, vectors, firing, fitted=fitted, names=names, size=max(SIZES), draws=args.draws)
     result = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "provenance": provenance(),

@@ -367,19 +367,24 @@ def alarms(result: dict[str, Any]) -> str:
     lines = [
         f"{result['model']}, layer {result['layer']}. {result['baseline']}. {result['seconds']:.0f} s.",
         "",
-        "| rule | false alarms per 1,000 turns | expected in held-out turns | came | stories noticed, of | tokens until then |",
+        "| rule | false alarms per 1,000 | expected in held-out turns (jointly) | came | stories noticed | tokens until then |",
         "|---|---|---|---|---|---|",
     ]
-    inside = 0
+    inside = {key: sum(row[key][0] <= row["came"] <= row[key][1] for row in result["rules"]) for key in ("expected", "jointly")}
     for row in result["rules"]:
-        low, high = row["expected"]
-        inside += low <= row["came"] <= high
+        (low, high), (least, most) = row["expected"], row["jointly"]
         noticed = row["delay"] and row["delay"]["noticed"]
-        found = f"{round(noticed['value'] * noticed['n'])} of {noticed['n']}" if noticed else f"– ({row['untried']})"
+        found = f"{round(noticed['value'] * noticed['n'])} of {noticed['n']}" if noticed else "–"
         tokens = shown(row["delay"]["tokens"]) if row["delay"] else "–"
-        rate, held = shown(row["per_thousand"]), f"{low} to {high} of {row['held_out']}"
+        rate, held = shown(row["per_thousand"]), f"{low} to {high} ({least} to {most}) of {row['held_out']}"
         lines.append(f"| `{row['rule']}` | {rate} | {held} | {row['came']} | {found} | {tokens} |")
-    return "\n".join([*lines, "", f"Inside what was expected: {inside} of {len(result['rules'])} rules."])
+    n, splits = len(result["rules"]), result["splits"]
+    summary = (
+        f"Inside what was expected: {inside['expected']} of {n} rules alone, {inside['jointly']} of {n} jointly. "
+        f"Over a thousand random halves of the same dialogues: alone in {100 * splits['alone']:.1f} % (wanted: 95), "
+        f"all {n} jointly in {100 * splits['jointly']:.1f} % (wanted: 95)."
+    )
+    return "\n".join([*lines, "", summary])
 
 
 def sae(result: dict[str, Any]) -> str:

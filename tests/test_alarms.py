@@ -7,7 +7,7 @@ import pytest
 
 from affectlens.actions import Policy
 from affectlens.activations import Text
-from affectlens.alarms import Trial, arm, try_rules
+from affectlens.alarms import Trial, arm, trial_of, try_rules
 from affectlens.baseline import Baseline
 from affectlens.conversations import Conversation
 from affectlens.engines.toy import ToyEngine
@@ -87,11 +87,7 @@ def test_intervals_cover_as_often_as_they_say() -> None:
 
 
 def _trial(alarmed: np.ndarray, turns: int = 3) -> Trial:
-    from affectlens.alarms import _design
-
-    n = np.full(len(alarmed), float(turns))
-    total = int(alarmed.sum())
-    return Trial("r", "a > 1", "replies", len(alarmed), int(n.sum()), total, total, _design(n, alarmed.astype(float)))
+    return trial_of(parse("a > 1"), [(turns, int(n), int(n)) for n in alarmed])
 
 
 def test_no_alarm_is_no_proof() -> None:

@@ -90,8 +90,13 @@ class Trial:
         rate = wilson(self.alarmed, self.turns, design=self.design)
         return replace(rate, value=1000 * rate.value, low=1000 * rate.low, high=1000 * rate.high)
 
-    def expect(self, n: int) -> tuple[int, int]:
-        """In how many of the next ``n`` ordinary turns it will fire, with a probability of 95 %.
+    def expect(self, n: int, *, level: float = 0.95) -> tuple[int, int]:
+        """In how many of the next ``n`` ordinary turns it will fire.
+
+        Args:
+            n: How many turns.
+            level: How probable that is. Of many rules at 95 % each, some will lie outside; that all of ``m`` rules lie inside
+                has a probability of 95 % at a level of ``1 - 0.05 / m``.
 
         Example:
             >>> Trial("r", "a > 1", "replies", 100, 200, 4, 4, design=1.0).expect(200)
@@ -100,7 +105,7 @@ class Trial:
         # With clusters, so many turns are worth n / design independent ones, each of which stands for `design` turns.
         draws = max(1, round(n / self.design))
         a, b = (count / self.design + 0.5 for count in (self.alarmed, self.turns - self.alarmed))
-        low, high = betabinom.ppf([0.025, 0.975], draws, a, b)
+        low, high = betabinom.ppf([(1 - level) / 2, (1 + level) / 2], draws, a, b)
         return math.floor(low * self.design), min(n, math.ceil(high * self.design))
 
     def as_dict(self) -> dict[str, Any]:
@@ -142,12 +147,13 @@ def try_rules(
         return ()
     baseline, probe = monitor.ready(engine), monitor.probe_of(engine)
     read = neutral_dialogues(engine) if talks is None else talks
-    quiet = _ordinary(engine, baseline, probe, read, monitor.policies)
+    quiet = ordinary_traces(engine, monitor, read)
     loud = _noticed(engine, baseline, probe, list(stories), monitor.policies)
     trials = []
     for policy in monitor.policies:
         delay, untried = loud[policy.rule.name]
-        trials.append(replace(_counted(policy.rule, quiet), delay=delay, untried=untried))
+        trial = trial_of(policy.rule, [turns_of_rule(policy.rule, trace) for trace in quiet])
+        trials.append(replace(trial, delay=delay, untried=untried))
     return tuple(trials)
 
 
@@ -168,10 +174,9 @@ def arm(
 # ── false alarms ──
 
 
-def _ordinary(
-    engine: Engine, baseline: Baseline, probe: Probe, talks: Iterable[Conversation], policies: Sequence[Policy]
-) -> list[Trace]:
+def ordinary_traces(engine: Engine, monitor: Monitor, talks: Iterable[Conversation]) -> list[Trace]:
     """Traces of ordinary conversations with the alerts of all rules; of the scores, only those that rules name are kept."""
+    baseline, probe, policies = monitor.ready(engine), monitor.probe_of(engine), monitor.policies
     signals = [signal for policy in policies for signal in policy.rule.signals]
     names = tuple(dict.fromkeys(signal.concept for signal in signals if signal.kind != "other"))
     others = tuple(dict.fromkeys(signal.concept for signal in signals if signal.kind == "other"))
@@ -186,27 +191,29 @@ def _ordinary(
     return [watched(standard.standardise(trace), policies) for standard, trace in zip(standards, kept, strict=True)]
 
 
-def _counted(rule: Rule, traces: Sequence[Trace]) -> Trial:
-    turns, alarmed, alarms = [], [], 0
-    for trace in traces:
-        own = [
-            turn
-            for turn, role in zip(trace.turns.tolist(), trace.layout.roles, strict=True)
-            if role in rule.speakers and turn >= 0
-        ]
-        fired = [alert.turn for alert in trace.alerts if alert.text == rule.text]
-        if own:
-            turns.append(len(set(own)))
-            alarmed.append(len(set(fired)))
-            alarms += len(fired)
-    n, x = np.array(turns, dtype=np.float64), np.array(alarmed, dtype=np.float64)
+def turns_of_rule(rule: Rule, trace: Trace) -> tuple[int, int, int]:
+    """How many turns of a trace a rule watches, in how many it fired, and how often."""
+    roles = zip(trace.turns.tolist(), trace.layout.roles, strict=True)
+    own = {turn for turn, role in roles if turn >= 0 and role in rule.speakers}
+    fired = [alert.turn for alert in trace.alerts if alert.text == rule.text]
+    return len(own), len(set(fired)), len(fired)
+
+
+def trial_of(rule: Rule, counts: Sequence[tuple[int, int, int]]) -> Trial:
+    """A trial from what :func:`turns_of_rule` counts in each conversation.
+
+    Example:
+        >>> from affectlens.rules import parse
+        >>> trial_of(parse("a > 1"), [(3, 1, 1), (2, 0, 0)]).per_thousand.value
+        200.0
+    """
+    table = np.array([row for row in counts if row[0]], dtype=np.float64).reshape(-1, 3)
     named = [speaker for speaker in rule.speakers if speaker not in REPLIES]
-    whose = (
-        f"turns of {' and '.join([*named, *(['assistant'] if set(rule.speakers) & set(REPLIES) else [])])}"
-        if named
-        else "replies"
-    )
-    return Trial(rule.name, rule.text, whose, len(traces), int(n.sum()), int(x.sum()), alarms, _design(n, x))
+    if named and set(rule.speakers) & set(REPLIES):
+        named.append("assistant")
+    whose = f"turns of {' and '.join(named)}" if named else "replies"
+    turns, alarmed, alarms = (int(total) for total in table.sum(axis=0))
+    return Trial(rule.name, rule.text, whose, len(counts), turns, alarmed, alarms, _design(table[:, 0], table[:, 1]))
 
 
 def _design(turns: np.ndarray, alarmed: np.ndarray) -> float:

@@ -857,6 +857,7 @@ def features(
     sae: Path,
     chosen: tuple[str, ...],
     size: int,
+    draws: int,
     out: Path | None,
     stories: str | None,
     concepts: str,
@@ -864,9 +865,13 @@ def features(
     first_token: int,
     **options: Any,
 ) -> None:
-    """Which features of a sparse autoencoder compose VECTORS, and how well few of them do."""
+    """Which features of a sparse autoencoder compose VECTORS, and how well few of them do.
+
+    VECTORS is best a run: contrasts of texts with exchanged labels are then made of the texts that the vectors were fitted on.
+    """
     from dataclasses import asdict
 
+    from affectlens.activations import Activations
     from affectlens.concepts import SHOWCASE, ConceptSet
     from affectlens.discovery import Recipe, open_stories, why_dropped
     from affectlens.features import compose, observe
@@ -884,7 +889,9 @@ def features(
     seen: set[str] = set()
     texts = [t for i in range(source.shards()) for t in source.shard(i) if not why_dropped(t, source.concepts, seen)]
     firing = observe(engine, coder, texts, first_token=first_token)
-    found = compose(coder, loaded, firing, names=names, size=size, draws=options["draws"], seed=options["seed"])
+    folder = Path(vectors) / "activations"
+    fitted = Activations(folder) if folder.is_dir() else None
+    found = compose(coder, loaded, firing, fitted=fitted, names=names, size=size, draws=draws, seed=options["seed"])
     if out is not None:
         union = list(dict.fromkeys(feature for one in found for feature in one.chosen))
         as_vectors(coder, loaded, union, texts=firing.residuals).save(out)

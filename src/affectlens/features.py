@@ -14,12 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from affectlens.activations import Text
+from affectlens.activations import Activations, Text
 from affectlens.engine import Engine, Readout, Request, Steering, Term, Where
 from affectlens.errors import FormatError, MismatchError
 from affectlens.sparse import SparseAutoencoder
 from affectlens.stats import Estimate, Null, bootstrap, bootstrap_each
 from affectlens.vectors import ConceptVectors, fit_means, group_means
+
+LISTED = 5
+"""So many of the features that tell a concept's texts best are listed beside those of its sparse approximation."""
+
 
 # ── what fires where ──
 
@@ -215,10 +219,10 @@ def compose(
     vectors: ConceptVectors,
     firing: Firing,
     *,
+    fitted: Activations | None = None,
     names: Sequence[str] | None = None,
     size: int = 16,
     draws: int = 200,
-    top: int = 5,
     seed: int = 0,
 ) -> list[Composition]:
     """Which features compose each concept's direction, which fire in its texts, and how well few of them do.
@@ -227,10 +231,11 @@ def compose(
         sae: An autoencoder of a layer that the vectors have.
         vectors: The concept vectors.
         firing: What the features did in texts of these concepts.
+        fitted: The activations that the vectors were fitted on. Contrasts of exchanged texts are made of them, so that they rest
+            on as many texts as the vectors do; without them, on those of ``firing``, and fewer texts make noisier contrasts.
         names: Concepts to take apart (default: all). Texts of all concepts serve as the others.
         size: Features in the sparse approximation.
         draws: Random directions, and arrangements of labels, behind the nulls.
-        top: How many of the features that tell a concept's texts best are listed beside those of the approximation.
         seed: Of everything drawn at random.
 
     Returns:
@@ -246,31 +251,28 @@ def compose(
     """
     sae.check(vectors)
     names = tuple(names or vectors.names)
-    labels = np.array([text.concept for text in firing.texts], dtype=object)
-    present = [name for name in vectors.names if name in set(labels)]
-    if lacking := [name for name in names if name not in present or len(present) < 2]:
+    labels, topics = (np.array([getattr(text, key) for text in firing.texts], object) for key in ("concept", "topic"))
+    if lacking := [name for name in names if name not in set(labels) or len(set(labels)) < 2]:
         raise FormatError(f"no texts of {lacking[0]!r}, or of no other concept, were read: give texts of both")
     size = min(size, len(sae), sae.width)
-    rng = np.random.default_rng(seed)
-    row, dictionary = vectors.row(sae.layer), sae.directions
-    targets = vectors.directions[row, [vectors.index(name) for name in names]]
-    shuffles = [_exchanged(firing.texts, labels, rng) for _ in range(draws)]
+    rng = np.random.default_rng([seed, 1107])  # not what somebody drew a dictionary from
+    dictionary = sae.directions
+    targets = vectors.at(sae.layer)[[vectors.index(name) for name in names]]
     random = rng.normal(size=(draws, sae.width))
     random /= np.linalg.norm(random, axis=1, keepdims=True)
-    basis = vectors.neutral[row].astype(np.float64)
-    sample = rng.integers(len(present), size=draws)  # of each arrangement the contrast of one concept
-    contrasts = [
-        fit_means(group_means(firing.residuals, shuffled, present), basis).directions[i]
-        for shuffled, i in zip(shuffles, sample, strict=True)
-    ]
+    if fitted is None:
+        contrasts = _contrasts(firing.residuals, labels, topics, vectors.neutral[vectors.row(sae.layer)], draws, rng)
+    else:
+        own = (fitted.layer(sae.layer), fitted.concepts, fitted.topics)
+        contrasts = _contrasts(*own, vectors.neutral[vectors.row(sae.layer)], draws, rng)
     order, weights, explained = pursue(dictionary, np.concatenate([targets, random, contrasts]), size=size)
-    auroc, extremes = _telling(firing.means, labels, names, shuffles)
+    auroc, extremes = _telling(firing.means, labels, names, [_exchanged(labels, topics, rng) for _ in range(draws)])
     real, aimless, exchanged = np.split(explained, [len(names), len(names) + draws])
     found = []
     for n, name in enumerate(names):
         chosen = order[n].tolist()
         far = np.abs(auroc[n] - 0.5)
-        listed = list(dict.fromkeys([*chosen, *np.argsort(-far, kind="stable")[:top].tolist()]))
+        listed = list(dict.fromkeys([*chosen, *np.argsort(-far, kind="stable")[:LISTED].tolist()]))
         gaps = _differences(firing.means[:, listed], labels == name, seed)
         found.append(
             Composition(
@@ -307,9 +309,21 @@ def _differences(means: np.ndarray, mine: np.ndarray, seed: int) -> list[Estimat
     return bootstrap_each(statistic, mine, draws=200, seed=seed)
 
 
-def _exchanged(texts: Sequence[Text], labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _contrasts(
+    residuals: np.ndarray, labels: np.ndarray, topics: np.ndarray, basis: np.ndarray, draws: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Directions fitted as concepts' are, to texts with exchanged labels: of each arrangement one label's, ``(draws, D)``."""
+    names = sorted(set(labels))
+    return np.stack(
+        [
+            fit_means(group_means(residuals, _exchanged(labels, topics, rng), names), basis.astype(np.float64)).directions[i]
+            for i in rng.integers(len(names), size=draws)
+        ]
+    )
+
+
+def _exchanged(labels: np.ndarray, topics: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Labels exchanged among texts on the same topic, where topics are known and shared; else among all."""
-    topics = np.array([text.topic for text in texts], dtype=object)
     groups = [np.flatnonzero(topics == topic) for topic in sorted(set(topics))]
     if not all(len(set(labels[group])) > 1 for group in groups):
         groups = [np.arange(len(labels))]
