@@ -243,7 +243,11 @@ def _engine(model: str, *, device: str, dtype: str) -> Engine:
 @main.command()
 @click.argument("vectors", type=FILE)
 @click.option(
-    "--perplexity", type=click.FloatRange(1, min_open=True), help="How many times the perplexity of neutral text may be."
+    "--perplexity",
+    type=click.FloatRange(1, min_open=True),
+    default=1.2,
+    show_default=True,
+    help="How many times as high the perplexity of neutral text may be.",
 )
 @click.option("--quick", is_flag=True, help="Compare six layers, and measure the safe ranges of twelve emotions.")
 @click.option("--draws", type=click.IntRange(100), default=1000, show_default=True, help="Resamples and permutations.")

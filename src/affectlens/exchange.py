@@ -325,13 +325,14 @@ def push_to_hub(
         method = {key: _public_id(value) if isinstance(value, str) else value for key, value in vectors.method.items()}
         replace(vectors, model=model, method=method).save(folder)
         target = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        there = api.model_info(target)
         # An existing repository keeps its visibility without a word: nobody should publish by accident.
-        if private and not api.model_info(target).private:
+        if private and not there.private:
             raise AffectlensError(f"{target} is public: give private=False (--public) to publish there, or name another")
         # One commit for all of them: nobody ever downloads new vectors with an old description.
         names = [*FILES, *([CALIBRATION] if vectors.calibration else [])]
         files: list[Any] = [CommitOperationAdd(name, Path(folder) / name) for name in names]
-        if vectors.calibration is None and api.file_exists(target, CALIBRATION):
+        if vectors.calibration is None and CALIBRATION in [file.rfilename for file in there.siblings or []]:
             files.append(CommitOperationDelete(CALIBRATION))  # it belongs to the vectors that were there
         summary = message or f"Vectors of {len(vectors)} concepts of {model['id']}"
         return str(api.create_commit(target, files, commit_message=summary).commit_url)
