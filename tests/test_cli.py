@@ -33,6 +33,7 @@ OPTIONS = {
         [*MAKING, "--base", "--conversations", "--corpus", "--draws", "--labels", "--only", "--texts", "--vectors"]
     ),
     "discover": MAKING,
+    "calibrate": ["--device", "--draws", "--dtype", "--json", "--model", "--perplexity", "--quick", "--seed"],
     "steer": [
         "--add", "--allow", "--compare", "--device", "--dtype", "--json", "--layer", "--max-tokens", "--model", "--plain",
         "--seed", "--temperature",
@@ -64,6 +65,7 @@ OPTIONS = {
 ARGUMENTS = {
     "study": ["model"],
     "discover": ["model"],
+    "calibrate": ["vectors"],
     "steer": ["vectors", "prompt"],
     "score": ["vectors", "file"],
     "baseline": ["vectors", "file"],
@@ -243,6 +245,8 @@ assert "torch" not in sys.modules
         ("steer", "v", "prompt"),
         ("steer", "v", "prompt", "--add", "calm=1", "--max-tokens", "0"),
         ("score", "v", "-", "--kind", "dot"),
+        ("calibrate",),
+        ("calibrate", "v"),
         ("score", "v", "-", "--allow", "anything"),
         ("export", "v"),
         ("export", "v", "--gguf", "x.gguf"),
@@ -358,6 +362,8 @@ def test_a_gguf_file_of_no_bytes(run: Run, tmp_path: Path) -> None:
         (("steer", "run", "", "--add", "calm=1", "--plain"), "the prompt is empty"),
         (("steer", "run", "sea " * 3000, "--add", "calm=1"), "shorten the prompt"),
         (("steer", "nowhere", "Hi", "--add", "calm=1"), "no vectors in nowhere"),
+        (("calibrate", "llama"), "holds no affectlens vectors"),
+        (("calibrate", "run", "--model", "llama"), "use vectors of this model"),
         (("score", "run", "none.txt"), "cannot be read"),
         (("score", "run", "latin.txt"), "UTF-8"),
         (("score", "run", "empty.txt"), "is empty"),
@@ -460,6 +466,30 @@ def test_steering_changes_the_answer_and_strength_0_does_not(made: Path, run: Ru
     assert "steered: +0.4 angry @ layer 3" in text and "unsteered: nothing added" in text
     alone = fine(run("steer", made, "the sea", "--add", "angry=0.4,calm=-0.2", "--max-tokens", "12"))
     assert alone.stdout.strip() == moved["steered"].strip()  # the answer and nothing else
+
+
+def test_calibrated_vectors_know_their_strength(made: Path, run: Run, tmp_path: Path) -> None:
+    shutil.copytree(made / "vectors", tmp_path / "v")
+    options = ("--max-tokens", "12")
+    assert "warning" not in fine(run("steer", "v", "the sea", "--add", "calm=3", *options)).stderr  # nothing is known yet
+    said = fine(run("calibrate", "v", "--quick", "--draws", "100", "--json"))
+    found = json.loads(said.stdout)
+    assert set(found["safe"]) == set(NAMES) and found["reading_layer"] == 4
+    assert f"Report: {tmp_path / 'v' / 'calibration' / 'report.html'}" in said.stderr
+    assert json.loads((tmp_path / "v" / "calibration.json").read_text())["safe"] == found["safe"]
+    name, (_, high) = max(found["safe"].items(), key=lambda item: item[1][1])
+    inside = fine(run("steer", "v", "the sea", "--add", name, *options))
+    assert inside.stderr.splitlines() == [f"+{high:g} {name} @ layer {found['layer']}"]
+    outside = fine(run("steer", "v", "the sea", "--add", f"{name}={3 * high}", *options))
+    assert outside.stderr.startswith("warning: ") and "3 times the safe range" in outside.stderr
+    beside = json.loads(fine(run("steer", "v", "the sea", "--add", name, "--compare", "--json", *options)).stdout)
+    assert set(beside["scores"]) == {"steered", "unsteered"} and set(beside["scores"]["steered"]) == set(NAMES)
+    assert beside["layer"] == 4
+    shown = fine(run("steer", "v", "the sea", "--add", name, "--compare", *options)).stdout
+    assert "unsteered: nothing added" in shown and f"{name} " in shown
+    assert "did you mean calm" in refused(run("steer", "v", "the sea", "--add", "clam", *options))
+    by_hand = fine(run("steer", "v", "the sea", "--add", "calm=3", "--layer", "2", *options)).stderr
+    assert by_hand.splitlines() == ["+3 calm @ layer 2"]  # another layer was not calibrated
 
 
 def test_scoring_stdin_text_and_jsonl(folder: Path, made: Path, run: Run, tmp_path: Path) -> None:

@@ -270,6 +270,7 @@ FAULTS: dict[str, tuple[str, Callable[[Records], Any], str, str]] = {
         "parts",
         "its marked parts are not in the text",
     ),
+    "an opening that names a feeling": ("openings", _say("self-01", "calm"), "feeling", "self-01: 'calm' names calm"),
     "a scenario that names its emotion": ("scenarios", _say("happy-1", "happy"), "named", "happy-1: 'happy' names happy"),
     "a prompt too few": ("profile", lambda rs: rs.pop(0), "counts", "hard: 159 prompts: make it 160"),
     "an answer that was not offered": ("blind", lambda rs: rs[0].update(answer="blissful"), "answers", "ask again"),

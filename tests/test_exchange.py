@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
+from affectlens.calibration import Bounds, Calibration
 from affectlens.control import export_gguf, read_gguf
 from affectlens.engine import Steering, Where
 from affectlens.errors import AffectlensError, EngineError, FormatError, MismatchError
@@ -318,7 +319,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.messages.append(lines[0]["value"]["summary"])
             added = {x["value"]["path"]: base64.b64decode(x["value"]["content"]) for x in lines if x["key"] == "file"}
             before = self.hub.commits[repo][-1] if self.hub.commits[repo] else {}
-            self.hub.commits[repo].append(before | added)
+            gone = {x["value"]["path"] for x in lines if x["key"] == "deletedFile"}
+            self.hub.commits[repo].append({path: content for path, content in (before | added).items() if path not in gone})
             oid = _sha(repo, len(self.hub.commits[repo]) - 1)
             self.answer({"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{repo}/commit/{oid}"})
 
@@ -368,6 +370,16 @@ def test_push_then_pull(hub: FakeHub, tmp_path: Path) -> None:
 
 def test_push_without_a_namespace_goes_to_ones_own(hub: FakeHub) -> None:
     assert "/me/emotions/commit/" in push_to_hub(tiny(), "emotions", token=TOKEN, endpoint=hub.url)
+
+
+def test_a_calibration_travels_with_its_vectors_and_goes_with_them(hub: FakeHub) -> None:
+    vectors, at = replace(tiny(), model={**tiny().model, "fingerprint": "f00d"}), {"token": TOKEN, "endpoint": hub.url}
+    found = Calibration(*vectors.layers[:2], dict.fromkeys(vectors.names, (-0.1, 0.2)), vectors.names, Bounds(), "f00d")
+    push_to_hub(vectors.with_calibration(found), "me/calibrated", **at)
+    assert from_hub("me/calibrated", **at).calibration == found and hub.downloaded() == {*FILES, "calibration.json"}
+    push_to_hub(vectors, "me/calibrated", **at)
+    assert set(hub.commits["me/calibrated"][-1]) == set(FILES)  # it belonged to the vectors that were there
+    assert from_hub("me/calibrated", **at).calibration is None
 
 
 def test_push_keeps_other_files(hub: FakeHub) -> None:

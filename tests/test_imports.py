@@ -41,9 +41,11 @@ NOUNS = (
     "baseline",
     "actions",
     "watching",
+    "calibration",
+    "effects",
 )
 SEAM = ("layout", "scope", "steering", "engine")  # each imports only those before it
-VERBS = ("discovery", "features", "pipeline", "audit", "studies", "monitor", "alarms")
+VERBS = ("discovery", "features", "pipeline", "audit", "studies", "monitor", "alarms", "calibrate")
 DOORS = ("cli", "report", "browse", "pages")
 ENGINES = tuple(name for name in MODULES if name.startswith("engines."))
 STUDIES = tuple(name for name in MODULES if name.startswith("studies."))

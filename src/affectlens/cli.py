@@ -241,12 +241,65 @@ def _engine(model: str, *, device: str, dtype: str) -> Engine:
 
 
 @main.command()
+@click.argument("vectors", type=FILE)
+@click.option(
+    "--perplexity",
+    type=click.FloatRange(1, min_open=True),
+    default=1.2,
+    show_default=True,
+    help="How many times as high the perplexity of neutral text may be.",
+)
+@click.option("--quick", is_flag=True, help="Compare six layers, and measure the safe ranges of twelve emotions.")
+@click.option("--draws", type=click.IntRange(100), default=1000, show_default=True, help="Resamples and permutations.")
+@shared("model", "device", "dtype", "seed", "json")
+def calibrate(vectors: Path, perplexity: float, quick: bool, draws: int, as_json: bool, **options: Any) -> None:
+    """Find out where and how strongly VECTORS should steer, and keep it beside them.
+
+    From then on they steer at the calibrated layer, are read at the layer that tells held-out stories apart best, and steer warns
+    outside the safe range. VECTORS is a folder; resumes where it stopped.
+    """
+    from affectlens.calibrate import calibrate as measure
+    from affectlens.calibration import Bounds
+    from affectlens.pipeline import parts
+    from affectlens.report import Report
+    from affectlens.runs import provenance
+    from affectlens.vectors import ConceptVectors, vectors_folder
+
+    folder = vectors_folder(vectors)
+    name = options["model"] or str(ConceptVectors.load(folder, calibrated=False).model["id"])
+    engine = _engine(name, device=options["device"], dtype=options["dtype"])
+    loaded, outcome = measure(engine, folder, bounds=Bounds(perplexity), quick=quick, draws=draws, seed=options["seed"])
+    found = loaded.calibration
+    assert found is not None  # measure() raises otherwise
+    command = click.get_current_context().obj
+    report = Report(
+        f"Calibration of {engine.info.id}",
+        model=dict(loaded.model),
+        vectors={"concepts": len(loaded), "steered at layer": found.layer, "read at layer": found.reading_layer},
+        **parts({"calibration": outcome}),
+        provenance={**provenance(), "command": command, "seeds": options["seed"], "draws": draws},
+        resume=command,
+    )
+    page = report.save(folder / "calibration")
+    if as_json:
+        click.echo(json.dumps(found.as_dict(), ensure_ascii=False))
+    else:
+        report.print()
+        click.echo(f"\nsteers at layer {found.layer}, is read at layer {found.reading_layer}; {found.bounds}")
+    click.echo(f"Calibration: {(folder / 'calibration.json').resolve()}\nReport: {page.resolve()}", err=True)
+
+
+@main.command()
 @click.argument("vectors")
 @click.argument("prompt")
 @click.option(
-    "--add", "added", required=True, help="Mixture, for example calm=0.05,desperate=-0.05 (multiples of the mean residual norm)."
+    "--add",
+    "added",
+    required=True,
+    help="Mixture, for example calm=0.05,desperate=-0.05 (multiples of the mean residual norm); of calibrated vectors a name "
+    "alone stands for its largest safe strength.",
 )
-@click.option("--compare", is_flag=True, help="Print the unsteered reply beside the steered one.")
+@click.option("--compare", is_flag=True, help="Print the unsteered reply beside the steered one, and what both read.")
 @click.option("--max-tokens", type=click.IntRange(1), default=80, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True)
 @click.option("--plain", is_flag=True, help="Continue the prompt as text instead of answering it as a chat.")
@@ -257,21 +310,75 @@ def steer(vectors: str, prompt: str, added: str, compare: bool, **options: Any) 
 
     loaded, engine = _vectors_and_engine(vectors, **options)
     mixture = parse_mixture(added, loaded)
+    _warn_outside_safe_range(mixture, loaded)
     sampling = Sampling(max_tokens=options["max_tokens"], temperature=options["temperature"], seed=options["seed"])
     text = prompt if options["plain"] or engine.info.template is None else (("user", prompt),)
     versions = {"steered": mixture, "unsteered": Steering()} if compare else {"steered": mixture}
     replies = engine.run(Request(text, sampling=sampling, steering=version) for version in versions.values())
     answers = {name: result.text for name, result in zip(versions, replies, strict=True)}
+    scores = _scores_of(engine, loaded, text, answers) if compare else {}
     if options["as_json"]:
-        click.echo(json.dumps({"prompt": prompt, "steering": str(mixture), **answers}, ensure_ascii=False, indent=1))
+        named = {name: dict(zip(loaded.names, row.round(6).tolist(), strict=True)) for name, row in scores.items()}
+        plain: dict[str, Any] = {"prompt": prompt, "steering": str(mixture), **answers}
+        plain |= {"layer": loaded.layer, "scores": named} if compare else {}
+        click.echo(json.dumps(plain, ensure_ascii=False, indent=1))
+    elif compare:
+        _print_beside(mixture, answers, scores, loaded)
+    else:
+        click.secho(str(mixture), bold=True, err=True)
+        click.echo(answers["steered"].strip())
+
+
+def _warn_outside_safe_range(mixture: Steering, vectors: ConceptVectors) -> None:
+    found = vectors.calibration
+    if found is None:
         return
-    for name, answer in answers.items():
-        click.secho(
-            f"{name}: {mixture if name == 'steered' else 'nothing added'}" if compare else str(mixture),
-            bold=True,
-            err=not compare,
-        )
-        click.echo(answer.strip() + ("\n" if compare else ""))
+    strengths: dict[str, float] = {}
+    for term in mixture.terms:
+        strengths[term.name] = strengths.get(term.name, 0.0) + term.strength
+    if (share := found.share(strengths)) > 1:
+        ranges = ", ".join(f"{name} {found.safe[name][0]:.3g} to {found.safe[name][1]:.3g}" for name in strengths)
+        times = f"{share:.2g} times the safe range" if share < float("inf") else "where no strength is safe"
+        click.echo(f"warning: {mixture} is {times} ({ranges}): the text may fall apart", err=True)
+
+
+def _scores_of(engine: Engine, vectors: ConceptVectors, prompt: Any, answers: dict[str, str]) -> dict[str, Any]:
+    """What the words of each answer read, in their context and with nothing added: what was added is not to be read back."""
+    from affectlens.engine import Request, Where
+
+    readout = vectors.readout(where=Where(part="response"), pool="mean")
+    said = {name: answer for name, answer in answers.items() if answer.strip()}
+    results = engine.run(Request(prompt, prefill=answer, readouts=(readout,)) for answer in said.values())
+    return {name: vectors.scores(result.readings[0]) for name, result in zip(said, results, strict=True)}
+
+
+def _print_beside(
+    mixture: Steering, answers: dict[str, str], scores: dict[str, Any], vectors: ConceptVectors, top: int = 5
+) -> None:
+    """Two replies in two columns, under each what its words read: the concepts that were added, and those that stand out."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    added = list(dict.fromkeys(term.name for term in mixture.terms))
+
+    def read(name: str) -> Text:
+        if name not in scores:
+            return Text("no words to read")
+        best = [vectors.names[i] for i in scores[name].argsort()[::-1][:5]]
+        shown = [f"{concept} {scores[name][vectors.index(concept)]:+.3f}" for concept in dict.fromkeys([*added, *best])]
+        return Text(", ".join(shown))
+
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_lines=True)
+    for heading in ("unsteered: nothing added", f"steered: {mixture}"):
+        grid.add_column(Text(heading), ratio=1, overflow="fold")
+    # Escape sequences would drive the terminal.
+    said = {name: "".join(c if c.isprintable() or c == "\n" else " " for c in text.strip()) for name, text in answers.items()}
+    grid.add_row(Text(said["unsteered"]), Text(said["steered"]))
+    grid.add_row(read("unsteered"), read("steered"))
+    Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False).print(grid)
+    click.echo(f"readings: centred cosine of the words at layer {vectors.layer}, read again with nothing added", err=True)
 
 
 @main.command()
@@ -917,7 +1024,7 @@ def _vectors_and_engine(
 
 
 def parse_mixture(text: str, vectors: ConceptVectors) -> Steering:
-    """``calm=0.05,desperate=-0.05`` to a steering.
+    """``calm=0.05,desperate=-0.05`` to a steering; of calibrated vectors ``calm`` alone is its largest safe strength.
 
     Raises:
         UnknownName: There is no such concept.
@@ -928,7 +1035,10 @@ def parse_mixture(text: str, vectors: ConceptVectors) -> Steering:
 
     mixture = Steering()
     for part in text.split(","):
-        name, _, strength = part.rpartition("=")
+        name, equals, strength = part.rpartition("=")
+        if not equals and part.strip() and vectors.calibration:
+            mixture = mixture + vectors.calibrated(part.strip())
+            continue
         try:
             value = float(strength)
         except ValueError:
@@ -936,6 +1046,7 @@ def parse_mixture(text: str, vectors: ConceptVectors) -> Steering:
         if not name or value != value or abs(value) == float("inf"):
             raise FormatError(
                 f"{part!r} is no mixture: write NAME=STRENGTH, separated by commas, for example calm=0.05,desperate=-0.05"
+                + ("" if equals or vectors.calibration else " (NAME alone needs affectlens calibrate)")
             )
         mixture = mixture + value * vectors[name.strip()]
     return mixture

@@ -452,7 +452,7 @@ def make_vectors(engine: Engine, source: StorySource, run: Run, recipe: Recipe, 
             vectors.save(fitted.path)
             fitted.finish({})
             progress.advance()
-    vectors = ConceptVectors.load(fitted.path)
+    vectors = ConceptVectors.load(fitted.path, calibrated=False)
     vectors.check(engine.info)
     return Discovery(vectors, source.concepts, activations, neutral, stories.summary, fitted.id)
 

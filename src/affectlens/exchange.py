@@ -16,18 +16,19 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from affectlens.activations import Text, collect
+from affectlens.calibration import FILE as CALIBRATION
 from affectlens.control import read_control
 from affectlens.engine import Engine
 from affectlens.errors import AffectlensError, FormatError, MismatchError
 from affectlens.vectors import ConceptVectors, centred_cosine, fit_means
 
 FILES = ("vectors.safetensors", "config.json", "README.md")
-"""What vectors consist of: all that is ever uploaded or downloaded."""
+"""What vectors consist of; with ``calibration.json`` where there is one, all that is ever uploaded or downloaded."""
 
 Convention = Literal["block", "block-from-1", "hidden-states"]
 CONVENTIONS: dict[str, str] = {
@@ -297,7 +298,8 @@ def push_to_hub(
     """Upload vectors to a model repository on the Hugging Face Hub; it is made if there is none.
 
     Args:
-        vectors: What to upload: ``vectors.safetensors``, ``config.json`` and the card ``README.md``; other files there stay.
+        vectors: What to upload: ``vectors.safetensors``, ``config.json``, the card ``README.md`` and the calibration, if there is
+            one; other files there stay.
         repo: ``org/name``, or ``name`` for your own.
         private: Make a private repository, and refuse to upload to one that is public.
         token: A Hub token that may write; default: ``HF_TOKEN`` or what ``hf auth login`` stored.
@@ -314,7 +316,7 @@ def push_to_hub(
         >>> push_to_hub(vectors, "me/qwen3-8b-emotions")  # doctest: +SKIP
         'https://huggingface.co/me/qwen3-8b-emotions/commit/0c5f...'
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi(endpoint=endpoint, token=token, library_name="affectlens")
     with tempfile.TemporaryDirectory() as folder, _one_line(repo):
@@ -323,11 +325,15 @@ def push_to_hub(
         method = {key: _public_id(value) if isinstance(value, str) else value for key, value in vectors.method.items()}
         replace(vectors, model=model, method=method).save(folder)
         target = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        there = api.model_info(target)
         # An existing repository keeps its visibility without a word: nobody should publish by accident.
-        if private and not api.model_info(target).private:
+        if private and not there.private:
             raise AffectlensError(f"{target} is public: give private=False (--public) to publish there, or name another")
-        # One commit for all three: nobody ever downloads new vectors with an old description.
-        files = [CommitOperationAdd(name, Path(folder) / name) for name in FILES]
+        # One commit for all of them: nobody ever downloads new vectors with an old description.
+        names = [*FILES, *([CALIBRATION] if vectors.calibration else [])]
+        files: list[Any] = [CommitOperationAdd(name, Path(folder) / name) for name in names]
+        if vectors.calibration is None and CALIBRATION in [file.rfilename for file in there.siblings or []]:
+            files.append(CommitOperationDelete(CALIBRATION))  # it belongs to the vectors that were there
         summary = message or f"Vectors of {len(vectors)} concepts of {model['id']}"
         return str(api.create_commit(target, files, commit_message=summary).commit_url)
 
@@ -341,7 +347,7 @@ def _public_id(model: str) -> str:
 def from_hub(repo: str, *, revision: str | None = None, token: str | None = None, endpoint: str | None = None) -> ConceptVectors:
     """Download vectors from the Hugging Face Hub, or take them from its cache; without a network the cache will do.
 
-    Only the three files of :data:`FILES` are downloaded, whatever else is there.
+    Only the files of :data:`FILES` and a calibration are downloaded, whatever else is there.
 
     Args:
         repo: ``org/name``.
@@ -362,7 +368,7 @@ def from_hub(repo: str, *, revision: str | None = None, token: str | None = None
     from huggingface_hub import snapshot_download
 
     with _one_line(repo, revision):
-        folder = snapshot_download(repo, revision=revision, allow_patterns=list(FILES), token=token, endpoint=endpoint)
+        folder = snapshot_download(repo, revision=revision, allow_patterns=[*FILES, CALIBRATION], token=token, endpoint=endpoint)
     if not all((Path(folder) / name).is_file() for name in FILES[:2]):
         raise FormatError(f"{repo} on the Hub holds no affectlens vectors: name a repository that affectlens export --hub made")
     try:

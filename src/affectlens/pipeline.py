@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from affectlens.browse import page
+from affectlens.calibrate import calibration_of
+from affectlens.calibration import write_calibration
 from affectlens.concepts import SHOWCASE, ConceptSet
 from affectlens.conversations import Trace
 from affectlens.corpus import FILES, bundled, identity
@@ -91,7 +93,7 @@ def study_run(
         found.vectors, found.concepts, found.activations, found.neutral, engine, draws, recipe.seed, sources,
         readings=_readings(engine, run), base=_checkpoint(base, found, run, recipe) if base else None, quick=quick,
     )  # fmt: skip
-    outcomes = run_studies(studies, bench, run, found.stage_id)
+    outcomes = _calibrated_first(studies, bench, run, found.stage_id)
     with Progress() as progress:
         progress.start(1, "report")
         report = _report(engine, found, run, outcomes, draws)
@@ -99,6 +101,26 @@ def study_run(
         _write_conversations(engine, run)
         progress.advance()
     return report
+
+
+def _calibrated_first(studies: Sequence[Study], bench: Bench, run: Run, vectors_id: str) -> dict[str, Outcome]:
+    """Run the studies: first those that calibrate, whose calibration is kept with the vectors and used by those that steer.
+
+    The vectors' layer, at which studies read, stays the published one: what a report says must not depend on whether its
+    vectors were calibrated before.
+    """
+    first = [each for each in studies if each.name in ("separation", "calibration")]
+    outcomes = run_studies(first, bench, run, vectors_id)
+    folder, kept = run.path / "vectors", None
+    if "calibration" in outcomes:
+        data = outcomes["separation"].data if "separation" in outcomes else {}
+        kept = calibration_of(outcomes["calibration"], data)
+        if kept:
+            write_calibration(kept, folder, vectors=sha256_file(folder / "vectors.safetensors"))
+    kept = kept or ConceptVectors.load(folder).calibration
+    rest = [each for each in studies if each not in first]
+    outcomes |= run_studies(rest, replace(bench, vectors=replace(bench.vectors, calibration=kept)), run, vectors_id)
+    return {each.name: outcomes[each.name] for each in studies}
 
 
 def _write_conversations(engine: Engine, run: Run) -> None:
@@ -147,7 +169,7 @@ def study_vectors(
             f"Emotion vectors of {loaded.model.get('id', vectors)}",
             model=dict(loaded.model),
             vectors={"concepts": len(loaded), "layer": loaded.layer, "layers": len(loaded.layers), **loaded.method},
-            **_parts(outcomes),
+            **parts(outcomes),
             provenance={**provenance(), "command": command, "seeds": seed, "draws": draws},
             resume=command,
         )
@@ -249,6 +271,8 @@ def _identity(use: str, bench: Bench) -> Any:
     """What a study depends on, as plain data: a change starts the study again."""
     if use == "base":
         return bench.base and bench.base.engine.info.fingerprint
+    if use == "calibration":
+        return bench.vectors.calibration and bench.vectors.calibration.as_dict()
     if use == "texts":
         folder = bench.sources.texts
         files = [folder / f"{name}.jsonl" if folder else bundled(name) for name in FILES]
@@ -277,14 +301,14 @@ def _report(engine: Engine, found: Discovery, run: Run, outcomes: Mapping[str, O
             "projected out": f"{vectors.method['share']:.0%} of their variance, {vectors.method['neutral components']}",
         },
         checks=_checks(engine, found),
-        **_parts(outcomes),
+        **parts(outcomes),
         stories=_token_view(engine, found),
         provenance={**provenance(), "command": run.command, "seeds": vectors.method["seed"], "draws": draws},
         resume=run.command,
     )
 
 
-def _parts(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+def parts(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
     """Findings, figures and tables of all studies for a report; ids get the study's name, as each study counts its own."""
     drawn = {name: load_study(name).draw(outcome.data) for name, outcome in outcomes.items()}
     return {

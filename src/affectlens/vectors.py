@@ -2,7 +2,8 @@
 
 ``fit`` turns activations into vectors (method 4): mean over a concept's texts, minus the mean over concepts, without the top
 neutral components, unit norm. The artifact keeps what was divided out or removed (raw norms, centre, neutral basis), the unit of
-strength (mean residual norms) and where it all came from. It is two files: ``vectors.safetensors`` and ``config.json``.
+strength (mean residual norms) and where it all came from. It is two files: ``vectors.safetensors`` and ``config.json``. A third,
+``calibration.json``, says where and how strongly to steer, once ``affectlens calibrate`` has found it out.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import numpy as np
 from scipy.sparse import csc_array
 
 from affectlens.activations import Activations
+from affectlens.calibration import FILE as CALIBRATION
+from affectlens.calibration import Calibration, read_calibration, write_calibration
 from affectlens.engine import Engine, Gate, ModelInfo, Reading, Readout, Steering, Term, Where
 from affectlens.errors import EngineError, FormatError, MismatchError, UnknownName
 from affectlens.runs import atomic_write, read_json, sha256_file, write_json
@@ -89,6 +92,7 @@ class ConceptVectors:
         counts: Texts of each concept ``(N,)``.
         model: What the vectors belong to (:class:`ModelInfo` as a dictionary).
         method: Settings and provenance.
+        calibration: Where and how strongly to steer; None before it was found out.
 
     Example:
         >>> mix = 0.05 * vectors["calm"] - 0.05 * vectors["desperate"]      # doctest: +SKIP
@@ -107,6 +111,7 @@ class ConceptVectors:
     counts: np.ndarray
     model: Mapping[str, Any]
     method: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = None
 
     # ── fitting ──
 
@@ -214,7 +219,7 @@ class ConceptVectors:
         return self.directions[self.row(layer)]
 
     def __getitem__(self, name: str) -> Steering:
-        """Steering of strength 1 (one mean residual norm) along a concept at :attr:`layer`: scale it before use.
+        """Steering of strength 1 (one mean residual norm) along a concept at :attr:`steering_layer`: scale it before use.
 
         Raises:
             UnknownName: There is no such concept.
@@ -227,7 +232,7 @@ class ConceptVectors:
                 Term(
                     name=name,
                     strength=1.0,
-                    layers=(self.layer,),
+                    layers=(self.steering_layer,),
                     available=self.layers,
                     directions=self.directions[:, self.index(name)],
                     norms=self.residual_norms,
@@ -281,6 +286,22 @@ class ConceptVectors:
         direction = self.directions[row, index]
         return Gate(name, self.layers[row], direction, centre, mean, deviation, above=above, below=below)
 
+    @property
+    def steering_layer(self) -> int:
+        """Where steering acts: the calibrated layer, else :attr:`layer`."""
+        return self.calibration.layer if self.calibration else self.layer
+
+    def calibrated(self, name: str) -> Steering:
+        """Steering along a concept at the largest strength whose side effects stay within the calibration's bounds.
+
+        Raises:
+            UnknownName: There is no such concept.
+            MismatchError: The vectors were not calibrated.
+        """
+        if self.calibration is None:
+            raise MismatchError(f"no strength of {name!r} is known to be safe: run affectlens calibrate, or scale it yourself")
+        return self.calibration.strength(name) * self[name]
+
     def select(self, names: Sequence[str]) -> ConceptVectors:
         """The vectors of these concepts only; centre and basis stay those of the whole set."""
         rows = [self.index(name) for name in names]
@@ -292,12 +313,24 @@ class ConceptVectors:
             baseline=self.baseline[:, rows],
             stability=self.stability[:, rows],
             counts=self.counts[rows],
+            calibration=self.calibration and self.calibration.select(names),
         )
 
     def with_layer(self, layer: int) -> ConceptVectors:
-        """The same vectors with another default layer."""
+        """The same vectors with another layer to read and to steer at; a calibration, which chose its own, is left out."""
         self.row(layer)
-        return replace(self, layer=layer)
+        return replace(self, layer=layer, calibration=None)
+
+    def with_calibration(self, calibration: Calibration) -> ConceptVectors:
+        """The same vectors with what calibration found: they are read at its reading layer and steer at its layer.
+
+        Raises:
+            MismatchError: It belongs to another model, or there are no vectors at its layers.
+        """
+        if calibration.fingerprint != self.model.get("fingerprint"):
+            raise MismatchError("the calibration belongs to another model: run affectlens calibrate with these vectors")
+        self.row(calibration.layer), self.row(calibration.reading_layer)
+        return replace(self, layer=calibration.reading_layer, calibration=calibration.select(self.names))
 
     def similarity(self, layer: int | None = None) -> np.ndarray:
         """Cosine between every two concepts at a layer, ``(N, N)`` float64."""
@@ -381,6 +414,8 @@ class ConceptVectors:
     def save(self, folder: str | Path) -> Path:
         """Write ``vectors.safetensors``, ``config.json`` and the model card ``README.md``, each atomically.
 
+        With a calibration ``calibration.json`` is written too; without one, an old one is removed.
+
         Equal vectors give equal bytes: nothing in the files depends on when or where they were written.
         """
         from safetensors.numpy import save
@@ -418,6 +453,10 @@ class ConceptVectors:
                 "sha256": sha256_file(tensors),
             },
         )
+        if self.calibration is None:
+            (folder / CALIBRATION).unlink(missing_ok=True)
+        else:
+            write_calibration(self.calibration, folder, vectors=sha256_file(tensors))
         # The card of what load() returns: JSON turns tuples into lists and sorts keys.
         written = read_json(folder / "config.json")
         card = replace(self, model=written["model"], method=written["method"]).card()
@@ -426,15 +465,17 @@ class ConceptVectors:
         return folder
 
     @classmethod
-    def load(cls, folder: str | Path) -> ConceptVectors:
+    def load(cls, folder: str | Path, *, calibrated: bool = True) -> ConceptVectors:
         """Read vectors from a folder (a run's folder works too).
+
+        Args:
+            folder: Where they are.
+            calibrated: Use the calibration that lies beside them. The studies of a run do not, and keep the published layer.
 
         Raises:
             FormatError: A file is missing, broken, changed, or of another format.
         """
-        folder = Path(folder)
-        if not (folder / "config.json").exists() and (folder / "vectors" / "config.json").exists():
-            folder = folder / "vectors"
+        folder = vectors_folder(folder)
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
@@ -445,7 +486,10 @@ class ConceptVectors:
             raise FormatError(f"{folder} holds no affectlens vectors: name a folder written by affectlens discover")
         if config.get("format") != FORMAT:
             raise FormatError(f"{folder} has vector format {config.get('format')}, not {FORMAT}: update affectlens")
-        return cls._read(folder / "vectors.safetensors", config)
+        vectors = cls._read(folder / "vectors.safetensors", config)
+        if calibrated and (folder / CALIBRATION).exists():
+            return vectors.with_calibration(read_calibration(folder, vectors=config["sha256"]))
+        return vectors
 
     @classmethod
     def _read(cls, path: Path, config: Mapping[str, Any]) -> ConceptVectors:
@@ -467,7 +511,7 @@ class ConceptVectors:
                 neutral=tuple(np.split(tensors.pop("neutral"), ends)),
                 model=dict(config["model"]),
                 method=dict(config["method"]),
-                **tensors,
+                **tensors,  # type: ignore[arg-type]
             )
             fits = vectors.directions.shape[:2] == (len(vectors.layers), len(vectors)) and vectors.layer in vectors.layers
         except (KeyError, TypeError, ValueError):
@@ -515,6 +559,18 @@ mix = {mix}
 
 The directions are functional representations; nothing here claims that a model feels anything.
 """
+
+
+def vectors_folder(folder: str | Path) -> Path:
+    """The folder that holds the files of vectors: a run's are in one of its own.
+
+    Example:
+        >>> vectors_folder("somewhere").name
+        'somewhere'
+    """
+    folder = Path(folder)
+    inside = folder / "vectors"
+    return inside if not (folder / "config.json").exists() and (inside / "config.json").exists() else folder
 
 
 def _model_dict(info: ModelInfo) -> dict[str, Any]:

@@ -27,6 +27,7 @@ _LAYOUTS = {
     "scenarios": Layout(concepts=("concept",), choices={"held_out": _FLAG}),
     "ladders": Layout(choices={"control": _FLAG}),
     "activities": Layout(choices={"category": _CATEGORIES, "held_out": _FLAG}),
+    "openings": Layout(("text",), choices={"kind": ("self", "other", "story", "event"), "held_out": _FLAG}),
     "contrasts": Layout((), choices={"kind": ("audience", "negation", "binding", "early word")}),
     "profile": Layout(("text", "category"), choices={"kind": ("hard", "neutral")}),
     "blind": Layout(("reader",), ("answer",)),
@@ -40,7 +41,10 @@ def bundled_file(file: Path, read: Sequence[Record], concepts: ConceptSet) -> li
         return _blind(file, read, concepts)
     checks = list(check_fields(file.name, read, _LAYOUTS[kind], concepts))
     if not checks[0].faults:  # what follows relies on the fields
-        checks += [*_COUNTS[kind](file.name, read, concepts), *check_repetition(file.name, read, openings=kind != "ladders")]
+        checks += [
+            *_COUNTS[kind](file.name, read, concepts),
+            *check_repetition(file.name, read, openings=kind not in ("ladders", "openings")),
+        ]
     return checks
 
 
@@ -155,6 +159,18 @@ def _activities(file: str, read: Sequence[Record], concepts: ConceptSet) -> Iter
     yield _exactly(file, "counts", Counter((r["category"], r["held_out"]) for r in read), wanted, "activities")
 
 
+def _openings(file: str, read: Sequence[Record], concepts: ConceptSet) -> Iterator[Check]:
+    wanted = {(kind, held): 3 if kind == "event" else 6 for kind in _LAYOUTS["openings"].choices["kind"] for held in _FLAG}
+    yield _exactly(file, "counts", Counter((r["kind"], r["held_out"]) for r in read), wanted, "openings")
+    faults = tuple(
+        f"{r['id']}: {word!r} names {concept.name}: make it neutral"
+        for r in read
+        for concept in concepts
+        if (word := concept.named_in(text_of(r)))
+    )
+    yield Check(file, "feeling", f"{len(faults)} emotions named", "none", faults)
+
+
 def _contrasts(file: str, read: Sequence[Record], concepts: ConceptSet) -> Iterator[Check]:
     kinds = _LAYOUTS["contrasts"].choices["kind"]
     yield _exactly(file, "counts", Counter(r["kind"] for r in read), dict.fromkeys(kinds, 24), "contrasts")
@@ -229,6 +245,7 @@ _COUNTS: dict[str, Callable[[str, Sequence[Record], ConceptSet], Iterator[Check]
     "scenarios": _scenarios,
     "ladders": _ladders,
     "activities": _activities,
+    "openings": _openings,
     "contrasts": _contrasts,
     "profile": _profile,
 }

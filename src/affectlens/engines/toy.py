@@ -14,6 +14,8 @@ final norm and an unembedding. What it knows is planted, so every study has a ri
 * ``fever-40`` is worse than ``fever-20``, ``exam-40`` better than ``exam-20``; the number of a ``page-40`` means nothing.
 * A concept's direction is valence and arousal axes times its place on the circumplex, plus a part of its own.
 * The unembedding promotes a concept's name and cue words along its direction.
+* With ``bears=(layer, limit)`` it stands a change of a token's residual of up to ``limit`` times the ordinary norm at that layer,
+  at others of a quarter of it; beyond, it babbles. So there is a best layer to steer at, and a largest strength.
 * The beginning-of-sequence token is an attention sink: its norm is a hundred times that of words. Nothing reads it.
 * It knows no English, so it brings texts of its own for the studies to read (:mod:`affectlens.engines.toy_texts`).
 * Asked for stories (a prompt with ``[story 1]`` or ``[dialogue 1]`` in it) it does not sample but recites: blocks of words of a
@@ -166,6 +168,7 @@ class ToyEngine(Engine):
         tone: Concept to strength of a constant component at every token from layer 1 on: another checkpoint of the same model,
             tuned towards a tone.
         drift: How far the tokens' own parts have wandered from those of the model: another checkpoint without a tone.
+        bears: The layer that bears steering best, and how much of it; None for a model that never breaks.
 
     Raises:
         EngineError: There is no concept.
@@ -190,6 +193,7 @@ class ToyEngine(Engine):
         coupled: bool = False,
         tone: Mapping[str, float] | None = None,
         drift: float = 0.0,
+        bears: tuple[int, float] | None = None,
     ) -> None:
         self.concepts = {name: tuple(cues) for name, cues in (concepts or {n: w.split() for n, w in CUES.items()}).items()}
         if not self.concepts:
@@ -199,7 +203,8 @@ class ToyEngine(Engine):
         self._effect = effect
         if unknown := [name for name in tone or {} if name not in self.concepts]:
             raise UnknownName("concept", unknown[0], self.concepts)
-        checkpoint = (effect, coupled, sorted((tone or {}).items()), drift)
+        self._bears = bears
+        checkpoint = (effect, coupled, sorted((tone or {}).items()), drift, *([bears] if bears else []))
         settings = repr((sorted(self.concepts.items()), seed, checkpoint, N_LAYERS, WIDTH, OWN, SIGNAL, GAIN, DECAY))
         self._rng = np.random.default_rng([seed, 20261])
         self.truth, self._carried = self._plant()
@@ -305,6 +310,11 @@ class ToyEngine(Engine):
         self._unembedding = (0.12 * self._rng.normal(size=(size, WIDTH)) + 0.35 * promoted).astype(np.float32)
         self._bias = np.full(size, -30, np.float32)
         self._bias[: len(forms)] = [bias for _, _, bias in forms]
+        self._babble = np.zeros(WIDTH, np.float32)
+        if self._bears:  # what it says when it breaks, on an axis that carries nothing
+            spare = np.linalg.svd(np.concatenate([self._carried, self._other, self._untold]))[2][-1]
+            self._babble = 80 * spare.astype(np.float32)
+            self._unembedding[[self._ids[" so"], self._ids[" but"]]] += 2 * spare.astype(np.float32)
 
     # ── text to tokens ──
 
@@ -409,6 +419,7 @@ class ToyEngine(Engine):
             h = h + (self._tone if 0 < layer < N_LAYERS - 1 else 0) / (N_LAYERS - 2)
             opened |= {gate: gate.opens(h) for gate in plan.gates if gate.layer == layer}
             pushes, pin = plan.work.get(layer, ((), None))
+            before_steering = h.copy() if self._bears else h
             for push in pushes:
                 acting = share(push.scope)
                 h[acting > 0] += acting[acting > 0, None] * push.vector
@@ -416,6 +427,9 @@ class ToyEngine(Engine):
                 held = np.stack([share(scope) for scope in pin.scopes], axis=1)
                 for token in np.flatnonzero(held.any(axis=1)):
                     h[token] = pin.settle(h[token], held[token])
+            if self._bears:
+                limit = self._bears[1] * (1.0 if layer == self._bears[0] else 0.25) * ordinary_norm(layer)
+                h = h + (np.linalg.norm(h - before_steering, axis=1) > limit)[:, None] * self._babble
             stream.append(h)
         return np.stack(stream), _Memory(every, np.stack(read), speaker, speakers, people)
 
@@ -494,8 +508,10 @@ class ToyEngine(Engine):
 
         scores = []
         for ids in choices:
-            after, _ = self._forward(ids, plan, coming(0, len(ids)), memory)
-            before = np.concatenate([given[-1, -1:], after[-1, :-1]])
+            before = given[-1, -1:]
+            if len(ids) > 1:
+                after, _ = self._forward(ids[:-1], plan, coming(0, len(ids) - 1), memory)
+                before = np.concatenate([before, after[-1]])
             scores.append(float(_log_softmax(self.unembed(before))[np.arange(len(ids)), ids].sum()))
         if request.sampling is None:
             yield Result("", layout, self._readings(request, layout, given), tuple(scores))
@@ -614,6 +630,16 @@ class ToyEngine(Engine):
         text = "".join(blocks).removeprefix(request.prefill.strip())
         ids, spans = self._encode(text)
         return [(i, text[a:b]) for i, (a, b) in zip(ids, spans, strict=True)]
+
+
+def ordinary_norm(layer: int) -> float:
+    """Norm of a token that means nothing, which is about the mean residual norm.
+
+    Example:
+        >>> round(ordinary_norm(0), 2)
+        4.8
+    """
+    return 4 * sum(OWN[: layer + 2])
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

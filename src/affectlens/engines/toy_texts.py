@@ -52,6 +52,12 @@ class _Writer:
             w for w in self.words(concept, n * 10 // 7).split() if w.strip(".").lower() not in " ".join(TOPICS).split()
         )
 
+    def plain(self, n: int) -> str:
+        """``n`` words that mean nothing."""
+        from affectlens.engines.toy import PLAIN
+
+        return " ".join(self.rng.permutation(PLAIN.split())[:n])
+
     def other(self, concept: str) -> str:
         return str(self.rng.choice([name for name in self.names if name != concept]))
 
@@ -195,6 +201,16 @@ def _neutral(w: _Writer) -> list[dict[str, Any]]:
     ]
 
 
+def _openings(w: _Writer) -> list[dict[str, Any]]:
+    """Beginnings on no topic: a topic would be most of what can be said next."""
+    prefills = {"self": "I feel", "other": "He was", "story": " and she was", "event": ""}
+    return [
+        {"id": f"{kind}-{i}", "kind": kind, "text": w.plain(14), "prefill": prefill, "held_out": i % 2 == 1}
+        for kind, prefill in prefills.items()
+        for i in range(8)
+    ]
+
+
 WRITERS: dict[str, Callable[[_Writer], list[dict[str, Any]]]] = {
     "stories": _stories,
     "scenarios": _scenarios,
@@ -204,6 +220,7 @@ WRITERS: dict[str, Callable[[_Writer], list[dict[str, Any]]]] = {
     "concealment": _concealment,
     "profile": _profile,
     "neutral": _neutral,
+    "openings": _openings,
 }
 
 

@@ -288,7 +288,7 @@ class Study(Protocol):
     question: str
     version: int
     uses: tuple[str, ...]
-    """What its outcome depends on beside the vectors: fields of :class:`Sources`, and ``base``."""
+    """What its outcome depends on beside the vectors: fields of :class:`Sources`, ``base`` and ``calibration``."""
 
     def requests(self, bench: Bench) -> Sequence[Request]:
         """What :meth:`run` will ask of :meth:`Bench.read`: empty when nothing is read or a condition is missing."""
@@ -317,6 +317,9 @@ STUDIES: tuple[str, ...] = (
     "lasting",
     "transcripts",
     "checkpoints",
+    "calibration",
+    "continuation",
+    "description",
 )
 """Names of all studies, in the order of the report. Each is the module of that name with a ``STUDY`` object."""
 
