@@ -33,7 +33,7 @@ def toy_bench(seed: int = 0, draws: int = 200, tone: tuple[tuple[str, float], ..
 
 
 def with_calibration(bench: Bench, *, strength: float = 0.15, layer: int = 3) -> Bench:
-    """The bench with a calibration by hand, for the studies that steer: what the toy finds by itself is another test's subject."""
+    """The bench with a calibration by hand, for the studies that steer: what the toy finds by itself is tested elsewhere."""
     vectors, fingerprint = bench.vectors, str(bench.vectors.model["fingerprint"])
     safe = dict.fromkeys(vectors.names, (-strength, strength))
     found = Calibration(layer, vectors.layer, safe, vectors.names, Bounds(), fingerprint)
