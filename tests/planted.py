@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from affectlens.calibration import Bounds, Calibration
 from affectlens.concepts import ConceptSet
 from affectlens.discovery import Recipe, make_vectors, open_run, open_stories
 from affectlens.engines.toy import CUES, ToyEngine
@@ -28,6 +30,14 @@ def toy_bench(seed: int = 0, draws: int = 200, tone: tuple[tuple[str, float], ..
         found = make_vectors(engine, source, run, RECIPE)
     folder = Path(tempfile.mkdtemp(prefix="study-"))
     return Bench(found.vectors, found.concepts, found.activations, found.neutral, engine, draws, seed, folder=folder)
+
+
+def with_calibration(bench: Bench, *, strength: float = 0.15, layer: int = 3) -> Bench:
+    """The bench with a calibration by hand, for the studies that steer: what the toy finds by itself is tested elsewhere."""
+    vectors, fingerprint = bench.vectors, str(bench.vectors.model["fingerprint"])
+    safe = dict.fromkeys(vectors.names, (-strength, strength))
+    found = Calibration(layer, vectors.layer, safe, vectors.names, Bounds(), fingerprint)
+    return replace(bench, vectors=replace(vectors, calibration=found))
 
 
 def outcome(study: str, bench: Bench) -> Outcome:

@@ -10,20 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from affectlens.calibration import Bounds, Calibration
 from affectlens.studies import Bench, Outcome, load_study
 from affectlens.studies.continuation import CLAIMS
 from affectlens.studies.description import CLAIMS as DESCRIBED
 from affectlens.studies.description import kept
-from planted import toy_bench
+from planted import toy_bench, with_calibration
 
 
 def calibrated(strength: float = 0.15, layer: int = 3, seed: int = 0, **options: Any) -> Bench:
-    """The toy with a calibration by hand: what it finds by itself is the subject of another test."""
-    bench = replace(toy_bench(seed, **options), quick=True)
-    vectors, fingerprint = bench.vectors, str(bench.vectors.model["fingerprint"])
-    found = Calibration(layer, 4, dict.fromkeys(vectors.names, (-strength, strength)), vectors.names, Bounds(), fingerprint)
-    return replace(bench, vectors=replace(vectors, calibration=found))
+    return with_calibration(replace(toy_bench(seed, **options), quick=True), strength=strength, layer=layer)
 
 
 @lru_cache(maxsize=8)

@@ -11,7 +11,7 @@ Declared before any data is seen:
 * **Choosing the layer.** The largest effect of one half of the emotions behind one half of the openings, among the layers whose
   replies keep their bounds (among all when none does). What is stated of it comes from the other half of both. Openings that are
   held out are not touched here: the continuation study has them.
-* **Safe range.** Of every emotion at that layer, in both directions: the last of the strengths tried, in equal steps, up to
+* **Safe range.** Of every emotion at that layer, in both directions: the last of the strengths tried, step by step, up to
   which the upper end (95 %, one-sided, over texts) of the perplexity's factor keeps the bound; stepped down until replies do.
 * **Controls.** Directions of the same length: random ones, and vectors of the same stories with concepts dealt at random.
 * **Nulls.** Each emotion gets a control direction at random. For the choice of a layer: layers exchanged within each emotion.
@@ -56,7 +56,8 @@ FEW, FEW_OPENINGS, FEW_TEXTS = 6, 6, 3
 STRENGTHS = (0.05, 0.1, 0.2, 0.4)
 """Tried at every layer, to find where it reaches the bound."""
 STEPS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
-"""Of the strength at which the chosen layer reaches the bound: tried for every emotion. A quick look tries every second."""
+"""Of the strength at which the chosen layer reaches the bound: tried for every emotion."""
+STEPS_QUICK = (0.5, 0.75, 1.0, 1.5)
 TEXTS, REPLIES, TOKENS = 8, 3, 32
 """Neutral texts; replies to each steering, and their length."""
 LAYERS_QUICK, TEXTS_QUICK = 6, 3
@@ -282,7 +283,7 @@ def _measure(plan: _Plan) -> Outcome:
     allowed = allowed if allowed.any() else np.ones(len(allowed), dtype=bool)
     best = int(np.where(allowed, effects[:, ::2].mean(axis=1), -np.inf).argmax())
     layer, full = plan.layers[best], compared["strength"][best]
-    strengths = [round(step * full, 4) for step in (STEPS[1::2] if bench.quick else STEPS)]
+    strengths = [round(step * full, 4) for step in (STEPS_QUICK if bench.quick else STEPS)]
     safe, factors = _safe(plan, layer, strengths)
     common = float(np.median([safe[name][1] for name in plan.names]))
     narrowest = tuple(float(f(end)) for f, end in zip((max, min), zip(*safe.values(), strict=True), strict=True))

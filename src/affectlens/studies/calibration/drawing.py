@@ -48,7 +48,7 @@ def figures(data: Mapping[str, Any]) -> list[Figure]:
         f"Perplexity of neutral text as a factor, its bound {times}."
     )
     drawn.append(to_figure("dose", f"Dose curves at layer {chosen}", text, _dose(data)))
-    text = "Every strength between the ends keeps the bounds; tried in equal steps. Grey line: no steering."
+    text = "Every strength between the ends keeps the bounds; tried step by step. Grey line: no steering."
     return [*drawn, to_figure("safe", f"Safe ranges at layer {chosen}", text, _ranges(data))]
 
 
