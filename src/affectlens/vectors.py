@@ -260,7 +260,8 @@ class ConceptVectors:
             name: The concept that is read.
             above: Open only above this score.
             below: Open only below this score; together with ``above`` in between.
-            layer: Where it is read (default: :attr:`layer`); not above the lowest layer that is steered.
+            layer: Where it is read (default: :attr:`layer`, or :attr:`steering_layer` where that is lower); not above the lowest
+                layer that is steered.
             kind: ``z``, ``centred`` or ``cosine``, see :meth:`scores`.
             baseline: Mean and standard deviation of the centred cosine that z is counted from.
 
@@ -274,7 +275,7 @@ class ConceptVectors:
             >>> print(mix.when(vectors.gate("desperate", above=2)))                # doctest: +SKIP
             +0.1 calm @ layer 18 (while desperate z > 2 @ layer 18)
         """
-        row, index = self.row(layer), self.index(name)
+        row, index = self.row(min(self.layer, self.steering_layer) if layer is None else layer), self.index(name)
         if baseline is not None and kind != "z":
             raise EngineError(f"a {kind} score has no baseline: use kind='z', or leave baseline out")
         if kind != "cosine" and not np.isfinite(self.centre[row]).all():
