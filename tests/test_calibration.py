@@ -149,7 +149,7 @@ def test_vectors_use_their_calibration(tmp_path: Path) -> None:
     assert (vectors.layer, vectors.steering_layer) == (5, 2)
     assert vectors["calm"].layers == (2,) and str(vectors.calibrated("calm")) == "+0.25 calm @ layer 2"
     assert vectors.gate("calm", above=0).layer == 2  # a gate above the layer that it is for would come too late
-    assert plain.with_calibration(replace(found, layer=6)).gate("calm", above=0).layer == 5
+    assert plain.with_calibration(replace(found, layer=5, reading_layer=3)).gate("calm", above=0).layer == 3
     assert vectors.with_layer(3)["calm"].layers == (3,) and vectors.with_layer(3).calibration is None
     assert vectors.select(["calm"]).calibration == found.select(["calm"])
     again = ConceptVectors.load(vectors.save(tmp_path / "v"))
