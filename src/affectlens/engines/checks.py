@@ -64,6 +64,8 @@ def examine(engine: HFEngine) -> tuple[list[tuple[str, str]], str | None]:
         checks.append(("packed batch = alone", _way(packed, engine.pack_limit > 0, "padded batches are used instead")))
     else:
         checks.append(("packed batch = alone", "not used: on an accelerator one padded batch beats a loop over texts"))
+    shared = _try_sharing(engine, everything, limit)
+    checks.append(("shared beginnings = alone", _way(shared, engine.share_limit > 0, "each text is read whole instead")))
 
     generating = [Request(r.prompt, readouts=r.readouts, sampling=Sampling(max_tokens=1, temperature=0)) for r in requests]
     engine.can_pad_left = True
@@ -194,26 +196,57 @@ def _steered(engine: HFEngine, request: Request, alone: tuple[Layout, Reading], 
     return f"a push at layer {layer} arrives, relative difference {difference:.1e}"
 
 
-def _try_packing(engine: HFEngine, requests: list[Request], alone: list[tuple[Layout, Reading]], limit: float) -> float:
-    """Let several texts share one row, kept apart in attention; only for models whose attention can be exchanged."""
+def _one_row(engine: HFEngine) -> int:
+    """How long texts may be that are laid out in one row, kept apart in attention; 0 where attention cannot be exchanged."""
     from transformers import AttentionInterface
 
-    from affectlens.engines.hf import PACKED, packed_attention
+    from affectlens.engines import prefix
 
     model: Any = engine.model
     config = model.config.get_text_config(decoder=True)
     recurrent = any("attention" not in kind for kind in getattr(config, "layer_types", None) or ())
-    exchangeable = config._attn_implementation == "sdpa" and getattr(model, "_supports_attention_backend", True)
-    if recurrent or not exchangeable:
-        return float("inf")
+    if recurrent or config._attn_implementation != "sdpa" or not getattr(model, "_supports_attention_backend", True):
+        return 0
     # transformers makes no mask for an attention that it has no mask function for, and none is needed.
-    AttentionInterface.register(PACKED, packed_attention)
-    # A window or chunk shows only in texts longer than it: those are never packed.
+    AttentionInterface.register(prefix.NAME, prefix.attention)
+    # A window or chunk shows only in texts longer than it: those lie in no row with others.
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    engine.pack_limit = min([engine.token_budget, *(w for w in windows if w)])
+    return int(min([engine.token_budget, *(w for w in windows if w)]))
+
+
+def _try_packing(engine: HFEngine, requests: list[Request], alone: list[tuple[Layout, Reading]], limit: float) -> float:
+    """Let several texts share one row; only for models whose attention can be exchanged."""
+    engine.pack_limit = _one_row(engine)
+    if not engine.pack_limit:
+        return float("inf")
     # Texts longer than the limit are padded, not packed: with fewer than two others nothing would be tried.
     tried = sum(len(layout) <= engine.pack_limit for layout, _ in alone) > 1
     difference = _difference(lambda: _read(engine, requests), alone) if tried else float("inf")
     if not difference <= limit:
         engine.pack_limit = 0
+    return difference
+
+
+def _try_sharing(engine: HFEngine, everything: Readout, limit: float) -> float:
+    """Let texts that begin alike share their beginning, and steer one of them within it, one behind it."""
+    layer = engine.info.default_layer
+    direction = np.random.default_rng(1).normal(size=(1, engine.info.width)).astype(np.float32)
+    norm = np.linalg.norm(direction, axis=1)
+    push = Steering((Term("check", 1.0, (layer,), (layer,), direction / norm, norm),))
+    steerings = (Steering(), Steering(), push.at(Where(text="harbour")), push.at(Where(text="door")))
+    ends = (_TEXTS[1], *_TEXTS[1:], _TEXTS[2])
+    requests = [
+        Request(f"{_TEXTS[0]} {end}", readouts=(everything,), steering=steering)
+        for end, steering in zip(ends, steerings, strict=True)
+    ]
+    alone = [_read(engine, [request])[0] for request in requests]
+    engine.share_limit = _one_row(engine)
+    if max(len(layout) for layout, _ in alone) > engine.share_limit:  # nothing would be tried
+        engine.share_limit = 0
+        return float("inf")
+    pays, engine.sharing_pays = engine.sharing_pays, 1
+    difference = _difference(lambda: _read(engine, requests), alone)
+    engine.sharing_pays = pays
+    if not difference <= limit:
+        engine.share_limit = 0
     return difference

@@ -1,0 +1,257 @@
+"""Texts that begin alike are read once where they are alike: a tree of tokens in one packed forward pass.
+
+Many requests differ only at their end: the same system prompt before every message, one first option before sixty-three second
+ones. :func:`grow` lays the tokens of such rows out as a tree in one long row, every shared beginning once, and :func:`attention`
+lets each token see exactly the tokens before it in its own texts. Two tokens are the same only if everything before them is, and
+if steering does the same to them and to everything before: so a push at a shared token is done once, and a push behind it does
+not keep the beginning from being shared. All but attention works token by token and never notices.
+
+Texts that share nothing are the special case of a tree that branches at its root: what packing is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from affectlens.engine import Term
+
+if TYPE_CHECKING:
+    from affectlens.engines.hf import Row
+
+NAME = "affectlens_tree"
+"""Name under which :func:`attention` is known to transformers; it is set on a model only while it reads a tree."""
+
+_TREE: ContextVar[Tree | None] = ContextVar("affectlens_tree", default=None)
+
+
+@dataclass
+class Branches:
+    """What goes on from the same shared beginning, attended together.
+
+    Args:
+        own: Places in the long row of each branch's tokens ``(n, longest)``; a short branch repeats its last one.
+        real: Which of them are not repeats.
+        seen: Places of the beginning's tokens, then of the branch's own: ``(n, beginning + longest)``.
+        mask: Which of those each own token may attend to, ``(longest, beginning + longest)``: what is repeated comes after every
+            real token, so that being causal keeps it out.
+    """
+
+    own: torch.Tensor
+    real: torch.Tensor
+    seen: torch.Tensor
+    mask: torch.Tensor
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
+        """Attention ``(real tokens, heads, width)`` of the branches' tokens, from those of the long row ``(heads, T, width)``."""
+        (n, longest), heads, shared = self.own.shape, key.shape[0], query.shape[0] // key.shape[0]
+        # The query heads that share a key head become further rows of it: nothing is copied for each of them.
+        q = query[:, self.own].unflatten(0, (heads, shared)).permute(2, 0, 1, 3, 4).flatten(2, 3)
+        k, v = key[:, self.seen].transpose(0, 1), value[:, self.seen].transpose(0, 1)
+        out = scaled_dot_product_attention(q, k, v, attn_mask=self.mask.repeat(shared, 1), scale=scale)
+        return out.unflatten(2, (shared, longest)).permute(0, 3, 1, 2, 4).flatten(2, 3)[self.real]
+
+
+@dataclass
+class Tree:
+    """Rows laid out as one long row, shared beginnings once.
+
+    Args:
+        ids: The tokens ``(T,)``.
+        positions: Each token's position in its own text ``(T,)``.
+        index: For each row the place of each of its tokens.
+        owned: For each row which of its tokens no row before it has: they are steered in its name.
+        whole: Start and end of every run of tokens with nothing before it.
+        branches: All other runs, those with the same beginning together.
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    index: list[np.ndarray]
+    owned: list[np.ndarray]
+    whole: list[tuple[int, int]]
+    branches: list[Branches] = field(default_factory=list)
+
+
+@contextmanager
+def reading(tree: Tree | None, config: Any) -> Iterator[None]:
+    """The model whose config this is reads ``tree`` for as long as the block lasts; None leaves it as it is."""
+    if tree is None:
+        yield
+        return
+    before, token = config._attn_implementation, _TREE.set(tree)
+    try:
+        config._attn_implementation = NAME
+        yield
+    finally:
+        config._attn_implementation = before
+        _TREE.reset(token)
+
+
+def attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> tuple[Any, None]:
+    """Attention over the tree that is being read; runs with nothing before them are looped over.
+
+    For texts that share nothing the loop is faster than a block-diagonal mask.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    tree = _TREE.get()
+    assert tree is not None
+    kwargs["is_causal"] = True
+    out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
+    for start, end in tree.whole:
+        part = [x[:, :, start:end] for x in (query, key, value)]
+        out[:, start:end] = sdpa_attention_forward(module, *part, None, **kwargs)[0]
+    for branches in tree.branches:
+        part = branches.attend(query[0], key[0], value[0], kwargs.get("scaling"))
+        out[0, branches.own[branches.real]] = part
+    return out, None
+
+
+# ── which tokens are the same ──
+
+
+def keys(rows: Sequence[Row]) -> list[np.ndarray]:
+    """For each row one number for each token: equal numbers up to a token mean equal tokens, steered equally."""
+    known: dict[Any, int] = {}
+    found = []
+    for row in rows:
+        done = np.zeros(len(row), dtype=np.int64)  # 0: nothing is done to the token
+        for term in row.request.steering.terms:
+            mask, content = row.steered(term.where), _content(term)
+            for before in np.unique(done[mask]).tolist():
+                done[mask & (done == before)] = known.setdefault((before, content), len(known) + 1)
+        found.append(np.array(row.layout.ids, dtype=np.int64) + (done << 32))
+    return found
+
+
+def _content(term: Term) -> tuple[Any, ...]:
+    """What a term does, wherever it does it; arrays by identity, as those of one run are held by its requests."""
+    parts = ((f.name, getattr(term, f.name)) for f in dataclasses.fields(term) if f.name != "where")
+    return tuple(id(value) if isinstance(value, np.ndarray) else value for _, value in parts)
+
+
+def alike(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens two rows have in common at their beginning, by their keys."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n
+
+
+# ── the tree ──
+
+
+@dataclass(frozen=True)
+class Run:
+    """Tokens ``start`` to ``end`` of the rows ``first`` to ``last`` (excluded), and the run before them (-1: none)."""
+
+    first: int
+    last: int
+    start: int
+    end: int
+    parent: int
+
+
+def runs(sorted_keys: Sequence[np.ndarray], *, pays: int) -> list[Run]:
+    """The runs of the tree of these rows, parents first.
+
+    A beginning is shared only where that saves ``pays`` tokens or more: each costs an attention call of its own in every block.
+
+    Example:
+        >>> runs([np.array([1, 2, 3]), np.array([1, 2, 4]), np.array([9])], pays=2)
+        [Run(first=2, last=3, start=0, end=1, parent=-1), Run(first=0, last=2, start=0, end=2, parent=-1), Run(first=1, last=2, \
+start=2, end=3, parent=1), Run(first=0, last=1, start=2, end=3, parent=1)]
+    """
+    common = np.array([0, *(alike(a, b) for a, b in itertools.pairwise(sorted_keys))], dtype=np.int64)
+    found: list[Run] = []
+    todo = [(0, len(sorted_keys), 0, -1)]
+    while todo:
+        first, last, start, parent = todo.pop()
+        if last - first == 1:
+            if len(sorted_keys[first]) > start:
+                found.append(Run(first, last, start, len(sorted_keys[first]), parent))
+            continue
+        inner = common[first + 1 : last]
+        end = int(inner.min())
+        if end > start and (end - start) * (last - first - 1) >= pays:
+            found.append(Run(first, last, start, end, parent))
+            start, parent = end, len(found) - 1
+        cuts = [first, *(first + 1 + np.flatnonzero(inner == end)).tolist(), last]
+        todo += [(a, b, start, parent) for a, b in itertools.pairwise(cuts)]
+    return found
+
+
+def sharing(rows: Sequence[Row], *, pays: int) -> list[Row]:
+    """Those rows that have a beginning in common with others which pays to share, neighbours side by side."""
+    numbered = sorted(zip(keys(rows), rows, strict=True), key=lambda pair: pair[0].astype(">i8").tobytes())
+    found = runs([key for key, _ in numbered], pays=pays) if numbered else []
+    shared = sorted({i for run in found if run.last - run.first > 1 for i in range(run.first, run.last)})
+    return [numbered[i][1] for i in shared]
+
+
+def batches(rows: Sequence[Row], *, pays: int, budget: int, device: torch.device) -> Iterator[tuple[list[Row], Tree]]:
+    """The rows in the order that :func:`sharing` gave them, in trees of about ``budget`` tokens or less."""
+    numbered = keys(rows)
+    start, tokens = 0, 0
+    for i, key in enumerate(numbered):
+        new = len(key) - (alike(key, numbered[i - 1]) if i > start else 0)
+        if i > start and tokens + new > budget:
+            yield list(rows[start:i]), grow(rows[start:i], numbered[start:i], pays=pays, device=device)
+            start, tokens, new = i, 0, len(key)
+        tokens += new
+    if rows:
+        yield list(rows[start:]), grow(rows[start:], numbered[start:], pays=pays, device=device)
+
+
+def side_by_side(rows: Sequence[Row]) -> Tree:
+    """The tree of rows that share nothing."""
+    ends = np.cumsum([len(row) for row in rows]).tolist()
+    whole = [(end - len(row), end) for row, end in zip(rows, ends, strict=True)]
+    index = [np.arange(start, end) for start, end in whole]
+    ids = np.concatenate([row.layout.ids for row in rows]).astype(np.int64)
+    positions = np.concatenate([np.arange(len(row)) for row in rows])
+    return Tree(ids, positions, index, [np.ones(len(row), dtype=bool) for row in rows], whole)
+
+
+def grow(rows: Sequence[Row], sorted_keys: Sequence[np.ndarray], *, pays: int, device: torch.device) -> Tree:
+    """The tree of rows whose neighbours begin alike."""
+    index = [np.zeros(len(row), dtype=np.int64) for row in rows]
+    owned = [np.zeros(len(row), dtype=bool) for row in rows]
+    ids, positions, whole = [], [], []
+    children: dict[int, list[tuple[int, int, int]]] = {}
+    begins: dict[int, np.ndarray] = {}
+    size = 0
+    for run in runs(sorted_keys, pays=pays):
+        length = run.end - run.start
+        for row in range(run.first, run.last):
+            index[row][run.start : run.end] = np.arange(size, size + length)
+        owned[run.first][run.start : run.end] = True
+        ids.append(rows[run.first].layout.ids[run.start : run.end])
+        positions.append(np.arange(run.start, run.end))
+        if run.parent < 0:
+            whole.append((size, size + length))
+        else:
+            children.setdefault(run.parent, []).append((size, length, run.first))
+            begins.setdefault(run.parent, index[run.first][: run.start])
+        size += length
+    branches = [_branches(begins[parent], [(a, n) for a, n, _ in own], device) for parent, own in children.items()]
+    return Tree(np.concatenate(ids).astype(np.int64), np.concatenate(positions), index, owned, whole, branches)
+
+
+def _branches(begin: np.ndarray, own: Sequence[tuple[int, int]], device: torch.device) -> Branches:
+    longest = max(length for _, length in own)
+    steps = np.arange(longest)
+    lengths = np.array([length for _, length in own])[:, None]
+    places = np.array([start for start, _ in own])[:, None] + np.minimum(steps, lengths - 1)
+    seen = np.concatenate([np.broadcast_to(begin, (len(own), len(begin))), places], axis=1)
+    mask = np.concatenate([np.ones((longest, len(begin)), dtype=bool), np.tri(longest, dtype=bool)], axis=1)
+    return Branches(*(torch.as_tensor(x).to(device) for x in (places, steps < lengths, seen, mask)))
