@@ -64,7 +64,7 @@ def examine(engine: HFEngine) -> tuple[list[tuple[str, str]], str | None]:
         checks.append(("packed batch = alone", _way(packed, engine.pack_limit > 0, "padded batches are used instead")))
     else:
         checks.append(("packed batch = alone", "not used: on an accelerator one padded batch beats a loop over texts"))
-    shared = _try_sharing(engine, everything, limit)
+    shared = _try_sharing(engine, everything, float(np.median(alone[0][1].norms[info.default_layer])), limit)
     checks.append(("shared beginnings = alone", _way(shared, engine.share_limit > 0, "each text is read whole instead")))
 
     generating = [Request(r.prompt, readouts=r.readouts, sampling=Sampling(max_tokens=1, temperature=0)) for r in requests]
@@ -227,12 +227,12 @@ def _try_packing(engine: HFEngine, requests: list[Request], alone: list[tuple[La
     return difference
 
 
-def _try_sharing(engine: HFEngine, everything: Readout, limit: float) -> float:
-    """Let texts that begin alike share their beginning, and steer one of them within it, one behind it."""
+def _try_sharing(engine: HFEngine, everything: Readout, norm: float, limit: float) -> float:
+    """Let texts that begin alike share their beginning; steer one of them within it and one behind it."""
     layer = engine.info.default_layer
     direction = np.random.default_rng(1).normal(size=(1, engine.info.width)).astype(np.float32)
-    norm = np.linalg.norm(direction, axis=1)
-    push = Steering((Term("check", 1.0, (layer,), (layer,), direction / norm, norm),))
+    direction /= np.linalg.norm(direction)
+    push = Steering((Term("check", 1.0, (layer,), (layer,), direction, np.array([norm], dtype=np.float32)),))
     steerings = (Steering(), Steering(), push.at(Where(text="harbour")), push.at(Where(text="door")))
     ends = (_TEXTS[1], *_TEXTS[1:], _TEXTS[2])
     requests = [

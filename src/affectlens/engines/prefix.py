@@ -52,13 +52,11 @@ class Branches:
     mask: torch.Tensor
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
-        """Attention ``(real tokens, heads, width)`` of the branches' tokens, from those of the long row ``(heads, T, width)``."""
-        (n, longest), heads, shared = self.own.shape, key.shape[0], query.shape[0] // key.shape[0]
-        # The query heads that share a key head become further rows of it: nothing is copied for each of them.
-        q = query[:, self.own].unflatten(0, (heads, shared)).permute(2, 0, 1, 3, 4).flatten(2, 3)
-        k, v = key[:, self.seen].transpose(0, 1), value[:, self.seen].transpose(0, 1)
-        out = scaled_dot_product_attention(q, k, v, attn_mask=self.mask.repeat(shared, 1), scale=scale)
-        return out.unflatten(2, (shared, longest)).permute(0, 3, 1, 2, 4).flatten(2, 3)[self.real]
+        """Attention ``(real tokens, heads, width)`` of the branches' tokens, from those of the long row ``(T, heads, width)``."""
+        q, k, v = (x.index_select(0, at.flatten()).unflatten(0, at.shape).transpose(1, 2) for x, at in ((query, self.own), (key, self.seen), (value, self.seen)))
+        grouped = query.shape[1] != key.shape[1]
+        out = scaled_dot_product_attention(q, k, v, attn_mask=self.mask, scale=scale, enable_gqa=grouped)
+        return out.transpose(1, 2)[self.real]
 
 
 @dataclass
@@ -111,9 +109,10 @@ def attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any
     for start, end in tree.whole:
         part = [x[:, :, start:end] for x in (query, key, value)]
         out[:, start:end] = sdpa_attention_forward(module, *part, None, **kwargs)[0]
+    # Token by token each head lies beside the next: whole tokens are gathered at once.
+    tokens = [x[0].transpose(0, 1) for x in (query, key, value)]
     for branches in tree.branches:
-        part = branches.attend(query[0], key[0], value[0], kwargs.get("scaling"))
-        out[0, branches.own[branches.real]] = part
+        out[0, branches.own[branches.real]] = branches.attend(*tokens, kwargs.get("scaling"))
     return out, None
 
 
