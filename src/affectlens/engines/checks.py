@@ -64,8 +64,10 @@ def examine(engine: HFEngine) -> tuple[list[tuple[str, str]], str | None]:
         checks.append(("packed batch = alone", _way(packed, engine.pack_limit > 0, "padded batches are used instead")))
     else:
         checks.append(("packed batch = alone", "not used: on an accelerator one padded batch beats a loop over texts"))
-    shared = _try_sharing(engine, everything, float(np.median(alone[0][1].norms[info.default_layer])), limit)
+    norm = float(np.median(alone[0][1].norms[info.default_layer]))
+    shared, forked = _try_sharing(engine, everything, norm, limit)
     checks.append(("shared beginnings = alone", _way(shared, engine.share_limit > 0, "each text is read whole instead")))
+    checks.append(("shared lower blocks = alone", _way(forked, engine.can_fork, "each steering runs through all blocks instead")))
 
     generating = [Request(r.prompt, readouts=r.readouts, sampling=Sampling(max_tokens=1, temperature=0)) for r in requests]
     engine.can_pad_left = True
@@ -227,26 +229,32 @@ def _try_packing(engine: HFEngine, requests: list[Request], alone: list[tuple[La
     return difference
 
 
-def _try_sharing(engine: HFEngine, everything: Readout, norm: float, limit: float) -> float:
-    """Let texts that begin alike share their beginning; steer one of them within it and one behind it."""
+def _try_sharing(engine: HFEngine, everything: Readout, norm: float, limit: float) -> tuple[float, float]:
+    """Let texts that begin alike share their beginning, some steered within it or behind it; then those that are all alike, too.
+
+    Returns:
+        The largest difference from reading each alone: with shared beginnings, and with a shared trunk below the steered layer.
+    """
     layer = engine.info.default_layer
     direction = np.random.default_rng(1).normal(size=(1, engine.info.width)).astype(np.float32)
     direction /= np.linalg.norm(direction)
     push = Steering((Term("check", 1.0, (layer,), (layer,), direction, np.array([norm], dtype=np.float32)),))
-    steerings = (Steering(), Steering(), push.at(Where(text="harbour")), push.at(Where(text="door")))
-    ends = (_TEXTS[1], *_TEXTS[1:], _TEXTS[2])
+    steerings = (Steering(), push.at(Where(text="boxes")), push.at(Where(text="It")), -push)
     requests = [
-        Request(f"{_TEXTS[0]} {end}", readouts=(everything,), steering=steering)
-        for end, steering in zip(ends, steerings, strict=True)
+        Request(f"{_TEXTS[2]} It {end}.", readouts=(everything,), steering=steering)
+        for end in ("rained", "was cold")
+        for steering in steerings
     ]
     alone = [_read(engine, [request])[0] for request in requests]
     engine.share_limit = _one_row(engine)
     if max(len(layout) for layout, _ in alone) > engine.share_limit:  # nothing would be tried
         engine.share_limit = 0
-        return float("inf")
+        return float("inf"), float("inf")
     pays, engine.sharing_pays = engine.sharing_pays, 1
-    difference = _difference(lambda: _read(engine, requests), alone)
+    shared = _difference(lambda: _read(engine, requests), alone)
+    engine.can_fork = True
+    forked = _difference(lambda: _read(engine, requests), alone)
     engine.sharing_pays = pays
-    if not difference <= limit:
-        engine.share_limit = 0
-    return difference
+    engine.share_limit *= shared <= limit
+    engine.can_fork = max(shared, forked) <= limit and engine.device.type == "cpu"
+    return shared, forked

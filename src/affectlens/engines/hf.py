@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -125,6 +126,7 @@ class HFEngine(Engine):
         # The careful way until the checks have shown that the fast ways give the same.
         self.pack_limit = 0
         self.share_limit = 0
+        self.can_fork = False
         self.sharing_pays = SHARING_PAYS if self.device.type == "cpu" else SHARING_PAYS_ELSEWHERE
         self.can_pad = False
         self.can_pad_left = False
@@ -366,11 +368,12 @@ class HFEngine(Engine):
         First those that begin alike, then the others, longest first: as many as fit the token budget, padding counted; equal
         lengths only if padding changes results.
         """
-        alike = prefix.sharing([row for row in rows if len(row) <= self.share_limit], pays=self.sharing_pays)
-        yield from prefix.batches(alike, pays=self.sharing_pays, budget=self.token_budget, device=self.device)
+        how: dict[str, Any] = {"pays": self.sharing_pays, "trunks": self.can_fork}
+        alike = prefix.sharing([row for row in rows if len(row) <= self.share_limit], **how)
+        for batch in prefix.batches(alike, budget=self.token_budget):
+            yield batch, prefix.lay_out(batch, **how, device=self.device)
         shared = {id(row) for row in alike}
-        batch: list[Row] = []
-        tokens = 0
+        batch, tokens = [], 0
         for row in sorted((row for row in rows if id(row) not in shared), key=len, reverse=True):
             packed = len(row) <= self.pack_limit
             fits = tokens + len(row) <= self.token_budget
@@ -399,6 +402,11 @@ class HFEngine(Engine):
 
         A choice of several tokens is spread over two rows, perhaps in two batches: its parts meet in ``logprobs``.
         """
+        stop_after = None
+        if not any(row.wanted for row in batch):
+            stop_after = max((layer for row in batch for readout in row.request.readouts for layer in readout.layers), default=-1)
+            if tree and tree.trunk and stop_after < tree.layer:
+                tree = tree.trunk  # it ends before anything is done
         # For each row the place of each of its tokens in the flattened batch, and which tokens are steered in its name.
         places = tree.index if tree else [n * len(batch[0]) + np.arange(len(row)) for n, row in enumerate(batch)]
         owned = tree.owned if tree else [np.ones(len(row), dtype=bool) for row in batch]
@@ -414,12 +422,10 @@ class HFEngine(Engine):
             for row, place in zip(batch, places, strict=True)
             for at, token, c in row.wanted
         ]
-        stop_after = None
-        if not wanted:
-            stop_after = max((layer for recorder in recorders for layer in recorder.readout.layers), default=-1)
+        if stop_after is not None:
             pushes = {layer: changes for layer, changes in pushes.items() if layer <= stop_after}
             pins = {layer: changes for layer, changes in pins.items() if layer <= stop_after}
-        now = Pass(pushes, pins, recorders, stop_after)
+        now = Pass(pushes, pins, recorders, stop_after, tree.fork(self.device) if tree else None)
         keep, which = np.unique([flat for flat, *_ in wanted], return_inverse=True)
         logits = self._forward(batch, tree, now, keep=keep.astype(np.int64))
         if wanted:
@@ -456,22 +462,28 @@ class HFEngine(Engine):
         """
         inputs: dict[str, Any] = {"use_cache": False}
         if tree:
-            ids = torch.as_tensor(tree.ids)[None].to(self.device)
-            inputs["position_ids"] = torch.as_tensor(tree.positions)[None].to(self.device)
+            begun = tree.trunk or tree
+            ids = torch.as_tensor(begun.ids)[None].to(self.device)
+            inputs["position_ids"] = torch.as_tensor(begun.positions)[None].to(self.device)
         else:
             ids = torch.zeros((len(batch), len(batch[0])), dtype=torch.long)
             for n, row in enumerate(batch):
                 ids[n, : len(row)] = torch.tensor(row.layout.ids)
             ids = ids.to(self.device)
         flat = torch.as_tensor(keep, device=self.device)
-        rows, columns = flat // ids.shape[1], flat % ids.shape[1]
+        rows, columns = (flat * 0, flat) if tree else (flat // ids.shape[1], flat % ids.shape[1])
         if self.model._supports_logits_to_keep():
             inputs["logits_to_keep"], columns = torch.unique(columns, return_inverse=True)
         config = self.model.config.get_text_config(decoder=True)
         logits = torch.empty(0)
         try:
-            with torch.inference_mode(), Taps(self.blocks, now.layers) as taps, prefix.reading(tree, config):
-                taps.current = now
+            with ExitStack() as stack:
+                stack.enter_context(torch.inference_mode())
+                if tree:
+                    stack.enter_context(prefix.reading(tree, config))
+                if now.fork:
+                    stack.enter_context(now.fork.applied(self.blocks))
+                stack.enter_context(Taps(self.blocks, now.layers)).current = now
                 logits = self.model(input_ids=ids, **inputs).logits[rows, columns].float()
         except Stop:
             pass

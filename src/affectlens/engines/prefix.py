@@ -1,10 +1,14 @@
 """Texts that begin alike are read once where they are alike: a tree of tokens in one packed forward pass.
 
 Many requests differ only at their end: the same system prompt before every message, one first option before sixty-three second
-ones. :func:`grow` lays the tokens of such rows out as a tree in one long row, every shared beginning once, and :func:`attention`
-lets each token see exactly the tokens before it in its own texts. Two tokens are the same only if everything before them is, and
-if steering does the same to them and to everything before: so a push at a shared token is done once, and a push behind it does
-not keep the beginning from being shared. All but attention works token by token and never notices.
+ones. :func:`lay_out` lays the tokens of such rows out as a tree in one long row, every shared beginning once, and
+:func:`attention` lets each token see exactly the tokens before it in its own texts. Two tokens are the same only if everything
+before them is, and if steering does the same to them and to everything before: so a push at a shared token is done once, and a
+push behind it does not keep the beginning from being shared. All but attention works token by token and never notices.
+
+And many requests differ only in their steering. Up to the first layer at which anything is done they are the same even at the
+tokens that are steered: the tree of the bare tokens runs through the blocks up to there, and is spread out to the whole tree behind
+(:class:`affectlens.engines.residual.Fork`).
 
 Texts that share nothing are the special case of a tree that branches at its root: what packing is.
 """
@@ -24,6 +28,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from affectlens.engine import Term
+from affectlens.engines.residual import Fork
 
 if TYPE_CHECKING:
     from affectlens.engines.hf import Row
@@ -70,6 +75,8 @@ class Tree:
         owned: For each row which of its tokens no row before it has: they are steered in its name.
         whole: Start and end of every run of tokens with nothing before it.
         branches: All other runs, those with the same beginning together.
+        trunk: The tree of the same rows without their steering, up to :attr:`layer`; None where that is no smaller.
+        layer: The first layer at which rows with the same tokens become different.
     """
 
     ids: np.ndarray
@@ -78,15 +85,23 @@ class Tree:
     owned: list[np.ndarray]
     whole: list[tuple[int, int]]
     branches: list[Branches] = field(default_factory=list)
+    trunk: Tree | None = None
+    layer: int = -1
+
+    def fork(self, device: torch.device) -> Fork | None:
+        """How the trunk is spread out to the whole tree."""
+        if self.trunk is None:
+            return None
+        source = np.zeros(len(self.ids), dtype=np.int64)
+        for place, before in zip(self.index, self.trunk.index, strict=True):
+            source[place] = before
+        return Fork(self.layer, torch.as_tensor(source).to(device), len(self.trunk.ids), lambda: _TREE.set(self))
 
 
 @contextmanager
-def reading(tree: Tree | None, config: Any) -> Iterator[None]:
-    """The model whose config this is reads ``tree`` for as long as the block lasts; None leaves it as it is."""
-    if tree is None:
-        yield
-        return
-    before, token = config._attn_implementation, _TREE.set(tree)
+def reading(tree: Tree, config: Any) -> Iterator[None]:
+    """The model whose config this is reads ``tree`` for as long as the block lasts."""
+    before, token = config._attn_implementation, _TREE.set(tree.trunk or tree)
     try:
         config._attn_implementation = NAME
         yield
@@ -146,6 +161,16 @@ def alike(a: np.ndarray, b: np.ndarray) -> int:
     return int(differ[0]) if len(differ) else n
 
 
+def bare(key: np.ndarray) -> np.ndarray:
+    """The key of a row without its steering."""
+    return key & 0xFFFFFFFF
+
+
+def _in_order(keys: Sequence[np.ndarray]) -> list[int]:
+    """Numbers of the rows in an order in which those that begin alike are neighbours."""
+    return sorted(range(len(keys)), key=lambda i: keys[i].astype(">i8").tobytes())
+
+
 # ── the tree ──
 
 
@@ -163,7 +188,8 @@ class Run:
 def runs(sorted_keys: Sequence[np.ndarray], *, pays: int) -> list[Run]:
     """The runs of the tree of these rows, parents first.
 
-    A beginning is shared only where that saves ``pays`` tokens or more: each costs an attention call of its own in every block.
+    A beginning is shared only where that saves ``pays`` tokens or more: what goes on from it costs an attention call of its own in
+    every block. Rows that are equal to their end are always one.
 
     Example:
         >>> runs([np.array([1, 2, 3]), np.array([1, 2, 4]), np.array([9])], pays=2)
@@ -171,44 +197,61 @@ def runs(sorted_keys: Sequence[np.ndarray], *, pays: int) -> list[Run]:
 start=2, end=3, parent=1), Run(first=0, last=1, start=2, end=3, parent=1)]
     """
     common = np.array([0, *(alike(a, b) for a, b in itertools.pairwise(sorted_keys))], dtype=np.int64)
+    lengths = np.array([len(key) for key in sorted_keys])
+    equal = np.array([False, *(common[1:] == np.maximum(lengths[1:], lengths[:-1]))])
     found: list[Run] = []
     todo = [(0, len(sorted_keys), 0, -1)]
     while todo:
         first, last, start, parent = todo.pop()
-        if last - first == 1:
-            if len(sorted_keys[first]) > start:
-                found.append(Run(first, last, start, len(sorted_keys[first]), parent))
+        if equal[first + 1 : last].all():
+            if lengths[first] > start:
+                found.append(Run(first, last, start, int(lengths[first]), parent))
             continue
         inner = common[first + 1 : last]
         end = int(inner.min())
         if end > start and (end - start) * (last - first - 1) >= pays:
             found.append(Run(first, last, start, end, parent))
             start, parent = end, len(found) - 1
-        cuts = [first, *(first + 1 + np.flatnonzero(inner == end)).tolist(), last]
+        cuts = [first, *(first + 1 + np.flatnonzero((inner == end) & ~equal[first + 1 : last])).tolist(), last]
         todo += [(a, b, start, parent) for a, b in itertools.pairwise(cuts)]
     return found
 
 
-def sharing(rows: Sequence[Row], *, pays: int) -> list[Row]:
-    """Those rows that have a beginning in common with others which pays to share, neighbours side by side."""
-    numbered = sorted(zip(keys(rows), rows, strict=True), key=lambda pair: pair[0].astype(">i8").tobytes())
-    found = runs([key for key, _ in numbered], pays=pays) if numbered else []
-    shared = sorted({i for run in found if run.last - run.first > 1 for i in range(run.first, run.last)})
-    return [numbered[i][1] for i in shared]
+def sharing(rows: Sequence[Row], *, pays: int, trunks: bool) -> list[Row]:
+    """Those rows that have something in common with others which pays to share, neighbours side by side.
 
-
-def batches(rows: Sequence[Row], *, pays: int, budget: int, device: torch.device) -> Iterator[tuple[list[Row], Tree]]:
-    """The rows in the order that :func:`sharing` gave them, in trees of about ``budget`` tokens or less."""
+    Args:
+        rows: Any.
+        pays: See :func:`runs`.
+        trunks: Whether rows with the same tokens and another steering count as having them in common.
+    """
     numbered = keys(rows)
-    start, tokens = 0, 0
-    for i, key in enumerate(numbered):
-        new = len(key) - (alike(key, numbered[i - 1]) if i > start else 0)
-        if i > start and tokens + new > budget:
-            yield list(rows[start:i]), grow(rows[start:i], numbered[start:i], pays=pays, device=device)
-            start, tokens, new = i, 0, len(key)
-        tokens += new
-    if rows:
-        yield list(rows[start:]), grow(rows[start:], numbered[start:], pays=pays, device=device)
+    counted = [bare(key) for key in numbered] if trunks else numbered
+    order = _in_order(counted)
+    found = runs([counted[i] for i in order], pays=pays) if order else []
+    shared = sorted({i for run in found if run.last - run.first > 1 for i in range(run.first, run.last)})
+    return [rows[order[i]] for i in shared]
+
+
+def batches(rows: Sequence[Row], *, budget: int) -> Iterator[list[Row]]:
+    """The rows, in their order, in lists whose trees have ``budget`` tokens or less where every beginning is shared."""
+    batch: list[Row] = []
+    nodes: dict[tuple[int, int], int] = {}
+    for row, key in zip(rows, keys(rows), strict=True):
+        node, new = 0, []
+        for token in key.tolist():
+            known = nodes.get((node, token))
+            if known is None:
+                new.append((node, token))
+                known = len(nodes) + len(new)
+            node = known
+        if batch and len(nodes) + len(new) > budget:
+            yield batch
+            batch, nodes, node, new = [], {}, 0, [(n, token) for n, token in enumerate(key.tolist())]
+        nodes.update((step, len(nodes) + n) for n, step in enumerate(new, 1))
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 def side_by_side(rows: Sequence[Row]) -> Tree:
@@ -221,28 +264,47 @@ def side_by_side(rows: Sequence[Row]) -> Tree:
     return Tree(ids, positions, index, [np.ones(len(row), dtype=bool) for row in rows], whole)
 
 
-def grow(rows: Sequence[Row], sorted_keys: Sequence[np.ndarray], *, pays: int, device: torch.device) -> Tree:
-    """The tree of rows whose neighbours begin alike."""
+def lay_out(rows: Sequence[Row], *, pays: int, trunks: bool, device: torch.device) -> Tree:
+    """The tree of these rows, with a trunk where that pays.
+
+    Args:
+        rows: What is to run together.
+        pays: See :func:`runs`.
+        trunks: Whether the model can run a trunk.
+        device: Where it runs.
+    """
+    numbered = keys(rows)
+    tree = _grow(rows, numbered, pays, device)
+    layers = {layer for row in rows for layer in row.request.steering.layers}
+    if trunks and layers:
+        trunk = _grow(rows, [bare(key) for key in numbered], pays, device)
+        if len(trunk.ids) < len(tree.ids):
+            tree.trunk, tree.layer = trunk, min(layers)
+    return tree
+
+
+def _grow(rows: Sequence[Row], numbered: Sequence[np.ndarray], pays: int, device: torch.device) -> Tree:
     index = [np.zeros(len(row), dtype=np.int64) for row in rows]
     owned = [np.zeros(len(row), dtype=bool) for row in rows]
     ids, positions, whole = [], [], []
-    children: dict[int, list[tuple[int, int, int]]] = {}
+    children: dict[int, list[tuple[int, int]]] = {}
     begins: dict[int, np.ndarray] = {}
-    size = 0
-    for run in runs(sorted_keys, pays=pays):
+    order, size = _in_order(numbered), 0
+    for run in runs([numbered[i] for i in order], pays=pays):
         length = run.end - run.start
-        for row in range(run.first, run.last):
-            index[row][run.start : run.end] = np.arange(size, size + length)
-        owned[run.first][run.start : run.end] = True
-        ids.append(rows[run.first].layout.ids[run.start : run.end])
+        for i in order[run.first : run.last]:
+            index[i][run.start : run.end] = np.arange(size, size + length)
+        first = order[run.first]
+        owned[first][run.start : run.end] = True
+        ids.append(rows[first].layout.ids[run.start : run.end])
         positions.append(np.arange(run.start, run.end))
         if run.parent < 0:
             whole.append((size, size + length))
         else:
-            children.setdefault(run.parent, []).append((size, length, run.first))
-            begins.setdefault(run.parent, index[run.first][: run.start])
+            children.setdefault(run.parent, []).append((size, length))
+            begins.setdefault(run.parent, index[first][: run.start])
         size += length
-    branches = [_branches(begins[parent], [(a, n) for a, n, _ in own], device) for parent, own in children.items()]
+    branches = [_branches(begins[parent], own, device) for parent, own in children.items()]
     return Tree(np.concatenate(ids).astype(np.int64), np.concatenate(positions), index, owned, whole, branches)
 
 
