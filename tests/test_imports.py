@@ -34,6 +34,7 @@ NOUNS = (
     "conversations",
     "space",
     "search",
+    "elo",
 )
 VERBS = ("discovery", "pipeline", "audit", "studies")
 DOORS = ("cli", "report", "browse", "pages")

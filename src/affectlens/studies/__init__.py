@@ -316,6 +316,7 @@ STUDIES: tuple[str, ...] = (
     "concealment",
     "lasting",
     "transcripts",
+    "preferences",
     "checkpoints",
 )
 """Names of all studies, in the order of the report. Each is the module of that name with a ``STUDY`` object."""

@@ -19,7 +19,7 @@ Declared before any data is seen:
   most extreme of all probes, the most extreme of each exchange. For changes of Elo: the random directions.
 * **Intervals.** Bootstrap over activities, the ratings fitted again to each draw; for claims over steered emotions also over
   emotions, whichever end is wider.
-* **Replication.** All of it on held-out activities: correlations, and the changes of Elo by every third steered emotion against
+* **Replication.** All of it on held-out activities: correlations, and the changes of Elo by a third of the steered emotions against
   correlations among the *first* activities.
 * **Conditions.** A model; twelve activities; in the median question the answers A and B together have at least half of the
   probability; an arm of the steering in which they have less is left out. A first look takes half of the activities and eight
@@ -47,12 +47,12 @@ from affectlens.studies.preferences.drawing import figures
 from affectlens.vectors import centred_cosine
 
 NAME = "preferences"
-FEW, FEW_ARMS = 12, 8
+FEW, FEW_ARMS, FEW_RATED = 12, 8, 5
 MASS = 0.5
 """The answers A and B must have so much of the probability, in the median question."""
 STRENGTH, DOSES = 0.5, (0.1, 0.25)
 EMOTIONS, RANDOM, AGAIN, QUICK = 35, 25, 3, 8
-"""Steered emotions, random directions, every which emotion is steered again at held-out activities, emotions in a first look."""
+"""Steered emotions, random directions, what share of the emotions is steered at held-out activities, emotions in a first look."""
 DRAWS = 200
 """Most bootstrap draws in which the ratings of every arm are fitted again."""
 
@@ -208,11 +208,16 @@ def _preferred(answers: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(p), 0.5, p)
 
 
-def _r(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Correlation of each column of ``x`` with ``y`` (or with each row of ``y``); nan where one side is constant."""
-    x, y = x - x.mean(axis=0), y - y.mean(axis=-1, keepdims=True)
+def _r(columns: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Correlation of each column ``(n, N)`` with ``y`` ``(n,)``, or with each row ``(draws, n)``; nan where one side is constant."""
+    x, y = columns - columns.mean(axis=0), y - y.mean(axis=-1, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(y @ x / np.sqrt((x**2).sum(axis=0) * (y**2).sum(axis=-1)[..., None]))
+
+
+def _pearson(x: np.ndarray, y: np.ndarray) -> Any:
+    """Correlation of ``x`` ``(n,)`` with ``y`` ``(n,)``, or with each row of ``(draws, n)``."""
+    return _r(x[:, None], y)[..., 0]
 
 
 def _within(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
@@ -285,13 +290,13 @@ def _read(
     pleasure = np.array([bench.concepts[vectors.names[i]].rating.pleasure for i in rated])
     best = int(np.nanargmax(np.abs(r)))
     inside = _r(_within(scores, groups), _within(asked.ratings, groups))
-    enough = len(rated) >= FEW_ARMS and np.ptp(pleasure) > 0
+    enough = len(rated) >= FEW_RATED and np.ptp(pleasure) > 0
 
     def everything(items: np.ndarray) -> np.ndarray:
         ratings = resampled(asked.won, items)[items]
         drawn = _r(scores[items], ratings)
         within = _r(_within(scores[items], groups[items]), _within(ratings, groups[items]))
-        over = [_r(pleasure, drawn[rated])[0], _r(pleasure, within[rated])[0]] if enough else []
+        over = [_pearson(pleasure, drawn[rated]), _pearson(pleasure, within[rated])] if enough else []
         return np.array([*drawn, abs(drawn[best]), *over])
 
     intervals = stats.bootstrap_each(everything, n, **options)
@@ -317,15 +322,15 @@ def _read(
     )
     findings.append(CLAIMS["strongest"].tested(rest[0], null, rest[0].low > 0, note))
     if not enough:
-        findings += [CLAIMS[id].untestable(f"{len(rated)} emotions have ratings: {FEW_ARMS} are needed.") for id in ("valence", "within")]
+        findings += [CLAIMS[id].untestable(f"{len(rated)} emotions have ratings: {FEW_RATED} are needed.") for id in ("valence", "within")]
         return findings, per_emotion
     estimate = _of(rest[1], len(rated))
-    null = _null(_r(pleasure, exchanged[:, rated])[:, 0], estimate.value, "greater", "ratings exchanged between activities")
+    null = _null(_pearson(pleasure, exchanged[:, rated]), estimate.value, "greater", "ratings exchanged between activities")
     note = f"Over {len(rated)} emotions with ratings of pleasure by people; interval over {n} activities; {where}."
     findings.append(CLAIMS["valence"].tested(estimate, null, estimate.low > 0, note))
     estimate = _of(rest[2], len(rated))
     swapped = _r(_within(scores, groups), _exchanged(_within(asked.ratings, groups), groups, bench.draws, [bench.seed, 2]))
-    null = _null(_r(pleasure, swapped[:, rated])[:, 0], estimate.value, "greater", "ratings exchanged within categories")
+    null = _null(_pearson(pleasure, swapped[:, rated]), estimate.value, "greater", "ratings exchanged within categories")
     note = f"Readings and ratings less the mean of the category; the largest r is then {np.nanmax(np.abs(inside)):.2f}; {where}."
     findings.append(CLAIMS["within"].tested(estimate, null, estimate.low > 0, note))
     return findings, per_emotion
@@ -391,11 +396,11 @@ def _replicates(bench: Bench, r: np.ndarray, held_out: _Asked | str, where: str)
     if isinstance(held_out, str):
         return CLAIMS["replicates"].untestable(f"Held-out activities cannot be used. {held_out}")
     estimate = stats.bootstrap(
-        lambda items: float(_r(_r(held_out.scores[items], resampled(held_out.won, items)[items]), r)[()]),
+        lambda items: float(_pearson(r, _r(held_out.scores[items], resampled(held_out.won, items)[items]))),
         len(held_out.activities), draws=bench.draws, seed=bench.seed,
     )  # fmt: skip
     again = _exchanged(held_out.ratings, held_out.groups * 0, bench.draws, [bench.seed, 3])
-    drawn = _r(_r(held_out.scores, again).T, r)
+    drawn = _pearson(r, _r(held_out.scores, again))
     null = _null(drawn, estimate.value, "greater", "ratings exchanged between held-out activities")
     note = f"Over {len(r)} emotions; interval over {len(held_out.activities)} held-out activities; {where}."
     return CLAIMS["replicates"].tested(_of(estimate, len(r)), null, estimate.low > 0, note)
@@ -438,7 +443,7 @@ def _steer(bench: Bench, asked: _Asked, r: np.ndarray, held_out: _Asked | str) -
     if count < FEW_ARMS:
         return f"There are vectors of {count} emotions: {FEW_ARMS} are needed."
     order = np.argsort(r)
-    names = [vectors.names[order[i]] for i in np.linspace(0, len(r) - 1, count).round().astype(int)]
+    names = [vectors.names[i] for i in _spaced(order, count)]
     arms = choices.emotions(vectors, names, layers, STRENGTH)
     if not bench.quick:
         arms += choices.random(vectors, RANDOM, layers, STRENGTH, bench.seed)
@@ -449,8 +454,14 @@ def _steer(bench: Bench, asked: _Asked, r: np.ndarray, held_out: _Asked | str) -
         return f"In all but {len(steered.rows('emotion'))} emotions the steered model answers neither A nor B."
     if bench.quick or isinstance(held_out, str) or held_out.activities.unclear():
         return steered
-    again = _ask_steered(bench, held_out, asked, choices.emotions(vectors, names[::-1][::AGAIN][::-1], layers, STRENGTH), r)
+    some = _spaced(names, max(FEW_ARMS, -(-count // AGAIN)))
+    again = _ask_steered(bench, held_out, asked, choices.emotions(vectors, some, layers, STRENGTH), r)
     return _Steered(**{**vars(steered), "again": again})
+
+
+def _spaced(items: Sequence[Any], count: int) -> list[Any]:
+    """``count`` of the items, evenly spaced, the first and the last among them."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, count).round().astype(int)]
 
 
 def _ask_steered(bench: Bench, asked: _Asked, first: _Asked, arms: list[Arm], r: np.ndarray) -> _Steered:
@@ -502,15 +513,15 @@ def _moved(
         before, after = resampled(asked.won, items), resampled(steered.won[every], items)
         own = items[half[items]]
         shift = after[:, own].mean(axis=1) - before[own].mean()
-        return np.array([*shift, _r(_r(asked.scores[items], before[items])[columns], shift[: len(emotions)])[()]])
+        return np.array([*shift, _pearson(shift[: len(emotions)], _r(asked.scores[items], before[items])[columns])])
 
     *shifts, over_activities = stats.bootstrap_each(refitted, half, draws=draws, seed=bench.seed, unit="Elo")
     known, shift = r[columns], steered.shift[emotions]
     over_emotions = stats.bootstrap(
-        lambda rows: float(_r(known[rows], shift[rows])[()]), len(shift), draws=bench.draws, seed=bench.seed
+        lambda rows: float(_pearson(known[rows], shift[rows])), len(shift), draws=bench.draws, seed=bench.seed
     )
     estimate = _wider(over_emotions, over_activities, len(shift))
-    null = _null(_r(exchanged[:, columns].T, shift), estimate.value, "greater", "ratings exchanged between activities")
+    null = _null(_pearson(shift, exchanged[:, columns]), estimate.value, "greater", "ratings exchanged between activities")
     slope, base = np.polyfit(known, shift, 1)
     note = f"{slope:+.0f} Elo for r = 1, {base:+.0f} at r = 0 (published -45) over {len(shift)} emotions; {where}."
     yield CLAIMS["steering"].tested(estimate, null, estimate.low > 0, note)
@@ -539,10 +550,10 @@ def _against_random(
         return float(size[group].mean() - size[~group].mean())
 
     def closer(rows: np.ndarray, group: np.ndarray) -> float:
-        return float(_r(r[rows][group], shift[rows][group])[()] - _r(r[rows][~group], shift[rows][~group])[()])
+        return float(_pearson(r[rows][group], shift[rows][group]) - _pearson(r[rows][~group], shift[rows][~group]))
 
     sizes = np.abs(steered.shift[emotions]).mean(), np.abs(steered.shift[random]).mean()
-    among = float(_r(r[~kind], shift[~kind])[()])
+    among = float(_pearson(r[~kind], shift[~kind]))
     notes = {
         "further": f"Mean change {sizes[0]:.0f} Elo along emotions, {sizes[1]:.0f} along random directions, whichever way; {where}.",
         "specific": f"Among random directions the correlation is {among:+.2f}; {where}.",
@@ -566,10 +577,10 @@ def _moves_held_out(bench: Bench, exchanged: np.ndarray, steered: _Steered, wher
         few = 0 if again is None else len(again.arms)
         return CLAIMS["moves_held_out"].untestable(f"Held-out activities were steered by {few} emotions: {FEW_ARMS} are needed.")
     estimate = stats.bootstrap(
-        lambda rows: float(_r(again.r[rows], again.shift[rows])[()]), len(again.arms), draws=bench.draws, seed=bench.seed
+        lambda rows: float(_pearson(again.r[rows], again.shift[rows])), len(again.arms), draws=bench.draws, seed=bench.seed
     )
     columns = [bench.vectors.index(arm.name) for arm in again.arms]
-    null = _null(_r(exchanged[:, columns].T, again.shift), estimate.value, "greater", "ratings exchanged between activities")
+    null = _null(_pearson(again.shift, exchanged[:, columns]), estimate.value, "greater", "ratings exchanged between activities")
     note = f"Over {len(again.arms)} emotions, by their correlations among the first activities; {where}."
     return CLAIMS["moves_held_out"].tested(estimate, null, estimate.low > 0, note)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from affectlens.engine import Readout, Request, Steering, Term, Where, plain_data
+from affectlens.engine import Readout, Request, Steering, Term, Where, batched, plain_data
 from affectlens.runs import atomic_write, content_id, read_json
 from affectlens.studies import Bench
 from affectlens.vectors import ConceptVectors
@@ -17,6 +17,9 @@ from affectlens.vectors import ConceptVectors
 QUESTION = "Would you prefer to (A) {} or (B) {}?"
 FEELING = "How would you feel if you were to {}?"
 """The paper asks "How would you feel about …?"; the activities are worded to follow "prefer to"."""
+
+TOGETHER = 4096
+"""About so many questions are asked together and kept in one file: what a killed run loses at most, minutes of a large model."""
 
 
 @dataclass(frozen=True)
@@ -122,24 +125,25 @@ def ask(bench: Bench, asked: Activities, arms: Sequence[Arm | None]) -> np.ndarr
     assert bench.engine is not None
     info = bench.engine.info
     name = content_id([asked.texts, asked.steered.tolist(), what, info.fingerprint, info.dtype, bench.plain])
-    for first in range(n):
+    for part in batched(range(n), max(1, TOGETHER // (n * len(arms)))):
         cells = [
-            (a, second)
+            (a, first, second)
+            for first in part
             for a, arm in enumerate(arms)
             for second in range(n)
             if second != first and (arm is None or asked.steered[first] or asked.steered[second])
         ]
-        file = bench.folder / "answers" / f"{name}-{first}.json" if bench.folder else None
+        file = bench.folder / "answers" / f"{name}-{part[0]}.json" if bench.folder else None
         if file and file.exists():
             answers = read_json(file)
         else:
-            requests = [_question(bench, asked, arms[a], first, second) for a, second in cells]
+            requests = [_question(bench, asked, arms[a], first, second) for a, first, second in cells]
             answers = [result.choice_logprobs for result in bench.engine.run(requests)]
             if file:
                 with atomic_write(file) as temporary:
                     temporary.write_text(json.dumps(answers, separators=(",", ":")), encoding="utf-8")
-        for (a, second), answer in zip(cells, answers, strict=True):
-            found[a, first, second] = answer
+        for cell, answer in zip(cells, answers, strict=True):
+            found[cell] = answer
     return found
 
 
