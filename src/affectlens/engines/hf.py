@@ -49,6 +49,9 @@ WINDOW = 1024
 GENERATE_ROWS, GENERATE_TOKENS = 32, 65536
 """Most sequences generated together, and most tokens that their caches may come to hold."""
 
+TREE = 2
+"""How many times the token budget a tree may hold: each of its tokens attends to few others, and what begins alike is cut less."""
+
 SHARING_PAYS, SHARING_PAYS_ELSEWHERE = 32, 1024
 """Tokens that sharing one beginning must save, on a CPU (measured) and on an accelerator (where one more attention call takes as
 long as very many tokens: an estimate)."""
@@ -370,7 +373,7 @@ class HFEngine(Engine):
         """
         how: dict[str, Any] = {"pays": self.sharing_pays, "trunks": self.can_fork}
         alike = prefix.sharing([row for row in rows if len(row) <= self.share_limit], **how)
-        for batch in prefix.batches(alike, budget=self.token_budget):
+        for batch in prefix.batches(alike, budget=TREE * self.token_budget):
             yield batch, prefix.lay_out(batch, **how, device=self.device)
         shared = {id(row) for row in alike}
         batch, tokens = [], 0

@@ -10,7 +10,7 @@ Declared before any data is seen:
   direction, averaged over the middle layers (from one to two thirds of the depth; the paper says "middle layers").
 * **Steering.** Half of the activities, half of every category, get a direction added at their own tokens, wherever they stand in a
   question; the other half stays untouched: ratings have a fixed mean, so what moves all activities cannot be seen. Strength 0.5 mean
-  residual norms in total, divided over the same middle layers. 35 emotions evenly spaced in the order of their correlation, and 25
+  residual norms in total, divided over the same middle layers. 35 emotions evenly spaced in the order of their correlation, and 20
   random directions of equal norm. What counts is the change of the mean Elo of the steered half.
 * **Statistics.** Pearson's correlation over activities between a probe's reading and Elo; over emotions between that and the
   change of Elo, or people's ratings of pleasure.
@@ -19,7 +19,7 @@ Declared before any data is seen:
   most extreme of all probes, the most extreme of each exchange. For changes of Elo: the random directions.
 * **Intervals.** Bootstrap over activities, the ratings fitted again to each draw; for claims over steered emotions also over
   emotions, whichever end is wider.
-* **Replication.** All of it on held-out activities: correlations, and the changes of Elo by a third of the steered emotions against
+* **Replication.** All of it on held-out activities: correlations, and the changes of Elo by a quarter of the steered emotions against
   correlations among the *first* activities.
 * **Conditions.** A model; twelve activities; in the median question the answers A and B together have at least half of the
   probability; an arm of the steering in which they have less is left out. A first look takes half of the activities and eight
@@ -51,8 +51,8 @@ FEW, FEW_ARMS, FEW_RATED = 12, 8, 5
 MASS = 0.5
 """The answers A and B must have so much of the probability, in the median question."""
 STRENGTH, DOSES = 0.5, (0.1, 0.25)
-EMOTIONS, RANDOM, AGAIN, QUICK = 35, 25, 3, 8
-"""Steered emotions, random directions, what share of the emotions is steered at held-out activities, emotions in a first look."""
+EMOTIONS, RANDOM, AGAIN, QUICK = 35, 20, 4, 8
+"""Steered emotions, random directions, one in how many emotions is steered again at held-out activities, emotions in a first look."""
 DRAWS = 200
 """Most bootstrap draws in which the ratings of every arm are fitted again."""
 
