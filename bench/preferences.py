@@ -4,11 +4,11 @@
     python bench/preferences.py --quick          # one first option, one round, results not kept
     python bench/preferences.py --clock cpu      # on a machine that is busy with other things: compares processor time
 
-Every way answers the same question, "Would you prefer to (A) … or (B) …?", for the same pairs, from strings to log-probabilities of
-A and B: rendering and tokenising are in the time. Ways take turns in one process, in another order each round. In the steered task
-half of the activities get one of several directions at their own tokens over the middle layers, as in the study. The
-matrix-multiply peak of the machine is measured in the same run (``peers/peak.py``); a way's share of it counts what the model must
-compute for that way's tokens. Writes ``results/preferences.json``; ``table.py`` puts the table into the page.
+Every way answers the same question, "Would you prefer to (A) … or (B) …?", for the same pairs, from strings to log-probabilities
+of A and B: rendering and tokenising are in the time. Ways take turns in one process, in another order each round. In the steered
+task half of the activities get one of several directions at their own tokens over the middle layers, as in the study. The
+matrix-multiply peak of the machine is measured in the same run (``peers/peak.py``); a way's share of it counts the linear layers
+for the tokens that this way runs through each block. Writes ``results/preferences.json``; ``table.py`` puts it into the page.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +63,9 @@ class Ways:
 
     def ids(self, pair: Pair) -> list[int]:
         chat = [{"role": "user", "content": QUESTION.format(*pair)}]
-        return self.tokenizer(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) + "(")["input_ids"]
+        return self.tokenizer(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) + "(")[
+            "input_ids"
+        ]
 
     def one_by_one(self, pairs: list[Pair]) -> np.ndarray:
         """The ordinary loop: one forward pass a pair."""

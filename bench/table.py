@@ -337,8 +337,8 @@ def preferences(result: dict[str, Any]) -> str:
     lines = [
         f"{result['model']}, {result['dtype']}, {result['threads']} thread(s), {result['machine']['processor']}, "
         f"{result['date'][:10]}; medians of {rounds} rounds (ranges). Plain: {result['pairs']} pairs; steered: "
-        f"{result['steered_pairs']} pairs along {result['directions']} directions. Peak {peak:.2f} TFLOP/s by the same clock. Last "
-        "column: mean difference of the probability of A from that of one pass a pair.",
+        f"{result['steered_pairs']} pairs along {result['directions']} directions. Peak {peak:.2f} TFLOP/s by the same clock. "
+        "Operations: linear layers. Difference: of the probability of A from that of one pass a pair, mean.",
         "",
         f"| way | {unit} (range) | × one pass a pair | operations per pair, GFLOP | % of peak | difference |",
         "|---|---|---|---|---|---|",

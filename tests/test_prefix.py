@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import families
 import numpy as np
 import pytest
 import torch
 
+import families
 from affectlens.engine import Readout, Request, Steering, Term, Where
 from affectlens.engines import prefix
 from affectlens.engines.hf import HFEngine

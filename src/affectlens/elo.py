@@ -25,7 +25,7 @@ def shares(first: ArrayLike) -> Array:
     """What share of its encounters each item wins, over both orders.
 
     Args:
-        first: Probability that item i is preferred where it is named first and j second, ``(n, n)``; the diagonal is not looked at.
+        first: Probability that item i is preferred where it is named first and j second, ``(n, n)``; the diagonal is ignored.
 
     Returns:
         ``(n, n)``: how often i is preferred to j. A place that is preferred whatever stands there takes away from all differences

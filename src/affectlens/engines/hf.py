@@ -50,7 +50,7 @@ GENERATE_ROWS, GENERATE_TOKENS = 32, 65536
 """Most sequences generated together, and most tokens that their caches may come to hold."""
 
 TREE = 2
-"""How many times the token budget a tree may hold: each of its tokens attends to few others, and what begins alike is cut less."""
+"""How many times the token budget a tree may hold: its tokens attend to few others, and what begins alike is cut less often."""
 
 SHARING_PAYS, SHARING_PAYS_ELSEWHERE = 32, 1024
 """Tokens that sharing one beginning must save, on a CPU (measured) and on an accelerator (where one more attention call takes as
@@ -421,9 +421,7 @@ class HFEngine(Engine):
             self.device,
         )
         wanted = [
-            (int(place[at]), token, row.job, c)
-            for row, place in zip(batch, places, strict=True)
-            for at, token, c in row.wanted
+            (int(place[at]), token, row.job, c) for row, place in zip(batch, places, strict=True) for at, token, c in row.wanted
         ]
         if stop_after is not None:
             pushes = {layer: changes for layer, changes in pushes.items() if layer <= stop_after}

@@ -7,8 +7,8 @@ before them is, and if steering does the same to them and to everything before: 
 push behind it does not keep the beginning from being shared. All but attention works token by token and never notices.
 
 And many requests differ only in their steering. Up to the first layer at which anything is done they are the same even at the
-tokens that are steered: the tree of the bare tokens runs through the blocks up to there, and is spread out to the whole tree behind
-(:class:`affectlens.engines.residual.Fork`).
+tokens that are steered: the tree of the bare tokens runs through the blocks up to there, and is spread out to the whole tree
+behind (:class:`affectlens.engines.residual.Fork`).
 
 Texts that share nothing are the special case of a tree that branches at its root: what packing is.
 """
@@ -58,7 +58,10 @@ class Branches:
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
         """Attention ``(real tokens, heads, width)`` of the branches' tokens, from those of the long row ``(T, heads, width)``."""
-        q, k, v = (x.index_select(0, at.flatten()).unflatten(0, at.shape).transpose(1, 2) for x, at in ((query, self.own), (key, self.seen), (value, self.seen)))
+        q, k, v = (
+            x.index_select(0, at.flatten()).unflatten(0, at.shape).transpose(1, 2)
+            for x, at in ((query, self.own), (key, self.seen), (value, self.seen))
+        )
         grouped = query.shape[1] != key.shape[1]
         out = scaled_dot_product_attention(q, k, v, attn_mask=self.mask, scale=scale, enable_gqa=grouped)
         return out.transpose(1, 2)[self.real]
@@ -188,8 +191,8 @@ class Run:
 def runs(sorted_keys: Sequence[np.ndarray], *, pays: int) -> list[Run]:
     """The runs of the tree of these rows, parents first.
 
-    A beginning is shared only where that saves ``pays`` tokens or more: what goes on from it costs an attention call of its own in
-    every block. Rows that are equal to their end are always one.
+    A beginning is shared only where that saves ``pays`` tokens or more: what goes on from it costs an attention call of its own
+    in every block. Rows that are equal to their end are always one.
 
     Example:
         >>> runs([np.array([1, 2, 3]), np.array([1, 2, 4]), np.array([9])], pays=2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +19,9 @@ FEELING = "How would you feel if you were to {}?"
 
 TOGETHER = 4096
 """About so many questions are asked together and kept in one file: what a killed run loses at most, minutes of a large model."""
+
+QUICK = 3
+"""A first look takes so many activities of each category."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +52,13 @@ class Activities:
 
 
 def activities(bench: Bench, *, held_out: bool) -> Activities:
-    """The activities, or the held-out ones; a first look takes the first half of each category."""
+    """The activities, or the held-out ones; a first look takes the first few of each category."""
     records = [record for record in bench.texts("activities") if bool(record["held_out"]) is held_out]
-    sizes = Counter(record["category"] for record in records)
+    rank = {category: i for i, category in enumerate(dict.fromkeys(record["category"] for record in records))}
     if bench.quick:
-        seen: Counter[str] = Counter()
-        kept = []
-        for record in records:
-            seen[record["category"]] += 1
-            if seen[record["category"]] <= max(2, sizes[record["category"]] // 2):
-                kept.append(record)
-        records = kept
+        own = {category: [r for r in records if r["category"] == category][:QUICK] for category in rank}
+        records = [record for few in own.values() for record in few]
     rng = np.random.default_rng([bench.seed, 9, held_out])
-    rank = {category: i for i, category in enumerate(sizes)}
     shuffled = sorted(rng.permutation(len(records)).tolist(), key=lambda i: rank[records[i]["category"]])
     steered = np.zeros(len(records), dtype=bool)
     steered[shuffled[::2]] = True

@@ -26,15 +26,15 @@ def figures(data: Mapping[str, Any]) -> list[Figure]:
         to_figure(
             "elo",
             "Ratings of the activities",
-            "Elo from all ordered pairs, bars: other opponents (bootstrap). Grey diamonds: the paper's mean of the category, whose "
-            "activities are others. Hover for the activity.",
+            "Elo from all ordered pairs; bars: with other opponents (bootstrap). Grey diamonds: the paper's mean of the "
+            "category, whose activities are others. Hover for the activity.",
             _ratings(data["activities"], data["published"]),
         ),
         to_figure(
             "probes",
             f"Correlation of each probe with the preferences, {layers}",
-            f"Pearson's r over {len(data['activities'])} activities, {len(probes['names'])} emotions in order; bars: bootstrap over "
-            "activities. Grey: 95 % of what exchanged ratings give one probe.",
+            f"Pearson's r over {len(data['activities'])} activities, {len(probes['names'])} emotions in order; bars: bootstrap "
+            "over activities. Grey: 95 % of what exchanged ratings give one probe.",
             _probes(probes),
         ),
     ]
@@ -43,8 +43,8 @@ def figures(data: Mapping[str, Any]) -> list[Figure]:
         drawn.append(to_figure("valence", "Pleasant emotions and preferences", text, _valence(probes)))
     if data.get("steering"):
         text = (
-            "Change of the mean Elo of the half of the activities that is steered at its own tokens, against the correlation of the "
-            "direction's reading with the ratings before. Published: r = 0.85, blissful +212, hostile -303."
+            "Change of the mean Elo of the half of the activities that is steered at its own tokens, against the correlation of "
+            "the direction's reading with the ratings before. Published: r = 0.85, blissful +212, hostile -303."
         )
         drawn.append(to_figure("steering", "Steered preferences", text, _steering(data["steering"], data.get("held_out") or [])))
     curves = {name: (values, None, None) for name, values in data["curves"].items()}
