@@ -100,7 +100,8 @@ def test_what_is_found_and_which_ways_hold(family: Family) -> None:
     assert engine.can_pad
     assert engine.can_pad_left == (name not in NO_LEFT_PADDING)
     assert (engine.generate_rows == 1) == (name in ONE_BY_ONE)
-    assert (engine.pack_limit > 0) == (name not in NO_PACKING)
+    assert (engine.pack_limit > 0) == (engine.share_limit > 0) == (name not in NO_PACKING)
+    assert engine.can_fork == (engine.share_limit > 0)
 
 
 def test_texts_read_together_are_texts_read_alone(family: Family) -> None:
