@@ -11,7 +11,7 @@ import torch
 import families
 from affectlens.engine import Readout, Request, Steering, Term, Where
 from affectlens.engines import prefix
-from affectlens.engines.hf import HFEngine
+from affectlens.engines.hf import HFEngine, Row
 
 FIRST = "Would you rather have (A) a calm and sunny day or (B) "
 ENDS = ("a boat", "a boat with a sail", "no rain", "two boxes", "a walk by the sea")
@@ -105,6 +105,25 @@ def test_equal_steering_is_shared_whoever_made_it(engine: HFEngine) -> None:
     ]
     assert computed(engine, requests)[-1] == begin + ends
     assert directions.content() == one.terms[0].content()
+
+
+def test_a_word_in_common_is_not_worth_sharing(engine: HFEngine) -> None:
+    """Many long texts that begin with the same word stay apart, each attended on its own."""
+    texts = [f"The {'abcdefghijklmnopqrstuvwxyz'[i]} {'the sea was calm ' * 4}" for i in range(20)]
+    rows = [Row(i, Request(text), engine.layout(Request(text))) for i, text in enumerate(texts)]
+    assert prefix.sharing(rows, pays=engine.sharing_pays, trunks=True) == []
+    assert computed(engine, [Request(text, choices=("A",)) for text in texts])[0] == sum(map(len, rows))
+
+
+def test_branches_of_very_different_length_are_attended_apart(engine: HFEngine) -> None:
+    ends = ["a", "b", "c", "a boat with a sail " * 5, "a boat with no sail " * 5, "two sails " * 9]
+    requests = [Request(FIRST + end, readouts=(Readout((3,), pool="last"),)) for end in ends]
+    rows = [Row(i, request, engine.layout(request)) for i, request in enumerate(requests)]
+    tree = prefix.lay_out(rows, pays=32, trunks=False, device=engine.device)
+    assert sorted(len(branch.own) for branch in tree.branches) == [3, 3]
+    for request, got in zip(requests, engine.run(requests), strict=True):
+        alone = next(engine.run([request])).readings[0].values
+        np.testing.assert_allclose(got.readings[0].values, alone, atol=1e-4)
 
 
 def test_the_same_text_many_times_is_one_text(engine: HFEngine) -> None:

@@ -238,7 +238,7 @@ def _try_sharing(engine: HFEngine, everything: Readout, norm: float, limit: floa
     layer = engine.info.default_layer
     direction = np.random.default_rng(1).normal(size=(1, engine.info.width)).astype(np.float32)
     direction /= np.linalg.norm(direction)
-    push = Steering((Term("check", 1.0, (layer,), (layer,), direction, np.array([norm], dtype=np.float32)),))
+    push = Steering((Term("check", 0.3, (layer,), (layer,), direction, np.array([norm], dtype=np.float32)),))
     steerings = (Steering(), push.at(Where(text="boxes")), push.at(Where(text="It")), -push)
     requests = [
         Request(f"{_TEXTS[2]} It {end}.", readouts=(everything,), steering=steering)

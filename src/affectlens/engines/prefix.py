@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 NAME = "affectlens_tree"
 """Name under which :func:`attention` is known to transformers; it is set on a model only while it reads a tree."""
 
+RATIO = 8
+"""What goes on from a shared beginning is at most so many times as long: stories that all begin with "The" share nothing."""
+
 _TREE: ContextVar[Tree | None] = ContextVar("affectlens_tree", default=None)
 
 
@@ -125,12 +128,12 @@ def attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any
     kwargs["is_causal"] = True
     out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
     for start, end in tree.whole:
-        part = [x[:, :, start:end] for x in (query, key, value)]
-        out[:, start:end] = sdpa_attention_forward(module, *part, None, **kwargs)[0]
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+        out[:, start:end] = sdpa_attention_forward(module, q, k, v, None, **kwargs)[0]
     # Token by token each head lies beside the next: whole tokens are gathered at once.
-    tokens = [x[0].transpose(0, 1) for x in (query, key, value)]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     for branches in tree.branches:
-        out[0, branches.own[branches.real]] = branches.attend(*tokens, kwargs.get("scaling"))
+        out[0, branches.own[branches.real]] = branches.attend(q, k, v, kwargs.get("scaling"))
     return out, None
 
 
@@ -191,8 +194,8 @@ class Run:
 def runs(sorted_keys: Sequence[np.ndarray], *, pays: int) -> list[Run]:
     """The runs of the tree of these rows, parents first.
 
-    A beginning is shared only where that saves ``pays`` tokens or more: what goes on from it costs an attention call of its own
-    in every block. Rows that are equal to their end are always one.
+    A beginning is shared only where that saves ``pays`` tokens or more, because what goes on from it costs an attention call of
+    its own in every block, and where it is not short against the rest. Rows that are equal to their end are always one.
 
     Example:
         >>> runs([np.array([1, 2, 3]), np.array([1, 2, 4]), np.array([9])], pays=2)
@@ -212,7 +215,8 @@ start=2, end=3, parent=1), Run(first=0, last=1, start=2, end=3, parent=1)]
             continue
         inner = common[first + 1 : last]
         end = int(inner.min())
-        if end > start and (end - start) * (last - first - 1) >= pays:
+        saves = (end - start) * (last - first - 1) >= max(pays, 1)
+        if saves and (end - start) * RATIO >= lengths[first:last].max() - end:
             found.append(Run(first, last, start, end, parent))
             start, parent = end, len(found) - 1
         cuts = [first, *(first + 1 + np.flatnonzero((inner == end) & ~equal[first + 1 : last])).tolist(), last]
@@ -307,8 +311,19 @@ def _grow(rows: Sequence[Row], numbered: Sequence[np.ndarray], pays: int, device
             children.setdefault(run.parent, []).append((size, length))
             begins.setdefault(run.parent, index[first][: run.start])
         size += length
-    branches = [_branches(begins[parent], own, device) for parent, own in children.items()]
+    branches = [_branches(begins[parent], own, device) for parent, grown in children.items() for own in _similar(grown)]
     return Tree(np.concatenate(ids).astype(np.int64), np.concatenate(positions), index, owned, whole, branches)
+
+
+def _similar(runs: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """Runs of similar length together, as they are padded to the longest; each is where it starts and how long it is."""
+    kept: list[tuple[int, int]] = []
+    for run in sorted(runs, key=lambda run: run[1]):
+        if kept and run[1] > 1.5 * kept[0][1] + 8:
+            yield kept
+            kept = []
+        kept.append(run)
+    yield kept
 
 
 def _branches(begin: np.ndarray, own: Sequence[tuple[int, int]], device: torch.device) -> Branches:

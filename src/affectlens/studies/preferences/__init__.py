@@ -103,12 +103,12 @@ def _measure(bench: Bench, asked: Asked, held_out: Asked | str) -> Outcome:
     exchanged = correlations(asked.scores, exchanges(asked.ratings, asked.groups * 0, bench.draws, [bench.seed, 1]))
     findings, per_emotion = readings(bench, asked, r, exchanged, where)
     findings.append(replicates(bench, r, held_out, where))
-    steered = steered_arms(bench, asked, r, held_out)
-    if isinstance(steered, str):
-        findings += [CLAIMS[id].untestable(steered) for id in STEERED]
-        steered = None
+    arms = steered_arms(bench, asked, r, held_out)
+    steered = None if isinstance(arms, str) else arms
+    if isinstance(arms, str):
+        findings += [CLAIMS[id].untestable(arms) for id in STEERED]
     else:
-        findings += moved(bench, asked, r, exchanged, steered, where)
+        findings += moved(bench, asked, r, exchanged, arms, where)
     ratings = elo_with_intervals(asked.won, draws=bench.draws, seed=bench.seed)
     data = figure_data(bench, asked, r, exchanged, per_emotion, ratings, steered)
     shown = all_tables(bench, asked, r, per_emotion, ratings, steered)

@@ -188,6 +188,12 @@ def wider(a: stats.Estimate, b: stats.Estimate, n: int) -> stats.Estimate:
 # ── findings ──
 
 
+def pleasures(bench: Bench) -> list[float | None]:
+    """How pleasant people rate each emotion's word; None without a rating."""
+    ratings = [bench.concepts[name].rating if name in bench.concepts else None for name in bench.vectors.names]
+    return [rating.pleasure if rating else None for rating in ratings]
+
+
 @dataclass(frozen=True)
 class PerEmotion:
     """Of each emotion's correlation: interval, p and q."""
@@ -201,8 +207,9 @@ def readings(bench: Bench, asked: Asked, r: np.ndarray, exchanged: np.ndarray, w
     """Everything about probes and preferences between the first activities."""
     vectors, scores, groups, n = bench.vectors, asked.scores, asked.groups, len(asked.activities)
     options: dict[str, Any] = {"draws": bench.draws, "seed": bench.seed}
-    rated = [i for i, name in enumerate(vectors.names) if name in bench.concepts and bench.concepts[name].rating is not None]
-    pleasure = np.array([bench.concepts[vectors.names[i]].rating.pleasure for i in rated])
+    known = pleasures(bench)
+    rated = [i for i, pleasure in enumerate(known) if pleasure is not None]
+    pleasure = np.array([known[i] for i in rated], dtype=float)
     best = int(np.nanargmax(np.abs(r)))
     sides = np.array([(c in WANTED) - (c in SHUNNED) for c in asked.activities.categories])
     inside = correlations(less_groups(scores, groups), less_groups(asked.ratings, groups))

@@ -75,7 +75,7 @@ def steered_arms(bench: Bench, asked: Asked, r: np.ndarray, held_out: Asked | st
     count = min(QUICK if bench.quick else EMOTIONS, len(r))
     if count < FEW_ARMS:
         return f"There are vectors of {count} emotions: {FEW_ARMS} are needed."
-    order = np.argsort(r)
+    order = np.argsort(r).tolist()
     names = [vectors.names[i] for i in _spaced(order, count)]
     arms = choices.emotions(vectors, names, layers, STRENGTH)
     if not bench.quick:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from affectlens import stats
 from affectlens.studies import Bench, Table
 from affectlens.studies.preferences.choices import Activities
-from affectlens.studies.preferences.probes import PUBLISHED, Asked, PerEmotion, correlations, middle
+from affectlens.studies.preferences.probes import PUBLISHED, Asked, PerEmotion, correlations, middle, pleasures
 from affectlens.studies.preferences.steering import Steered
 
 
@@ -29,9 +29,6 @@ def figure_data(
     steered: Steered | None,
 ) -> dict[str, Any]:
     vectors, parts = bench.vectors, asked.activities
-    pleasure = [
-        bench.concepts[n].rating.pleasure if n in bench.concepts and bench.concepts[n].rating else None for n in vectors.names
-    ]
     layered = np.stack([correlations(x, asked.ratings) for x in asked.layered])
     data: dict[str, Any] = {
         "layers": list(vectors.layers),
@@ -48,7 +45,7 @@ def figure_data(
             "high": _round(e.high for e in per_emotion.intervals),
             "q": _round(per_emotion.q),
             "band": _round(np.quantile(exchanged, [0.025, 0.975])),
-            "pleasure": pleasure,
+            "pleasure": pleasures(bench),
         },
         "curves": {vectors.names[i]: _round(layered[:, i]) for i in sorted({int(np.argmax(r)), int(np.argmin(r))})},
     }
@@ -107,7 +104,7 @@ def all_tables(
     return emotions, by_category, activities
 
 
-def raw(bench: Bench, asked: Asked, held_out: Asked | str, steered: Steered | None) -> dict[str, dict[str, Sequence[Any]]]:
+def raw(bench: Bench, asked: Asked, held_out: Asked | str, steered: Steered | None) -> dict[str, Mapping[str, Sequence[Any]]]:
     sets = [asked] if isinstance(held_out, str) else [asked, held_out]
     probes: dict[str, Sequence[Any]] = {
         "activity": [i for one in sets for i in one.activities.ids],
