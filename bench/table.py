@@ -21,7 +21,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "benchmarks.md"
 
-TARGETS = {"ordinary": 4.0, "best_peer": 1.8, "bound": 0.40, "memory": 0.05}
+TARGETS = {"ordinary": 4.0, "best_peer": 1.8, "bound": 0.40, "memory": 0.05, "pairs": 4.0}
 
 
 def extraction(result: dict[str, Any]) -> str:
@@ -409,6 +409,35 @@ def sae(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def preferences(result: dict[str, Any]) -> str:
+    """The table of ``bench/preferences.py``: pairs per second, each way against one forward pass a pair."""
+    clock, peak = result["clock"], result["peak"][result["clock"]]
+    unit = "pairs per processor second" if clock == "cpu_seconds" else "pairs/s"
+    rounds = max(len(way["rounds"]) for way in result["ways"].values())
+    lines = [
+        f"{result['model']}, {result['dtype']}, {result['threads']} thread(s), {result['machine']['processor']}, "
+        f"{result['date'][:10]}; medians of {rounds} rounds (ranges). Plain: {result['pairs']} pairs; steered: "
+        f"{result['steered_pairs']} pairs along {result['directions']} directions. Peak {peak:.2f} TFLOP/s by the same clock. "
+        "Operations: linear layers. Difference: of the probability of A from that of one pass a pair, mean.",
+        "",
+        f"| way | {unit} (range) | × one pass a pair | operations per pair, GFLOP | % of peak | difference |",
+        "|---|---|---|---|---|---|",
+    ]
+    first: dict[str, float] = {}
+    for name, way in result["ways"].items():
+        speeds = sorted(measured["answers"] / measured[clock] for measured in way["rounds"])
+        speed = statistics.median(speeds)
+        against = speed / first.setdefault(way["task"], speed)
+        share = 100 * speed * way["operations"] / (peak * 1e12)
+        lines.append(
+            f"| {name} | {speed:,.1f} ({speeds[0]:,.1f}–{speeds[-1]:,.1f}) | {against:.1f} | {way['operations'] / 1e9:.2f} | "
+            f"{share:.0f} | {result['difference'][name]:.3f} |"
+        )
+    found = statistics.median(m["answers"] / m[clock] for m in result["ways"]["affectlens"]["rounds"]) / first["plain"]
+    met = "met" if found >= TARGETS["pairs"] else "missed"
+    return "\n".join([*lines, "", f"Target: {TARGETS['pairs']:g} times one forward pass a pair: {found:.1f}, {met}."])
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "extraction": extraction,
     "profile_reading": profile_reading,
@@ -417,6 +446,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "tuned_pair": tuned_pair,
     "alarms": alarms,
     "sae": sae,
+    "preferences": preferences,
 }
 
 

@@ -29,6 +29,8 @@ REFUSED = {
 READ = tuple(name for name in families.FAMILIES if name not in REFUSED)
 NO_LEFT_PADDING = {"rwkv"}
 ONE_BY_ONE = {"rwkv"}  # transformers mixes up the rows of its state
+NO_FORK = {"gemma4", "gemma4_text", "gpt2", "gpt_bigcode"}
+"""They make something of each token, or count them, outside of what they hand to the blocks."""
 NO_PACKING = {
     "bamba", "biogpt", "bloom", "codegen", "deepseek_v32", "falcon", "falcon_h1", "falcon_mamba", "gemma2", "gpt_neo",
     "gpt_oss", "gptj", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "lfm2_moe", "lfm2_vl", "mamba", "mamba2",
@@ -100,7 +102,8 @@ def test_what_is_found_and_which_ways_hold(family: Family) -> None:
     assert engine.can_pad
     assert engine.can_pad_left == (name not in NO_LEFT_PADDING)
     assert (engine.generate_rows == 1) == (name in ONE_BY_ONE)
-    assert (engine.pack_limit > 0) == (name not in NO_PACKING)
+    assert (engine.pack_limit > 0) == (engine.share_limit > 0) == (name not in NO_PACKING)
+    assert engine.can_fork == (engine.share_limit > 0 and name not in NO_FORK)
 
 
 def test_texts_read_together_are_texts_read_alone(family: Family) -> None:

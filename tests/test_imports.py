@@ -43,6 +43,7 @@ NOUNS = (
     "watching",
     "calibration",
     "effects",
+    "elo",
 )
 SEAM = ("layout", "scope", "steering", "engine")  # each imports only those before it
 VERBS = ("discovery", "features", "pipeline", "audit", "studies", "monitor", "alarms", "calibrate")

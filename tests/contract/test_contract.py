@@ -123,6 +123,58 @@ def test_choices_of_one_request_may_fall_into_different_batches(subject: Subject
         subject.assert_same(result, subject.run(request)[0])
 
 
+def beginning_alike(subject: Subject) -> list[Request]:
+    """Questions with one system prompt and one first option, steered in what they share, behind it, everywhere, or not at all."""
+    steer, middle = subject.steering, subject.middle
+    option, own = Where(role="user", text="the calm sea"), Where(role="user", last=3)
+    steerings = [
+        Steering(),
+        steer(0, 0.4, where=option),
+        steer(0, 0.4, where=own),
+        steer(0, 0.4, where=option) + steer(0, 0.4, where=own),
+        steer(0, 0.4, where=own) + steer(1, 0.2, 0, middle, where=option),
+        steer(1, -0.3, 0, middle),
+        steer(2, 1.0).ablate().at(own) + steer(0, 0.2, where=option),
+        (steer(0, 1.0) + steer(1, 1.0)).clamp(0.3).at(own),
+        steer(0, 0.0),
+    ]
+    requests = []
+    for i, steering in enumerate(steerings):
+        for j, end in enumerate(("a boat", "a boat with a sail", "rain")):
+            chat = (("system", "You answer every question with one letter."), ("user", f"Is it (A) the calm sea or (B) {end}"))
+            readouts = (subject.everything, Readout((middle,), own, "mean"), Readout((-1, 0), Where("prompt", last=1), "last"))
+            choices = ((), ("A", "B"), ("A", " no way"))[(i + j) % 3]
+            reply = "(" if choices else ""
+            requests.append(
+                Request(chat, prefill=reply, steering=steering, readouts=readouts[: (i + 2 * j) % 4], choices=choices)
+            )
+    return requests
+
+
+def test_what_begins_alike_gives_what_it_gives_alone(subject: Subject) -> None:
+    requests = beginning_alike(subject)
+    alone = subject.alone(requests)
+    for together in (subject.run(*requests), subject.run(*requests[::-1])[::-1]):
+        for one, other in zip(together, alone, strict=True):
+            subject.assert_same(one, other)
+
+
+def test_what_begins_alike_mixes_with_everything_else(subject: Subject, hf: Any) -> None:
+    """In batches that are too small for all of it, and with shared beginnings, or only shared lower blocks, switched off."""
+    alike, others = beginning_alike(subject)[::2], mixed(subject)[::3]
+    requests = [*alike, *others]
+    requests = [requests[i] for i in np.random.default_rng(0).permutation(len(requests))]
+    wanted = subject.alone(requests)
+    before = (hf.token_budget, hf.share_limit, hf.can_fork)
+    try:
+        for settings in (before, (150, *before[1:]), (*before[:2], False), (before[0], 0, False)):
+            hf.token_budget, hf.share_limit, hf.can_fork = settings
+            for one, other in zip(subject.run(*requests), wanted, strict=True):
+                subject.assert_same(one, other)
+    finally:
+        hf.token_budget, hf.share_limit, hf.can_fork = before
+
+
 def test_runs_are_deterministic(subject: Subject) -> None:
     requests = mixed(subject)[1::3]
     for a, b in zip(subject.run(*requests), subject.run(*requests), strict=True):

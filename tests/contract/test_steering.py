@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -310,6 +311,73 @@ def test_gated_requests_do_not_see_each_other(subject: Subject) -> None:
     ]
     for together, alone in zip(subject.run(*requests), subject.alone(requests), strict=True):
         subject.assert_same(together, alone)
+
+
+# ── beginnings that are shared ──
+
+
+def alike(subject: Subject) -> tuple[list[Request], list[Request]]:
+    """Texts that begin alike, behind gates and schedules that do not: all of them steered from the middle on, and others."""
+    middle, option, own = subject.middle, Where(role="user", text="the calm sea"), Where(role="user", last=3)
+    chats: list[Chat] = [
+        (("system", "You answer every question with one letter."), ("user", f"Is it (A) the calm sea or (B) {end}"))
+        for end in ("a boat", "a boat with a sail", "rain")
+    ]
+    plain = read(subject, prompt=chats[1])
+    low, high = (between(score(subject, plain, 1, layer)) for layer in (0, middle))
+    above, below = subject.gate(1, 0, above=low), subject.gate(1, 0, below=low)
+    here, push, other = subject.gate(1, middle, above=high), subject.steering(0, 0.4), subject.steering(2, 0.3)
+    held = (subject.steering(0, 1.0) + subject.steering(1, 1.0)).clamp(0.3)
+    above_middle = [
+        Steering(),
+        push.when(above),
+        push.when(below),  # the same tokens, at which the other one is open
+        push.when(here),
+        push.at(option).when(above) + other.at(own),
+        other.at(own) + push.at(option).when(below) + push.at(own).when(here),
+        held.when(above),
+        held.at(own).when(below) + push,
+        subject.steering(1, 1.0).cap(0.0).when(here) + push.at(option),
+        push.at(option) + push,  # equal terms, together at some tokens and alone at others
+        push + push,
+        push.ramp(3),
+        push.decay(3),
+        push.when(above).decay(3) + other.at(Where("response", after=1)),
+        0.0 * push.when(above) + push,
+    ]
+    first = subject.steering(2, 0.3, 0)
+    anywhere = [
+        first.at(own) + push.when(here),
+        first.at(option) + push.when(above),
+        first.when(above) + push.when(here),
+        first.ramp(2).when(below) + held.when(here),
+    ]
+
+    def asked(steerings: list[Steering]) -> list[Request]:
+        return [
+            Request(chat, prefill=given, steering=steering, readouts=(subject.everything,), choices=choices)
+            for steering in steerings
+            for chat, given, choices in zip(chats, ("(", "(A) calm", "("), (("A", " no way"), (), ("A", "B")), strict=True)
+        ]
+
+    # Equal tokens, of which the reply begins at another one each: the shares of a schedule differ.
+    words = re.findall(" [a-zA-Z]+", " calm sea was blue and cold and wide and I had no boat")
+    begun = [
+        Request("the" + "".join(words[:n]), prefill="".join(words[n:]), steering=s, readouts=(subject.everything,))
+        for s in (push.ramp(4), push.decay(4), push.at(Where("response")).when(above), push.at(Where("prompt")).decay(2))
+        for n in (2, 3, 4, 9)
+    ]
+    return [*asked(above_middle), *begun], asked(anywhere)
+
+
+def test_what_begins_alike_is_steered_as_alone(subject: Subject) -> None:
+    """Steered, gated and untouched together: gates below the layer where the first thing is done, at it and above it."""
+    upper, lower = alike(subject)
+    requests = [*upper, *lower]
+    wanted = subject.alone(requests)
+    for order in (range(len(upper)), range(len(requests))[::-1]):
+        for n, together in zip(order, subject.run(*(requests[n] for n in order)), strict=True):
+            subject.assert_same(together, wanted[n])
 
 
 # ── schedules ──

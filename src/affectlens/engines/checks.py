@@ -64,6 +64,10 @@ def examine(engine: HFEngine) -> tuple[list[tuple[str, str]], str | None]:
         checks.append(("packed batch = alone", _way(packed, engine.pack_limit > 0, "padded batches are used instead")))
     else:
         checks.append(("packed batch = alone", "not used: on an accelerator one padded batch beats a loop over texts"))
+    norm = float(np.median(alone[0][1].norms[info.default_layer]))
+    shared, forked = _try_sharing(engine, everything, norm, limit)
+    checks.append(("shared beginnings = alone", _way(shared, engine.share_limit > 0, "each text is read whole instead")))
+    checks.append(("shared lower blocks = alone", _way(forked, engine.can_fork, "each steering runs through all blocks instead")))
 
     generating = [Request(r.prompt, readouts=r.readouts, sampling=Sampling(max_tokens=1, temperature=0)) for r in requests]
     engine.can_pad_left = True
@@ -194,26 +198,73 @@ def _steered(engine: HFEngine, request: Request, alone: tuple[Layout, Reading], 
     return f"a push at layer {layer} arrives, relative difference {difference:.1e}"
 
 
-def _try_packing(engine: HFEngine, requests: list[Request], alone: list[tuple[Layout, Reading]], limit: float) -> float:
-    """Let several texts share one row, kept apart in attention; only for models whose attention can be exchanged."""
+def _one_row(engine: HFEngine) -> int:
+    """How long texts may be that are laid out in one row, kept apart in attention; 0 where attention cannot be exchanged."""
     from transformers import AttentionInterface
 
-    from affectlens.engines.hf import PACKED, packed_attention
+    from affectlens.engines import prefix
 
     model: Any = engine.model
     config = model.config.get_text_config(decoder=True)
     recurrent = any("attention" not in kind for kind in getattr(config, "layer_types", None) or ())
-    exchangeable = config._attn_implementation == "sdpa" and getattr(model, "_supports_attention_backend", True)
-    if recurrent or not exchangeable:
-        return float("inf")
+    if recurrent or config._attn_implementation != "sdpa" or not getattr(model, "_supports_attention_backend", True):
+        return 0
     # transformers makes no mask for an attention that it has no mask function for, and none is needed.
-    AttentionInterface.register(PACKED, packed_attention)
-    # A window or chunk shows only in texts longer than it: those are never packed.
+    AttentionInterface.register(prefix.NAME, prefix.attention)
+    # A window or chunk shows only in texts longer than it: those lie in no row with others.
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    engine.pack_limit = min([engine.token_budget, *(w for w in windows if w)])
+    return int(min([engine.token_budget, *(w for w in windows if w)]))
+
+
+def _try_packing(engine: HFEngine, requests: list[Request], alone: list[tuple[Layout, Reading]], limit: float) -> float:
+    """Let several texts share one row; only for models whose attention can be exchanged."""
+    engine.pack_limit = _one_row(engine)
+    if not engine.pack_limit:
+        return float("inf")
     # Texts longer than the limit are padded, not packed: with fewer than two others nothing would be tried.
     tried = sum(len(layout) <= engine.pack_limit for layout, _ in alone) > 1
     difference = _difference(lambda: _read(engine, requests), alone) if tried else float("inf")
     if not difference <= limit:
         engine.pack_limit = 0
     return difference
+
+
+def _try_sharing(engine: HFEngine, everything: Readout, norm: float, limit: float) -> tuple[float, float]:
+    """Let texts that begin alike share their beginning, some steered within it or behind it; then those that are all alike, too.
+
+    Returns:
+        The largest difference from reading each alone: with shared beginnings, and with a shared trunk below the steered layer.
+    """
+    layer = engine.info.default_layer
+    direction = np.random.default_rng(1).normal(size=(1, engine.info.width)).astype(np.float32)
+    direction /= np.linalg.norm(direction)
+    push = Steering((Term("check", 0.3, (layer,), (layer,), direction, np.array([norm], dtype=np.float32)),))
+    steerings = (Steering(), push.at(Where(text="boxes")), push.at(Where(text="It")), -push)
+    requests = [
+        Request(f"{_TEXTS[2]} It {end}.", readouts=(everything,), steering=steering, choices=("A",))
+        for end in ("rained", "was cold")
+        for steering in steerings
+    ]
+    alone = [next(engine.run([request])) for request in requests]
+    answers = [result.choice_logprobs for result in alone]
+
+    def together() -> list[tuple[Layout, Reading]]:
+        results = list(engine.run(requests))
+        # Through the unembedding, too: some families count their tokens again behind the last block.
+        if not np.abs(np.subtract([result.choice_logprobs for result in results], answers)).max() <= 20 * limit:
+            raise ValueError("other tokens were scored")
+        return [(result.layout, result.readings[0]) for result in results]
+
+    wanted = [(result.layout, result.readings[0]) for result in alone]
+    engine.share_limit = _one_row(engine)
+    if max(len(layout) for layout, _ in wanted) > engine.share_limit:  # nothing would be tried
+        engine.share_limit = 0
+        return float("inf"), float("inf")
+    pays, engine.sharing_pays = engine.sharing_pays, 1
+    shared = _difference(together, wanted)
+    engine.can_fork = True
+    forked = _difference(together, wanted)
+    engine.sharing_pays = pays
+    engine.share_limit *= shared <= limit
+    engine.can_fork = max(shared, forked) <= limit and engine.device.type == "cpu"
+    return shared, forked

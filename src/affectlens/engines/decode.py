@@ -285,7 +285,8 @@ class _Course:
 
     def prompt(self, starts: list[int]) -> Work:
         """What to do in the pass over the prompts, whose first tokens stand at ``starts``."""
-        return self.plan.over({n: tokens_of(self.batch[n], starts[n]) for n in self.steered})
+        index = {n: np.arange(len(self.batch[n])) for n in self.steered}
+        return self.plan.over({n: tokens_of(self.batch[n], starts[n] + index[n], index[n]) for n in self.steered})
 
     def step(self, replies: list[Reply], feeding: list[bool]) -> Work:
         """What to do in the pass over each feeding row's newest token."""

@@ -13,9 +13,9 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextvars import ContextVar
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from affectlens.engine import (
     check_request,
     refuse_too_long,
 )
+from affectlens.engines import prefix
 from affectlens.engines.changes import Plan, Tokens
 from affectlens.engines.residual import Pass, Recorder, Stop, Taps, find_blocks
 from affectlens.errors import EngineError, FormatError, ModelSupportError
@@ -43,20 +44,12 @@ WINDOW = 1024
 GENERATE_ROWS, GENERATE_TOKENS = 32, 65536
 """Most sequences generated together, and most tokens that their caches may come to hold."""
 
-PACKED = "affectlens_packed"
-"""Name under which :func:`packed_attention` is known to transformers; it is set on a model only while it reads a packed batch."""
+TREE = 2
+"""How many times the token budget a tree may hold: its tokens attend to few others, and what begins alike is cut less often."""
 
-_SEGMENTS: ContextVar[list[int] | None] = ContextVar("affectlens_segments", default=None)
-
-
-def packed_attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> tuple[Any, None]:
-    """Attention that keeps texts packed in one row apart by looping over them: faster than a block-diagonal mask."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    segments = _SEGMENTS.get()
-    kwargs["is_causal"] = True
-    parts = zip(query.split(segments, 2), key.split(segments, 2), value.split(segments, 2), strict=True)
-    return torch.cat([sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in parts], dim=1), None
+SHARING_PAYS, SHARING_PAYS_ELSEWHERE = 32, 1024
+"""Tokens that sharing one beginning must save, on a CPU (measured) and on an accelerator (where one more attention call takes as
+long as very many tokens: an estimate)."""
 
 
 @dataclass
@@ -69,6 +62,7 @@ class Row:
         layout: Tokens, roles and offsets; grows while generating.
         wanted: ``(position, token, choice)``: log-probability of ``token`` after ``position`` counts towards ``choice``.
         given: The layout of the request itself; shorter than ``layout`` in a row that carries a choice.
+        masks: What :meth:`steered` found so far; rows of the same layout share it.
     """
 
     job: int
@@ -76,11 +70,27 @@ class Row:
     layout: Layout
     wanted: list[tuple[int, int, int]] = field(default_factory=list)
     given: Layout | None = None
+    masks: dict[Where, np.ndarray] = field(default_factory=dict)
 
     @property
     def is_request(self) -> bool:
         """Whether this row is the request itself, from which its readouts are taken."""
         return self.given is None
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """The number of each token in the reply, negative in the prompt."""
+        return np.arange(len(self)) - self.layout.n_prompt
+
+    def steered(self, where: Where) -> np.ndarray:
+        """The tokens to steer; those of a choice count as if they were being generated."""
+        if where not in self.masks:
+            mask = where.mask(self.given or self.layout)
+            if self.given is not None:
+                ahead = where.ahead(self.given)
+                mask = np.concatenate([mask, np.array([k in ahead for k in range(len(self) - len(self.given))], dtype=bool)])
+            self.masks[where] = mask
+        return self.masks[where]
 
     def __len__(self) -> int:
         return len(self.layout)
@@ -119,9 +129,13 @@ class HFEngine(Engine):
         self.info = self._describe(id, revision)
         # The careful way until the checks have shown that the fast ways give the same.
         self.pack_limit = 0
+        self.share_limit = 0
+        self.can_fork = False
+        self.sharing_pays = SHARING_PAYS if self.device.type == "cpu" else SHARING_PAYS_ELSEWHERE
         self.can_pad = False
         self.can_pad_left = False
         self.generate_rows = GENERATE_ROWS
+        self._continuation = lru_cache(4096)(lambda text: tuple(self._encode(text, special=False)[0]))
         checks, reply_token = examine(self)
         self.info = replace(self.info, checks=tuple(checks), reply_token=reply_token)
 
@@ -215,9 +229,9 @@ class HFEngine(Engine):
         for window in batched(requests, WINDOW):
             for request in window:
                 check_request(request, self.info)
-            layouts = [self.layout(request) for request in window]
+            layouts = self._layouts(window)
             for layout, request in zip(layouts, window, strict=True):
-                longest = max((len(self._encode(choice, special=False)[0]) for choice in request.choices), default=0)
+                longest = max((len(self._continuation(choice)) for choice in request.choices), default=0)
                 refuse_too_long(len(layout) + longest, request, self.info)
             yield from self._run_window(window, layouts)
 
@@ -225,11 +239,13 @@ class HFEngine(Engine):
         from affectlens.engines.decode import decode
 
         jobs = list(enumerate(zip(window, layouts, strict=True)))
+        masks: dict[int, dict[Where, np.ndarray]] = {id(layout): {} for layout in layouts}
         results: dict[int, Result] = {}
         readings: dict[int, tuple[Reading, ...]] = {}
         logprobs = {job: np.zeros(len(request.choices)) for job, (request, _) in jobs}
-        for batch in self._batches([row for job, (q, lay) in jobs if not q.sampling for row in self._rows(job, q, lay)]):
-            self._read(batch, readings, logprobs)
+        rows = [Row(job, q, lay, masks=masks[id(lay)]) for job, (q, lay) in jobs if not q.sampling]
+        for batch, tree in self._batches([part for row in rows for part in self._with_choices(row)]):
+            self._read(batch, tree, readings, logprobs)
         for job, taken in readings.items():
             results[job] = Result("", layouts[job], taken, tuple(logprobs[job].tolist()))
         plain = [Row(job, q, lay) for job, (q, lay) in jobs if q.sampling and not q.stream]
@@ -325,63 +341,98 @@ class HFEngine(Engine):
             )
         return text
 
-    def _rows(self, job: int, request: Request, layout: Layout) -> list[Row]:
-        """The request's own row, and one more for each choice of several tokens."""
-        base = Row(job, request, layout)
-        rows = [base]
-        for c, choice in enumerate(request.choices):
-            ids, _ = self._encode(choice, special=False)
+    def _layouts(self, window: list[Request]) -> list[Layout]:
+        """The layout of each request; requests that differ in steering or readouts alone have one layout."""
+        known: dict[Any, Layout] = {}
+        layouts = []
+        for q in window:
+            same = (repr(q.prompt), q.prefill, q.transcript, q.sampling is None, not q.choices)
+            if same not in known:
+                known[same] = self.layout(q)
+            layouts.append(known[same])
+        return layouts
+
+    def _with_choices(self, row: Row) -> list[Row]:
+        """The request's own row, told what is wanted of it, and one more for each choice of several tokens."""
+        rows = [row]
+        for c, choice in enumerate(row.request.choices):
+            ids = self._continuation(choice)
             if not ids:
                 raise EngineError("a choice is empty: every choice needs at least one token")
-            last = len(layout) - 1
-            base.wanted.append((last, ids[0], c))
+            last = len(row.layout) - 1
+            row.wanted.append((last, ids[0], c))
             if len(ids) > 1:
-                longer = grown(layout, ids[:-1], self.tokenizer.batch_decode([[i] for i in ids[:-1]]))
-                rows.append(Row(job, request, longer, [(last + k, ids[k], c) for k in range(1, len(ids))], layout))
+                longer = grown(row.layout, ids[:-1], self.tokenizer.batch_decode([[i] for i in ids[:-1]]))
+                wanted = [(last + k, ids[k], c) for k in range(1, len(ids))]
+                rows.append(Row(row.job, row.request, longer, wanted, row.layout))
         return rows
 
     # ── reading ──
 
-    def _batches(self, rows: list[Row]) -> Iterator[list[Row]]:
-        """Longest first; as many as fit the token budget, padding counted; equal lengths only if padding changes results."""
-        batch: list[Row] = []
-        tokens = 0
-        for row in sorted(rows, key=len, reverse=True):
+    def _batches(self, rows: list[Row]) -> Iterator[tuple[list[Row], prefix.Tree | None]]:
+        """Rows that run together, and how they lie in one long row; None for rows that are padded to one length.
+
+        First those that begin alike, then the others, longest first: as many as fit the token budget, padding counted; equal
+        lengths only if padding changes results.
+        """
+        how: dict[str, Any] = {"pays": self.sharing_pays, "trunks": self.can_fork}
+        alike = prefix.sharing([row for row in rows if len(row) <= self.share_limit], **how)
+        for batch in prefix.batches(alike, budget=TREE * self.token_budget):
+            yield batch, prefix.lay_out(batch, **how, device=self.device)
+        shared = {id(row) for row in alike}
+        batch, tokens = [], 0
+        for row in sorted((row for row in rows if id(row) not in shared), key=len, reverse=True):
             packed = len(row) <= self.pack_limit
             fits = tokens + len(row) <= self.token_budget
             if batch and not packed:
                 fits = (len(batch) + 1) * len(batch[0]) <= self.token_budget
                 fits &= self.can_pad or len(row) == len(batch[0])
             if batch and (not fits or packed != (len(batch[0]) <= self.pack_limit)):
-                yield batch
+                yield batch, self._packed(batch)
                 batch, tokens = [], 0
             batch.append(row)
             tokens += len(row)
         if batch:
-            yield batch
+            yield batch, self._packed(batch)
 
-    def _read(self, batch: list[Row], readings: dict[int, tuple[Reading, ...]], logprobs: dict[int, np.ndarray]) -> None:
+    def _packed(self, batch: list[Row]) -> prefix.Tree | None:
+        return prefix.side_by_side(batch) if len(batch) > 1 and len(batch[0]) <= self.pack_limit else None
+
+    def _read(
+        self,
+        batch: list[Row],
+        tree: prefix.Tree | None,
+        readings: dict[int, tuple[Reading, ...]],
+        logprobs: dict[int, np.ndarray],
+    ) -> None:
         """Run a batch; put what was read under the job's number and add up the log-probabilities of its choices.
 
         A choice of several tokens is spread over two rows, perhaps in two batches: its parts meet in ``logprobs``.
         """
-        packed = len(batch) > 1 and len(batch[0]) <= self.pack_limit
-        lengths = [len(row) for row in batch]
-        starts = np.cumsum([0, *lengths[:-1]]) if packed else np.arange(len(batch)) * lengths[0]
-        own = [(row, int(start)) for row, start in zip(batch, starts, strict=True) if row.is_request]
-        recorders, owners = self._recorders([(row.request, row.layout, start) for row, start in own])
-        plan = Plan([row.request.steering for row in batch], lambda layer: self.device)
-        tokens = {i: tokens_of(row, int(starts[i])) for i, row in enumerate(batch) if row.request.steering.layers}
-        wanted = [
-            (int(start) + at, token, row.job, c) for row, start in zip(batch, starts, strict=True) for at, token, c in row.wanted
-        ]
         stop_after = None
-        if not wanted:
-            stop_after = max((layer for recorder in recorders for layer in recorder.readout.layers), default=-1)
-        now = Pass(*plan.over(tokens, stop_after), recorders, stop_after)
-        logits = self._forward(batch, now, packed=packed, keep=[flat for flat, *_ in wanted])
-        for (_, token, job, c), row_logits in zip(wanted, logits, strict=True):
-            logprobs[job][c] += float(row_logits.log_softmax(-1)[token])
+        if not any(row.wanted for row in batch):
+            stop_after = max((layer for row in batch for readout in row.request.readouts for layer in readout.layers), default=-1)
+            if tree and tree.trunk and stop_after < tree.layer:
+                tree = tree.trunk  # it ends before anything is done
+        # For each row the place of each of its tokens in the flattened batch, and which tokens are steered in its name.
+        places = tree.index if tree else [n * len(batch[0]) + np.arange(len(row)) for n, row in enumerate(batch)]
+        owned = tree.owned if tree else [np.ones(len(row), dtype=bool) for row in batch]
+        own = [(row, place) for row, place in zip(batch, places, strict=True) if row.is_request]
+        recorders, owners = self._recorders([(row.request, row.layout, place) for row, place in own])
+        plan = Plan([row.request.steering for row in batch], lambda layer: self.device)
+        steered = {i: tokens_of(row, places[i], owned[i]) for i, row in enumerate(batch) if row.request.steering.layers}
+        wanted = [
+            (int(place[at]), token, row.job, c) for row, place in zip(batch, places, strict=True) for at, token, c in row.wanted
+        ]
+        now = Pass(*plan.over(steered, stop_after), recorders, stop_after, tree.fork(self.device) if tree else None)
+        keep, which = np.unique([flat for flat, *_ in wanted], return_inverse=True)
+        logits = self._forward(batch, tree, now, keep=keep.astype(np.int64))
+        if wanted:
+            rows = torch.as_tensor(which, device=self.device)
+            tokens = torch.tensor([token for _, token, *_ in wanted], device=self.device)
+            found = (logits[rows, tokens] - logits.logsumexp(-1)[rows]).tolist()
+            for (*_, job, c), value in zip(wanted, found, strict=True):
+                logprobs[job][c] += value
         taken: dict[tuple[int, int], Reading] = {}
         for recorder, members in zip(recorders, owners, strict=True):
             for (n, r, positions), (values, norms) in zip(members, recorder.results(), strict=True):
@@ -390,54 +441,51 @@ class HFEngine(Engine):
             readings[row.job] = tuple(taken[n, r] for r in range(len(row.request.readouts)))
 
     def _recorders(
-        self, items: Sequence[tuple[Request, Layout, int]]
+        self, items: Sequence[tuple[Request, Layout, np.ndarray]]
     ) -> tuple[list[Recorder], list[list[tuple[int, int, np.ndarray]]]]:
         """One recorder for each distinct readout of a batch, and the (item, readout number, positions) it serves."""
         by_readout: dict[int, tuple[Any, list[np.ndarray], list[tuple[int, int, np.ndarray]]]] = {}
-        for n, (request, layout, start) in enumerate(items):
+        for n, (request, layout, place) in enumerate(items):
             for r, readout in enumerate(request.readouts):
                 positions = np.flatnonzero(readout.where.mask(layout))
                 _, rows, members = by_readout.setdefault(id(readout), (readout, [], []))
-                rows.append(start + positions)
+                rows.append(place[positions])
                 members.append((n, r, positions))
         recorders = [Recorder(readout, rows, self.device) for readout, rows, _ in by_readout.values()]
         return recorders, [members for _, _, members in by_readout.values()]
 
-    def _forward(self, batch: list[Row], now: Pass, *, packed: bool, keep: Sequence[int]) -> torch.Tensor | list[Any]:
-        """One pass over a packed or right-padded batch; returns the logits of the flattened positions ``keep``.
+    def _forward(self, batch: list[Row], tree: prefix.Tree | None, now: Pass, *, keep: np.ndarray) -> torch.Tensor:
+        """One pass over a tree or a right-padded batch; returns the logits of the flattened places ``keep``.
 
         Padding on the right needs no mask: in a causal model later tokens change nothing before them.
         """
-        lengths = [len(row) for row in batch]
         inputs: dict[str, Any] = {"use_cache": False}
-        if packed:
-            ids = torch.tensor([i for row in batch for i in row.layout.ids], device=self.device)[None]
-            inputs["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None].to(self.device)
+        if tree:
+            begun = tree.trunk or tree
+            ids = torch.as_tensor(begun.ids)[None].to(self.device)
+            inputs["position_ids"] = torch.as_tensor(begun.positions)[None].to(self.device)
         else:
-            ids = torch.zeros((len(batch), lengths[0]), dtype=torch.long)
+            ids = torch.zeros((len(batch), len(batch[0])), dtype=torch.long)
             for n, row in enumerate(batch):
                 ids[n, : len(row)] = torch.tensor(row.layout.ids)
             ids = ids.to(self.device)
-        flat = torch.tensor(keep, dtype=torch.long, device=self.device)
-        rows, columns = flat // ids.shape[1], flat % ids.shape[1]
+        flat = torch.as_tensor(keep, device=self.device)
+        rows, columns = (flat * 0, flat) if tree else (flat // ids.shape[1], flat % ids.shape[1])
         if self.model._supports_logits_to_keep():
             inputs["logits_to_keep"], columns = torch.unique(columns, return_inverse=True)
-        segments = _SEGMENTS.set(lengths if packed else None)
         config = self.model.config.get_text_config(decoder=True)
-        attention = config._attn_implementation
-        logits: torch.Tensor | list[Any] = []
+        logits = torch.empty(0)
         try:
-            if packed:
-                config._attn_implementation = PACKED
-            with torch.inference_mode(), Taps(self.blocks, now.layers) as taps:
-                taps.current = now
+            with ExitStack() as stack:
+                stack.enter_context(torch.inference_mode())
+                if tree:
+                    stack.enter_context(prefix.reading(tree, config))
+                if now.fork:
+                    stack.enter_context(now.fork.applied(self.blocks))
+                stack.enter_context(Taps(self.blocks, now.layers)).current = now
                 logits = self.model(input_ids=ids, **inputs).logits[rows, columns].float()
         except Stop:
             pass
-        finally:
-            _SEGMENTS.reset(segments)
-            if packed:
-                config._attn_implementation = attention
         now.confirm()
         return logits
 
@@ -478,19 +526,10 @@ def grown(layout: Layout, ids: Sequence[int], pieces: Sequence[str]) -> Layout:
     return Layout(text, tuple(tokens), (*layout.ids, *ids), tuple(offsets), roles, layout.n_prompt, layout.turns)
 
 
-def tokens_of(row: Row, start: int) -> Tokens:
-    """The tokens of a row that is read, from the flattened row ``start`` on."""
-    masks = {where: _steered(row, where) for where in {term.where for term in row.request.steering.terms}}
-    index = np.arange(len(row))
-    return Tokens(start + index, index - row.layout.n_prompt, masks)
-
-
-def _steered(row: Row, where: Where) -> np.ndarray:
-    """The tokens to steer in a row; those of a choice count as if they were being generated."""
-    if row.given is None:
-        return where.mask(row.layout)
-    ahead = where.ahead(row.given)
-    return np.concatenate([where.mask(row.given), [k in ahead for k in range(len(row) - len(row.given))]]).astype(bool)
+def tokens_of(row: Row, places: np.ndarray, own: np.ndarray) -> Tokens:
+    """Those tokens of a row that is read which are its ``own``; all of them stand at ``places`` of the flattened pass."""
+    masks = {where: row.steered(where)[own] for where in {term.where for term in row.request.steering.terms}}
+    return Tokens(places[own], row.numbers[own], masks)
 
 
 def _dtype(dtype: str, device: str) -> Any:

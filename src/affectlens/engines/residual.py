@@ -102,6 +102,48 @@ class Recorder:
 
 
 @dataclass
+class Fork:
+    """Rows that only steering tells apart run as one up to ``layer``; behind it each token goes on as often as it is needed.
+
+    Args:
+        layer: The first layer at which anything is done to a token.
+        source: For each token behind it the token before it that it comes from.
+        n: How many there are before it.
+        passed: Called when the pass gets there.
+    """
+
+    layer: int
+    source: torch.Tensor
+    n: int
+    passed: Callable[[], Any]
+
+    @contextmanager
+    def applied(self, blocks: nn.ModuleList) -> Iterator[None]:
+        """Blocks behind the fork get what the model made for each token (its rotary angles, say) for the tokens there."""
+
+        def spread(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                axes = [axis for axis in range(min(2, value.dim())) if value.shape[axis] == self.n]
+                return value.index_select(axes[-1], self.source) if axes else value
+            if isinstance(value, tuple | list):
+                return type(value)(spread(inner) for inner in value)
+            return value
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            # The stream itself, which comes first, has been spread out already.
+            stream, args = args[:1], args[1:]
+            kept = {name: value if name == "hidden_states" else spread(value) for name, value in kwargs.items()}
+            return (*stream, *(spread(value) for value in args)), kept
+
+        handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks[self.layer + 1 :]]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@dataclass
 class Pass:
     """What to do in one forward pass. ``stop_after`` ends it there; every layer named must fire exactly once."""
 
@@ -109,12 +151,14 @@ class Pass:
     sensors: Mapping[int, Sequence[Sensor]] = field(default_factory=dict)
     recorders: list[Recorder] = field(default_factory=list)
     stop_after: int | None = None
+    fork: Fork | None = None
     fired: set[int] = field(default_factory=set)
     opened: dict[Gate, torch.Tensor] = field(default_factory=dict)
 
     @property
     def layers(self) -> set[int]:
         layers = {*self.changes, *self.sensors, *(layer for r in self.recorders for layer in r.readout.layers)}
+        layers |= {self.fork.layer} if self.fork else set()
         return layers if self.stop_after is None else layers | {self.stop_after}
 
     def visit(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -122,11 +166,19 @@ class Pass:
         if layer in self.fired:
             raise ModelSupportError(f"block {layer} ran twice in one pass: affectlens reads models that run each block once")
         self.fired.add(layer)
+        if self.fork and layer == self.fork.layer:
+            hidden = hidden.index_select(1, self.fork.source)
+            self.fork.passed()
         hidden = self.steer(layer, hidden)
-        for recorder in self.recorders:
-            if layer in recorder.readout.layers:
-                recorder.see(layer, hidden.reshape(-1, hidden.shape[-1]))
+        if recorders := [recorder for recorder in self.recorders if layer in recorder.readout.layers]:
+            flat = self._spread(layer, hidden.reshape(-1, hidden.shape[-1]))
+            for recorder in recorders:
+                recorder.see(layer, flat)
         return hidden
+
+    def _spread(self, layer: int, flat: torch.Tensor) -> torch.Tensor:
+        """What was found at each token of a layer, for each token behind the fork: everybody counts these."""
+        return flat.index_select(0, self.fork.source) if self.fork and layer < self.fork.layer else flat
 
     def steer(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """Read the gates of a layer, then change its residual ``(B, T, D)``."""
@@ -136,7 +188,7 @@ class Pass:
                 "affectlens reads models with a single residual stream"
             )
         for sensor in self.sensors.get(layer, ()):
-            self.opened[sensor.gate] = sensor.opened(hidden.reshape(-1, hidden.shape[-1]))
+            self.opened[sensor.gate] = self._spread(layer, sensor.opened(hidden.reshape(-1, hidden.shape[-1])))
         if layer in self.changes:
             hidden = hidden.clone()  # the block may have returned a tensor that it still uses
             flat = hidden.view(-1, hidden.shape[-1])

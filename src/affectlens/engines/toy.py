@@ -16,6 +16,8 @@ final norm and an unembedding. What it knows is planted, so every study has a ri
 * The unembedding promotes a concept's name and cue words along its direction.
 * With ``bears=(layer, limit)`` it stands a change of a token's residual of up to ``limit`` times the ordinary norm at that layer,
   at others of a quarter of it; beyond, it babbles. So there is a best layer to steer at, and a largest strength.
+* Asked to choose between ``(A) …`` and ``(B) …``, it reads how pleasant the tokens of either are *in the stream* when the last
+  block runs, adds a taste for single words that means nothing, and answers ``A`` or ``B``.
 * The beginning-of-sequence token is an attention sink: its norm is a hundred times that of words. Nothing reads it.
 * It knows no English, so it brings texts of its own for the studies to read (:mod:`affectlens.engines.toy_texts`).
 * Asked for stories (a prompt with ``[story 1]`` or ``[dialogue 1]`` in it) it does not sample but recites: blocks of words of a
@@ -96,6 +98,8 @@ LATE = 3
 OWN = (1.0, 0.2, 0.3, 0.4, 0.5, 0.6, 2.0)
 SIGNAL = (0.05, 0.0, 0.25, 0.4, 0.5, 0.4, 0.0)
 GAIN = (0.0, 0.0, 0.15, 0.4, 0.6, 0.6, 0.0)
+LIKING, TASTE, DECIDED = 3.0, 2.0, 300.0
+"""What pleasantness and taste weigh in a choice, and how much of the stream a choice takes up."""
 
 _PIECE = re.compile(r" ?\w+(?:['’-]\w+)*| ?[^\w\s]|\s")
 
@@ -315,6 +319,10 @@ class ToyEngine(Engine):
             spare = np.linalg.svd(np.concatenate([self._carried, self._other, self._untold]))[2][-1]
             self._babble = 80 * spare.astype(np.float32)
             self._unembedding[[self._ids[" so"], self._ids[" but"]]] += 2 * spare.astype(np.float32)
+        # How it chooses draws from numbers of its own, so that all else is what it would be if it could not.
+        rng = np.random.default_rng([self.seed, 9])
+        self._taste = rng.normal(size=size)
+        self._choice = np.linalg.qr(rng.normal(size=(WIDTH, 2)))[0].T.astype(np.float32)
 
     # ── text to tokens ──
 
@@ -417,6 +425,8 @@ class ToyEngine(Engine):
             signal = late if layer == LATE else signal
             h = h + OWN[layer + 1] * own + SIGNAL[layer + 1] * signal + GAIN[layer + 1] * context
             h = h + (self._tone if 0 < layer < N_LAYERS - 1 else 0) / (N_LAYERS - 2)
+            if layer == N_LAYERS - 1:
+                h = h + self._chosen(every, before, read[-1])
             opened |= {gate: gate.opens(h) for gate in plan.gates if gate.layer == layer}
             pushes, pin = plan.work.get(layer, ((), None))
             before_steering = h.copy() if self._bears else h
@@ -445,6 +455,28 @@ class ToyEngine(Engine):
                         speaker[i] = known.setdefault(tuple(ids[start : i - 1].tolist()), len(known) + 1)
         return speaker, known
 
+    def _chosen(self, ids: np.ndarray, before: int, carried: np.ndarray) -> np.ndarray:
+        """What the last block writes at a ``(`` that begins an answer to a question of A or B, ``(n, D)``.
+
+        Args:
+            ids: All tokens; the new ones begin at ``before``.
+            carried: What is read of each token, ``(T, k)``.
+        """
+        out = np.zeros((len(ids) - before, WIDTH), np.float32)
+        opens = np.isin(ids, [self._ids["("], self._ids[" ("]])
+        for i in range(before, len(ids)):
+            if not (i and opens[i] and ids[i - 1] == self._colon):
+                continue
+            marks = {letter: np.flatnonzero(opens[: i - 2] & (ids[1 : i - 1] == self._ids[letter])) for letter in "AB"}
+            ends = np.flatnonzero(ids[:i] == self._ids["?"])
+            if not (len(marks["A"]) and len(marks["B"]) and len(ends)):
+                continue
+            first, second = int(marks["A"][-1]), int(marks["B"][-1])
+            liking = self._effect * LIKING * carried @ (self._carried @ self.truth.valence) + TASTE * self._taste[ids]
+            pull = liking[first + 3 : second].mean() - liking[second + 3 : int(ends[-1])].mean()
+            out[i - before] = DECIDED * (self._choice[0] + 0.5 * np.tanh(pull / 10) * self._choice[1])
+        return out
+
     def _capital(self, token: int) -> bool:
         return token < len(self._words) and self._words[token][:1].isupper()
 
@@ -468,6 +500,8 @@ class ToyEngine(Engine):
     def unembed(self, residuals: np.ndarray) -> np.ndarray:
         """Logits ``(n, vocabulary)`` of residuals ``(n, width)``: each is scaled to the norm ``sqrt(width)``, then unembedded.
 
+        A residual that is nearly all choice also raises ``A`` and ``B``, and one of them more; no other residual comes near that.
+
         Example:
             >>> engine = ToyEngine()
             >>> engine.vocabulary[int(engine.unembed(engine.truth["sad"][4:5]).argmax())]
@@ -475,7 +509,13 @@ class ToyEngine(Engine):
         """
         x = np.asarray(residuals, dtype=np.float32)
         x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
-        return x @ self._unembedding.T + self._bias
+        logits = x @ self._unembedding.T + self._bias
+        decided, side = x @ self._choice.T[:, 0], x @ self._choice.T[:, 1]
+        speaks = np.clip(decided - 6, 0, 1)
+        for letter, sign in (("A", 1), ("B", -1)):
+            token = self._ids[letter]
+            logits[..., token] += speaks * (15 + sign * 10 * side / np.maximum(decided, 1) - logits[..., token])
+        return logits
 
     @property
     def vocabulary(self) -> Sequence[str]:

@@ -6,6 +6,7 @@ Every effect that a study looks for is in them, through what :mod:`affectlens.en
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,10 @@ TALKS, TURNS = 16, 6
 """How often each concept stands on either side of a dialogue, and how often each side speaks."""
 HIDERS = 6
 """So many concepts are concealed, each behind each other one."""
+ACTIVITIES = 2
+"""Activities of each category, and as many held out."""
+CATEGORIES = ("helpful", "engaging", "social", "self-curiosity", "neutral", "aversive", "misaligned", "unsafe")
+"""From pleasant to unpleasant in what their words convey."""
 
 
 class _Writer:
@@ -195,6 +200,19 @@ def _profile(w: _Writer) -> list[dict[str, Any]]:
     return [{"id": f"profile-{i}", "kind": k, "category": c, "text": t} for i, (k, c, t) in enumerate(hard + neutral)]
 
 
+def _activities(w: _Writer) -> list[dict[str, Any]]:
+    """A few words each: cue words of two concepts that are about as pleasant as the category says, among plain ones."""
+    pleasant = sorted(w.names, key=lambda name: -float(w.engine.truth[name][0] @ w.engine.truth.valence))
+    records = []
+    for held_out, (rank, category), i in itertools.product((False, True), enumerate(CATEGORIES), range(ACTIVITIES)):
+        place = rank * (len(pleasant) - 1) / (len(CATEGORIES) - 1)
+        concepts = [pleasant[int(place)], pleasant[math.ceil(place)]]
+        words = [*w.words(None, 3).lower().rstrip(".").split(), *(w.cue(concept) for concept in concepts)]
+        text = " ".join(w.rng.permutation(words))
+        records.append({"id": f"{category}-{held_out}-{i}", "category": category, "text": text, "held_out": held_out})
+    return records
+
+
 def _neutral(w: _Writer) -> list[dict[str, Any]]:
     return [
         {"id": f"n{i}", "topic": f"topic {i}", "text": f"Person: {w.words(None, 27)}\nAI: {w.words(None, 45)}"} for i in range(40)
@@ -221,6 +239,7 @@ WRITERS: dict[str, Callable[[_Writer], list[dict[str, Any]]]] = {
     "profile": _profile,
     "neutral": _neutral,
     "openings": _openings,
+    "activities": _activities,
 }
 
 

@@ -316,6 +316,7 @@ STUDIES: tuple[str, ...] = (
     "concealment",
     "lasting",
     "transcripts",
+    "preferences",
     "checkpoints",
     "calibration",
     "continuation",
