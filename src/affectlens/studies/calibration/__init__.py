@@ -60,7 +60,7 @@ STEPS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 STEPS_QUICK = (0.5, 0.75, 1.0, 1.5)
 TEXTS, REPLIES, TOKENS = 8, 3, 32
 """Neutral texts; replies to each steering, and their length."""
-LAYERS_QUICK, TEXTS_QUICK = 6, 3
+LAYERS_QUICK, TEXTS_QUICK, REPLIES_QUICK = 5, 3, 2
 CONTROLS, AT_EACH_LAYER = 24, 4
 
 _ABOVE = f"holds: p <= {ALPHA} and the interval above 0; weak: p <= {ALPHA} only; fails: otherwise"
@@ -158,7 +158,7 @@ def _plan(bench: Bench, bounds: Bounds) -> _Plan | str:
     names = tuple(name for name in SHOWCASE if name in vectors)
     names = names if len(names) >= FEW else vectors.names[: len(SHOWCASE)]
     openings = tuple(Opening.of(record) for record in bench.texts("openings") if not record["held_out"])
-    events = tuple(o for o in openings if o.kind == "event")[:REPLIES]
+    events = tuple(o for o in openings if o.kind == "event")[: REPLIES_QUICK if bench.quick else REPLIES]
     asked = tuple(o for o in openings if o.kind != "event")[:: 2 if bench.quick else 1]
     pieces = neutral_pieces([record["text"] for record in bench.texts("neutral")], TEXTS_QUICK if bench.quick else TEXTS)
     for what, n, least in (
@@ -197,7 +197,7 @@ class CalibrationStudy:
         """Measure.
 
         Args:
-            bench: Needs ``engine``; ``activations`` for the control of shuffled concepts. ``quick`` compares six layers and
+            bench: Needs ``engine``; ``activations`` for the control of shuffled concepts. ``quick`` compares five layers and
                 measures the safe ranges of the emotions whose words are asked for, the others taking the narrowest of them.
 
         Returns:
@@ -232,10 +232,11 @@ def _layers(plan: _Plan) -> dict[str, Any]:
     own = np.arange(len(plan.names))
     halves = own[::2], own[1::2]
     bound = math.log(plan.bounds.perplexity)
+    costly = halves[0][:: 2 if plan.bench.quick else 1]
     random = random_directions(AT_EACH_LAYER, plan.bench.vectors.directions.shape[-1], seed=plan.bench.seed)
     out: dict[str, list[Any]] = {key: [] for key in ("strength", "effects", "own", "others", "random", "replies")}
     for layer in plan.layers:
-        tried = [plan.steer(plan.names[i], layer, s) for s in STRENGTHS for i in halves[0]]
+        tried = [plan.steer(plan.names[i], layer, s) for s in STRENGTHS for i in costly]
         costs = plan.factors(tried).reshape(len(STRENGTHS), -1).mean(axis=1)
         strength = reach(STRENGTHS, costs, bound)
         changes = np.zeros((len(own), len(own)))

@@ -91,6 +91,7 @@ class Description:
             return untestable(CLAIMS.values(), "The vectors are not calibrated: run the study calibration with this one.")
         names = tuple(name for name in SHOWCASE if name in bench.vectors)
         names = names if len(names) >= FEW else bench.vectors.names[: len(SHOWCASE)]
+        names = names[::2] if bench.quick and len(names) >= 2 * FEW else names
         activities = _activities(bench)
         for what, n, least in (("emotions", len(names), FEW), ("activities", len(activities), FEW_ACTIVITIES)):
             if n < least:
@@ -211,7 +212,7 @@ def _measure(asked: _Asked, strength: float) -> Outcome:
     options: dict[str, Any] = {"draws": bench.draws, "seed": bench.seed}
     n_activities = f"{len(asked.activities)} activities"
     where = f"layer {asked.layer}, strength {strength:.3g} at the activity's tokens, {n_activities}, {bench.format}"
-    strengths = sorted({strength, *PUBLISHED})
+    strengths = sorted({strength, *(PUBLISHED[1:2] if bench.quick else PUBLISHED)})
     changes = {s: asked.words(asked.towards(s)) for s in strengths}
     said = {s: asked.described(asked.towards(s)) for s in strengths}
     width = bench.vectors.directions.shape[-1]
