@@ -43,7 +43,8 @@ def test_nothing_holds_where_nothing_is_planted() -> None:
 def test_the_matrix_agrees_with_a_plain_computation() -> None:
     bench = calibrated()
     data = outcome("continuation").data
-    openings = [r for r in bench.texts("openings") if r["held_out"] and r["kind"] == "self"]
+    held_out = [r for r in bench.texts("openings") if r["held_out"] and r["kind"] != "event"]
+    openings = [r for r in held_out[::2] if r["kind"] == "self"]  # a quick look takes every other one
     means = []
     for name in data["names"]:
         steering = data["strength"] * bench.vectors[name]
