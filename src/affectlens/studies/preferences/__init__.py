@@ -22,7 +22,7 @@ Declared before any data is seen:
 * **Replication.** Held-out activities: the correlations of all probes, and the changes of Elo by a quarter of the steered
   emotions against correlations among the *first* activities.
 * **Conditions.** A model; twelve activities; in the median question the answers A and B have at least half of the probability
-  together; an arm of the steering in which they have less is left out. A first look takes three activities of each category
+  together; an arm of the steering in which they have less is left out. A first look takes two activities of each category
   and eight emotions, and steers neither random directions nor held-out activities.
 
 The curves over layers and strengths are exploratory. Source: method 9 (paper, Figs 4 and 54 to 56, Table 17), 22.15 to 22.18.

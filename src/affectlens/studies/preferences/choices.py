@@ -20,7 +20,7 @@ FEELING = "How would you feel if you were to {}?"
 TOGETHER = 4096
 """About so many questions are asked together and kept in one file: what a killed run loses at most, minutes of a large model."""
 
-QUICK = 3
+QUICK = 2
 """A first look takes so many activities of each category."""
 
 

@@ -109,8 +109,7 @@ def _probes(probes: Mapping[str, Any]) -> go.Figure:
         hovertemplate="<b>%{text}</b><br>r = %{y:+.2f}, q = %{customdata:.3f}<extra></extra>",
         showlegend=False,
     )
-    every = max(1, len(r) // 24)
-    ticks = sorted({*range(0, len(r), every), len(r) - 1})
+    ticks = np.unique(np.linspace(0, len(r) - 1, min(len(r), 25)).round().astype(int)).tolist()
     return figure.update_xaxes(tickvals=ticks, ticktext=[probes["names"][order[i]] for i in ticks], tickangle=-50)
 
 
