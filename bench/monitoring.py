@@ -7,8 +7,8 @@
 Every way generates the same number of tokens for the same prompts, greedily, with end tokens off. The clock runs from the texts
 of the prompts to the texts of the replies (and the scores of their tokens): tokenizing, the pass over the prompts and, where a
 reply is read, the pass over its last token are in it. In a round every way runs once at every batch size, and the order is turned
-by one way each round; what a way costs is its time over that of plain generation in the same round. Vectors are random directions,
-as many as there are emotions: what they cost does not depend on where they point.
+by one way each round; what a way costs is its time over that of plain generation in the same round. Vectors are random
+directions, as many as there are emotions: what they cost does not depend on where they point.
 
 Before anything is timed, numbers are compared: the tokens with those of ``model.generate`` (steered ones with those of repeng and
 steering-vectors), and the scores with projections of ``output_hidden_states``. Writes ``bench/results/monitoring.json`` with
