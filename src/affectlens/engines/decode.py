@@ -63,6 +63,7 @@ class Reply:
     def __post_init__(self) -> None:
         # Counter-based and one number for each token: the draw does not depend on the batch or the device.
         self.random = np.random.Generator(np.random.Philox(self.sampling.seed))
+        self.layout = self.row.layout
         self.read_on = any(_may_grow(readout.where) for readout in self.row.request.readouts)
 
     @property
@@ -73,6 +74,12 @@ class Reply:
     def owes(self) -> bool:
         """Whether its newest token must run through the model once more, for a readout of the reply."""
         return self.read_on and self.fed < len(self.ids)
+
+    def grow(self) -> Layout:
+        """The layout with all tokens so far, grown from what it was when it was last asked for."""
+        known = len(self.layout) - len(self.row.layout)
+        self.layout = grown(self.layout, self.ids[known:], self.pieces[known:])
+        return self.layout
 
     def take(self, token: int, engine: HFEngine, ends: frozenset[int]) -> None:
         """Append a token; finish at an end token, a stop string or the limit."""
@@ -111,6 +118,7 @@ class Reply:
         return now[len(before) :]
 
     def _cut(self, at: int) -> None:
+        self.layout = self.row.layout
         for i, piece in enumerate(self.pieces):
             self.pieces[i] = piece[: max(0, at)]
             at -= len(piece)
@@ -188,7 +196,7 @@ def decode(engine: HFEngine, batch: list[Row]) -> Iterator[tuple[Row, Result]]:
     steps.close()
     record.finish()
     for n, reply in enumerate(replies):
-        layout = grown(reply.row.layout, reply.ids, reply.pieces)
+        layout = reply.grow()
         yield reply.row, Result(reply.text, layout, record.readings(n, layout), (), reply.finish)
 
 
@@ -339,18 +347,24 @@ class _Record:
 
     def _reading(self, n: int, r: int, layout: Layout, first: int) -> Reading:
         readout, start = self.batch[n].request.readouts[r], len(self.batch[n].layout)
+        # One place more for what a reply that was cut has left behind.
+        wanted = np.append(readout.where.mask(layout), False)
+        wanted[:first] = False
         parts = [self._prompts[n, r]] if (n, r) in self._prompts and first < start else []
         if (n, r) in self._tapes:
             tape, column = self._tapes[n, r]
-            values, norms = tape.since(max(first - start, 0), column)
-            parts.append((max(first, start) + np.arange(norms.shape[1]), values, norms))
-        chosen = np.flatnonzero(readout.where.mask(layout))
-        kept = [(keep, *part) for part in parts if (keep := np.isin(part[0], chosen)).any()]
+            parts += [(start + passes, values, norms) for passes, values, norms in tape.since(max(first - start, 0), column)]
+        # Most often a part is wanted whole, and then it is copied once.
+        kept = [
+            part if keep.all() else (part[0][keep], part[1][:, keep], part[2][:, keep])
+            for part in parts
+            if (keep := wanted[np.minimum(part[0], len(layout))]).any()
+        ]
         if not kept:
             return self._nothing(readout)
-        positions = np.concatenate([positions[keep] for keep, positions, *_ in kept])
-        values = np.concatenate([values[:, keep] for keep, _, values, _ in kept], axis=1)
-        norms = np.concatenate([norms[:, keep] for keep, *_, norms in kept], axis=1)
+        positions, values, norms = (
+            np.concatenate(each, axis=axis) for each, axis in zip(zip(*kept, strict=True), (0, 1, 1), strict=True)
+        )
         return _pooled(readout, positions, values, norms)
 
     def _nothing(self, readout: Readout) -> Reading:
@@ -382,7 +396,7 @@ def _partials(replies: dict[int, Reply], record: _Record) -> Iterator[tuple[Row,
     for n, reply in replies.items():
         text = reply.release()
         if text or len(reply.ids) > reply.told:
-            layout = grown(reply.row.layout, reply.ids, reply.pieces)
+            layout = reply.grow()
             newest = len(layout) - (len(reply.ids) > reply.told)
             reply.told = len(reply.ids)
             yield reply.row, Result(text, layout, record.readings(n, layout, newest), (), reply.finish, done=False)

@@ -143,24 +143,23 @@ class Tape:
         """Take what waits off the device: before the last readings are asked for."""
         if self.waiting is None or not self.number:
             return
-        values, norms = [], []
+        width = self.waiting.shape[-1] if self.onto is None else self.onto.shape[1]
+        shape = len(self.readout.layers), self.number, self.waiting.shape[2]
+        norms = torch.empty(shape, device=self.waiting.device)
+        values = torch.empty(*shape, width, device=self.waiting.device)
         # Layer by layer: what one of them needs fits a processor's cache.
         for i, layer in enumerate(self.readout.layers):
             x = self.waiting[self.places[layer], : self.number].float()
-            norms.append(x.norm(dim=-1))
-            values.append(x if self.onto is None else x @ self.onto[i].T)
-        self.taken.append((torch.stack(values).cpu().numpy(), torch.stack(norms).cpu().numpy()))
+            norms[i] = x.norm(dim=-1)
+            values[i] = x if self.onto is None else x @ self.onto[i].T
+        self.taken.append((values.cpu().numpy(), norms.cpu().numpy()))
         self.number = 0
 
-    def since(self, first: int, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """``(values, norms)`` of one of the rows from its pass ``first`` on, layers first, of all passes that were projected."""
-        taken = self.taken[first // self.together :]
-        if not taken:
-            layers, width = len(self.readout.layers), 0 if self.onto is None else self.onto.shape[1]
-            return np.empty((layers, 0, width), np.float32), np.empty((layers, 0), np.float32)
-        skip = first % self.together
-        values, norms = (np.concatenate([part[:, :, row] for part in parts], axis=1) for parts in zip(*taken, strict=True))
-        return values[:, skip:], norms[:, skip:]
+    def since(self, first: int, row: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Pass numbers, values and norms (layers first) of one of the rows, in parts; none ends before the pass ``first``."""
+        for part in range(first // self.together, len(self.taken)):
+            values, norms = self.taken[part]
+            yield part * self.together + np.arange(norms.shape[1]), values[:, :, row], norms[:, :, row]
 
 
 @dataclass
