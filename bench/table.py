@@ -438,6 +438,73 @@ def preferences(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"Target: {TARGETS['pairs']:g} times one forward pass a pair: {found:.1f}, {met}."])
 
 
+MONITORING_TARGETS = {
+    "steer-one": ("steering at one layer", 0.01),
+    "read-one": ("all emotions at one layer", 0.02),
+    "read-all": ("all emotions at every layer", 0.06),
+    "both": ("everything together", 0.08),
+}
+"""Of ``bench/monitoring.py``: how much slower than plain generation each may be."""
+
+
+def monitoring(result: dict[str, Any]) -> str:
+    """The table of ``bench/monitoring.py`` as Markdown: tokens per second, and the time of each way over that of plain generation
+    in the same round."""
+    from affectlens.stats import Estimate, bootstrap
+
+    clock, batches, rounds = result["clock"], result["batches"], result["rounds"]
+    seconds: dict[tuple[str, int], list[float]] = {}
+    for entry in rounds:
+        for run in entry["runs"]:
+            seconds.setdefault((run["way"], run["batch"]), []).append(run[clock])
+
+    def slower(way: str, batch: int) -> Estimate:
+        ratios = [mine / plain - 1 for mine, plain in zip(seconds[way, batch], seconds["plain", batch], strict=True)]
+        return bootstrap(lambda index: statistics.median(ratios[i] for i in index), len(ratios))
+
+    def shown(cost: Estimate) -> str:
+        return f"{100 * cost.value:+.1f} % [{100 * cost.low:+.1f}, {100 * cost.high:+.1f}]"
+
+    heads = [f"batch {batch}: tokens/s | time over plain" for batch in batches]
+    lines = ["", f"| way | {' | '.join(heads)} | same tokens as |", "|---|" + "---|" * (2 * len(batches) + 1)]
+    for key, way in result["ways"].items():
+        cells = [way["label"]]
+        for batch in batches:
+            if (key, batch) not in seconds:
+                cells += ["–", "–"]
+                continue
+            rate = batch * result["tokens"] / statistics.median(seconds[key, batch])
+            cells += [f"{rate:,.0f}", "" if key == "plain" else shown(slower(key, batch))]
+        same = "–" if way["same_tokens"] is None else f"{way['like']}: {way['same_tokens']:.0%}"
+        error = "" if way["score_error"] is None else f", scores within {way['score_error']:.0e}"
+        lines.append(f"| {' | '.join(cells)} | {same}{error} |")
+    lines += [
+        "",
+        f"| target | wanted | {' | '.join(f'batch {batch}' for batch in batches)} |",
+        "|---|" + "---|" * (len(batches) + 1),
+    ]
+    for key, (what, most) in MONITORING_TARGETS.items():
+        if key in result["ways"]:
+            costs = [slower(key, batch) for batch in batches]
+            met = [f"{shown(cost)} {'met' if cost.value <= most else '**missed**'}" for cost in costs]
+            lines.append(f"| {what} | at most {most:.0%} slower | {' | '.join(met)} |")
+    machine, low, high = result["machine"], *result["prompt_tokens"]
+    peak = result["peak_tflops"][result["dtype"]][clock]
+    used = [
+        2 * result["parameters"] * batch * result["tokens"] / statistics.median(seconds["plain", batch]) / (1e12 * peak)
+        for batch in batches
+    ]
+    caption = (
+        f"{result['tokens']} new tokens behind prompts of {low} to {high} tokens, greedy. {result['model']}, {result['dtype']}, "
+        f"{result['threads']} thread(s), {len(rounds)} rounds, medians with intervals of 95 % over rounds"
+        f"{'' if clock == 'seconds' else ', processor time because the machine was shared'}, {result['date'][:10]}. "
+        f"{machine['processor']} family {machine['family']} ({', '.join(machine['bf16']) or 'no bf16 instructions'}), "
+        f"{machine['cores']} cores. Matrix-multiply peak {peak:.2f} TFLOP/s in {result['dtype']}, of which plain generation uses "
+        f"{', '.join(f'{share:.1%}' for share in used)}."
+    )
+    return "\n".join([caption, *lines])
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "extraction": extraction,
     "profile_reading": profile_reading,
@@ -447,6 +514,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "alarms": alarms,
     "sae": sae,
     "preferences": preferences,
+    "monitoring": monitoring,
 }
 
 

@@ -16,12 +16,15 @@ import torch
 from affectlens.engine import Reading, Readout, Result, Sampling
 from affectlens.engines.changes import Plan, Tokens, Work
 from affectlens.engines.hf import Row, grown, tokens_of
-from affectlens.engines.residual import Pass, Recorder, Taps
+from affectlens.engines.residual import Pass, Recorder, Stop, Tape, Taps
 from affectlens.errors import ModelSupportError
 from affectlens.layout import Layout, Where
 
 if TYPE_CHECKING:
     from affectlens.engines.hf import HFEngine
+
+TOGETHER = 256
+"""Tokens whose residuals wait to be projected together, so that the directions are not read from memory for each of them."""
 
 
 def _forward_steps(
@@ -55,13 +58,13 @@ class Reply:
     fed: int = 0
     told: int = 0
     shown: int = 0
-    seen: list[list[tuple[int, np.ndarray, np.ndarray]]] = field(default_factory=list)
     decoded: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         # Counter-based and one number for each token: the draw does not depend on the batch or the device.
         self.random = np.random.Generator(np.random.Philox(self.sampling.seed))
-        self.seen = [[] for _ in self.row.request.readouts]
+        self.layout = self.row.layout
+        self.read_on = any(_may_grow(readout.where) for readout in self.row.request.readouts)
 
     @property
     def text(self) -> str:
@@ -70,7 +73,13 @@ class Reply:
     @property
     def owes(self) -> bool:
         """Whether its newest token must run through the model once more, for a readout of the reply."""
-        return self.fed < len(self.ids) and any(_may_grow(r.where) for r in self.row.request.readouts)
+        return self.read_on and self.fed < len(self.ids)
+
+    def grow(self) -> Layout:
+        """The layout with all tokens so far, grown from what it was when it was last asked for."""
+        known = len(self.layout) - len(self.row.layout)
+        self.layout = grown(self.layout, self.ids[known:], self.pieces[known:])
+        return self.layout
 
     def take(self, token: int, engine: HFEngine, ends: frozenset[int]) -> None:
         """Append a token; finish at an end token, a stop string or the limit."""
@@ -109,6 +118,7 @@ class Reply:
         return now[len(before) :]
 
     def _cut(self, at: int) -> None:
+        self.layout = self.row.layout
         for i, piece in enumerate(self.pieces):
             self.pieces[i] = piece[: max(0, at)]
             at -= len(piece)
@@ -122,7 +132,6 @@ def decode(engine: HFEngine, batch: list[Row]) -> Iterator[tuple[Row, Result]]:
     from transformers import GenerationConfig
 
     replies = [Reply(row, row.request.sampling or Sampling()) for row in batch]
-    captures = _captures(batch)
     width = max(len(row) for row in batch)
     pad = next(t for t in (engine.tokenizer.pad_token_id, engine.tokenizer.eos_token_id, 0) if t is not None)
     ids = torch.full((len(batch), width), pad, dtype=torch.long)
@@ -132,7 +141,6 @@ def decode(engine: HFEngine, batch: list[Row]) -> Iterator[tuple[Row, Result]]:
         mask[n, width - len(row) :] = 1
     ends = _end_tokens(engine)
     course = _Course(engine, batch)
-    layers = course.plan.layers | {layer for row in batch for readout in row.request.readouts for layer in readout.layers}
     config = GenerationConfig(
         do_sample=False,
         use_cache=True,  # checkpoints saved in training often say False, and without a cache a single token has no past
@@ -144,39 +152,52 @@ def decode(engine: HFEngine, batch: list[Row]) -> Iterator[tuple[Row, Result]]:
         ids.to(engine.device), attention_mask=mask.to(engine.device), generation_config=config, custom_generate=_forward_steps
     )
 
-    def forward(now: Pass, tokens: torch.Tensor | None) -> torch.Tensor:
-        # Hooks live for one pass only: whoever takes a partial result may use the model before asking for the next.
-        with torch.inference_mode(), Taps(engine.blocks, layers) as taps:
-            taps.current = now
-            logits = next(steps) if tokens is None else steps.send(tokens)
-        now.confirm()
-        return logits
-
     starts = [n * width + width - len(row) for n, row in enumerate(batch)]
-    prompt = Pass(*course.prompt(starts), _prompt_recorders(engine, batch, captures, starts))
-    logits = forward(prompt, None)
-    _store(prompt, replies, [np.flatnonzero(_candidates(row, w)) for row in batch for w in row.request.readouts])
-    while True:
-        streaming = [reply for reply in replies if not reply.finish and reply.row.request.stream]
-        tokens = draw(logits, replies)
-        for reply, token in zip(replies, tokens, strict=True):
-            if not reply.finish:
-                reply.take(token, engine, ends)
-        owing = [reply for reply in streaming if reply.owes]
-        yield from _partials([reply for reply in streaming if not reply.owes], engine)
-        feeding = [reply.owes or not reply.finish for reply in replies]
-        if not any(feeding):
-            break
-        recorders, owners = _reply_recorders(engine, replies, captures, feeding)
-        logits = forward(Pass(*course.step(replies, feeding), recorders), torch.tensor(tokens, device=engine.device))
-        _store_step(replies, recorders, owners)
-        for reply, feeds in zip(replies, feeding, strict=True):
-            reply.fed += feeds
-        yield from _partials(owing, engine)
+    record = _Record(engine, batch, starts)
+
+    with Taps(engine.blocks, course.plan.layers | record.layers) as taps:
+
+        def forward(now: Pass, tokens: torch.Tensor | None) -> torch.Tensor | None:
+            # Between passes the hooks do nothing: whoever takes a partial result may use the model before asking for the next.
+            taps.current = now
+            try:
+                with torch.inference_mode():
+                    logits = next(steps) if tokens is None else steps.send(tokens)
+            except Stop:
+                logits = None
+            finally:
+                taps.current = None
+            now.confirm()
+            return logits
+
+        logits = forward(Pass(*course.prompt(starts), record.prompts), None)
+        record.take_prompts()
+        while logits is not None:
+            streaming = {n: reply for n, reply in enumerate(replies) if not reply.finish and reply.row.request.stream}
+            tokens = draw(logits, replies)
+            for reply, token in zip(replies, tokens, strict=True):
+                if not reply.finish:
+                    reply.take(token, engine, ends)
+            owing = {n: reply for n, reply in streaming.items() if reply.owes}
+            yield from _partials({n: reply for n, reply in streaming.items() if n not in owing}, record)
+            feeding = [reply.owes or not reply.finish for reply in replies]
+            if not any(feeding):
+                break
+            tapes = record.tapes(feeding)
+            # Once nobody goes on, the last tokens are run for their readings alone, no further than those need.
+            last = None if any(not reply.finish for reply in replies) else max(layer for t in tapes for layer in t.readout.layers)
+            now = Pass(*course.step(replies, feeding), tapes, last)
+            logits = forward(now, torch.tensor(tokens, device=engine.device))
+            for tape in tapes:
+                tape.advance()
+            for reply, feeds in zip(replies, feeding, strict=True):
+                reply.fed += feeds
+            yield from _partials(owing, record)
     steps.close()
-    for reply in replies:
-        layout = grown(reply.row.layout, reply.ids, reply.pieces)
-        yield reply.row, Result(reply.text, layout, _readings(reply, layout, engine), (), reply.finish)
+    record.finish()
+    for n, reply in enumerate(replies):
+        layout = reply.grow()
+        yield reply.row, Result(reply.text, layout, record.readings(n, layout), (), reply.finish)
 
 
 def _end_tokens(engine: HFEngine) -> frozenset[int]:
@@ -226,39 +247,8 @@ def _may_grow(where: Where) -> bool:
     return where.part != "prompt" and where.role in (None, "assistant")
 
 
-def _captures(batch: list[Row]) -> dict[int, Readout]:
-    """For each readout of the batch the same without pooling: which tokens count is known only at the end.
-
-    What is averaged is projected after averaging, because the norm of the mean is wanted too.
-    """
-    return {
-        id(r): Readout(r.layers, Where(), "none", r.onto if r.pool in ("none", "last") else None)
-        for row in batch
-        for r in row.request.readouts
-    }
-
-
 def _candidates(row: Row, readout: Readout) -> np.ndarray:
     return replace(readout.where, text=None, after=0, first=None, last=None).mask(row.layout)
-
-
-def _prompt_recorders(engine: HFEngine, batch: list[Row], captures: dict[int, Readout], starts: list[int]) -> list[Recorder]:
-    recorders = []
-    for n, row in enumerate(batch):
-        for readout in row.request.readouts:
-            rows = starts[n] + np.flatnonzero(_candidates(row, readout))
-            recorders.append(Recorder(captures[id(readout)], [rows], engine.device))
-    return recorders
-
-
-def _store(done: Pass, replies: list[Reply], positions: list[np.ndarray]) -> None:
-    done.confirm()
-    recorders = iter(zip(done.recorders, positions, strict=True))
-    for reply in replies:
-        for seen in reply.seen:
-            recorder, where = next(recorders)
-            values, norms = recorder.results()[0]
-            seen.extend((int(p), values[:, i], norms[:, i]) for i, p in enumerate(where))
 
 
 class _Course:
@@ -305,59 +295,92 @@ class _Course:
         return self.now
 
 
-def _reply_recorders(
-    engine: HFEngine, replies: list[Reply], captures: dict[int, Readout], feeding: list[bool]
-) -> tuple[list[Recorder], list[list[tuple[int, int]]]]:
-    owners: dict[int, list[tuple[int, int]]] = {}
-    for n, reply in enumerate(replies):
-        for r, readout in enumerate(reply.row.request.readouts):
-            if feeding[n] and _may_grow(readout.where):
-                owners.setdefault(id(readout), []).append((n, r))
-    recorders = [Recorder(captures[key], [np.array([n]) for n, _ in own], engine.device) for key, own in owners.items()]
-    return recorders, list(owners.values())
+class _Record:
+    """What the readouts of a batch see: of the prompts in one pass, of the replies token by token.
 
+    Which tokens count is known only at the end, so all that may count are kept, unpooled. What is averaged is projected after
+    averaging, because the norm of the mean is wanted too.
+    """
 
-def _store_step(replies: list[Reply], recorders: list[Recorder], owners: list[list[tuple[int, int]]]) -> None:
-    """Keep what was read of the newest tokens."""
-    for recorder, own in zip(recorders, owners, strict=True):
-        for (n, r), (values, norms) in zip(own, recorder.results(), strict=True):
-            position = len(replies[n].row.layout) + replies[n].fed
-            replies[n].seen[r].append((position, values[:, 0], norms[:, 0]))
+    def __init__(self, engine: HFEngine, batch: list[Row], starts: list[int]) -> None:
+        self.batch, self.width = batch, engine.info.width
+        self.prompts: list[Recorder] = []
+        self._of_prompts: list[list[tuple[int, int, np.ndarray]]] = []
+        self._prompts: dict[tuple[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._tapes: dict[tuple[int, int], tuple[Tape, int]] = {}
+        # A stream shows every token as it comes.
+        together = 1 if any(row.request.stream for row in batch) else max(1, TOGETHER // len(batch))
+        shared: dict[int, tuple[Readout, list[tuple[int, int]]]] = {}  # requests usually share one Readout object
+        for n, row in enumerate(batch):
+            for r, readout in enumerate(row.request.readouts):
+                shared.setdefault(id(readout), (readout, []))[1].append((n, r))
+        for readout, own in shared.values():
+            kept = Readout(readout.layers, Where(), "none", readout.onto if readout.pool in ("none", "last") else None)
+            places = [(n, r, np.flatnonzero(_candidates(batch[n], readout))) for n, r in own]
+            if any(len(positions) for *_, positions in places):
+                self.prompts.append(Recorder(kept, [starts[n] + positions for n, _, positions in places], engine.device))
+                self._of_prompts.append(places)
+            if _may_grow(readout.where):
+                tape = Tape(kept, [n for n, _ in own], len(batch), device=engine.device, together=together)
+                self._tapes |= {key: (tape, column) for column, key in enumerate(own)}
 
+    @property
+    def layers(self) -> set[int]:
+        return {layer for row in self.batch for readout in row.request.readouts for layer in readout.layers}
 
-def _partials(replies: list[Reply], engine: HFEngine) -> Iterator[tuple[Row, Result]]:
-    """A partial result for each reply that has a new token or text that was held back."""
-    for reply in replies:
-        text = reply.release()
-        if text or len(reply.ids) > reply.told:
-            layout = grown(reply.row.layout, reply.ids, reply.pieces)
-            newest = len(layout) - (len(reply.ids) > reply.told)
-            reply.told = len(reply.ids)
-            yield reply.row, Result(text, layout, _readings(reply, layout, engine, newest), (), reply.finish, done=False)
+    def take_prompts(self) -> None:
+        """Keep what the pass over the prompts has shown."""
+        for recorder, places in zip(self.prompts, self._of_prompts, strict=True):
+            for (n, r, positions), (values, norms) in zip(places, recorder.results(), strict=True):
+                self._prompts[n, r] = positions, values, norms
 
+    def tapes(self, feeding: list[bool]) -> list[Tape]:
+        """Those that record the newest token of any of these rows."""
+        return list({id(tape): tape for (n, _), (tape, _) in self._tapes.items() if feeding[n]}.values())
 
-def _readings(reply: Reply, layout: Layout, engine: HFEngine, first: int = 0) -> tuple[Reading, ...]:
-    """What was recorded from token ``first`` on, selected and pooled."""
-    pairs = zip(reply.row.request.readouts, reply.seen, strict=True)
-    return tuple(_reduce(r, [entry for entry in seen if entry[0] >= first], layout, engine.info.width) for r, seen in pairs)
+    def finish(self) -> None:
+        for tape, _ in self._tapes.values():
+            tape.project()
 
+    def readings(self, n: int, layout: Layout, first: int = 0) -> tuple[Reading, ...]:
+        """What was recorded of a row from token ``first`` on, selected and pooled, now that its text up to here is known."""
+        return tuple(self._reading(n, r, layout, first) for r in range(len(self.batch[n].request.readouts)))
 
-def _reduce(readout: Readout, seen: list[tuple[int, np.ndarray, np.ndarray]], layout: Layout, width: int) -> Reading:
-    """Select and pool what was recorded, now that the whole text is known."""
-    by_position = {p: (values, norms) for p, values, norms in seen}
-    chosen = [int(p) for p in np.flatnonzero(readout.where.mask(layout)) if int(p) in by_position]
-    positions = np.array(chosen, dtype=np.int64)
-    if not chosen:
-        n_layers = len(readout.layers)
-        width = width if readout.onto is None else readout.onto.shape[1]
+    def _reading(self, n: int, r: int, layout: Layout, first: int) -> Reading:
+        readout, start = self.batch[n].request.readouts[r], len(self.batch[n].layout)
+        # One place more for what a reply that was cut has left behind.
+        wanted = np.append(readout.where.mask(layout), False)
+        wanted[:first] = False
+        parts = [self._prompts[n, r]] if (n, r) in self._prompts and first < start else []
+        if (n, r) in self._tapes:
+            tape, column = self._tapes[n, r]
+            parts += [(start + passes, values, norms) for passes, values, norms in tape.since(max(first - start, 0), column)]
+        # Most often a part is wanted whole, and then it is copied once.
+        kept = [
+            part if keep.all() else (part[0][keep], part[1][:, keep], part[2][:, keep])
+            for part in parts
+            if (keep := wanted[np.minimum(part[0], len(layout))]).any()
+        ]
+        if not kept:
+            return self._nothing(readout)
+        positions, values, norms = (
+            np.concatenate(each, axis=axis) for each, axis in zip(zip(*kept, strict=True), (0, 1, 1), strict=True)
+        )
+        return _pooled(readout, positions, values, norms)
+
+    def _nothing(self, readout: Readout) -> Reading:
+        """The reading of a selector that selects no token."""
+        n_layers, width = len(readout.layers), self.width if readout.onto is None else readout.onto.shape[1]
         shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
             "none": ((n_layers, 0, width), (n_layers, 0)),
             "norm": ((n_layers,), (n_layers,)),
         }
         of_values, of_norms = shapes.get(readout.pool, ((n_layers, width), (n_layers,)))
-        return Reading(np.full(of_values, np.nan, np.float32), np.full(of_norms, np.nan, np.float32), positions)
-    values = np.stack([by_position[p][0] for p in chosen], axis=1)
-    norms = np.stack([by_position[p][1] for p in chosen], axis=1)
+        values, norms = (np.full(shape, np.nan, np.float32) for shape in (of_values, of_norms))
+        return Reading(values, norms, np.empty(0, dtype=np.int64))
+
+
+def _pooled(readout: Readout, positions: np.ndarray, values: np.ndarray, norms: np.ndarray) -> Reading:
     if readout.pool == "none":
         return Reading(values, norms, positions)
     if readout.pool == "last":
@@ -367,3 +390,14 @@ def _reduce(readout: Readout, seen: list[tuple[int, np.ndarray, np.ndarray]], la
     mean = values.mean(1, dtype=np.float32)
     projected = mean if readout.onto is None else np.einsum("ld,lnd->ln", mean, readout.onto)
     return Reading(projected.astype(np.float32), np.linalg.norm(mean, axis=-1), positions)
+
+
+def _partials(replies: dict[int, Reply], record: _Record) -> Iterator[tuple[Row, Result]]:
+    """A partial result for each reply that has a new token or text that was held back."""
+    for n, reply in replies.items():
+        text = reply.release()
+        if text or len(reply.ids) > reply.told:
+            layout = reply.grow()
+            newest = len(layout) - (len(reply.ids) > reply.told)
+            reply.told = len(reply.ids)
+            yield reply.row, Result(text, layout, record.readings(n, layout, newest), (), reply.finish, done=False)

@@ -101,6 +101,67 @@ class Recorder:
         return list(zip(np.split(values, ends, axis=1), np.split(norms, ends, axis=1), strict=True))
 
 
+class Tape:
+    """Records one readout token by token while replies are generated.
+
+    The residuals wait on the device, in the model's own dtype, until there are enough of them to be projected together: one pass
+    over one token of each row would spend its time on reading the directions.
+
+    Args:
+        readout: What to record; not pooled.
+        rows: The rows of the batch that are recorded.
+        batch: How many rows the batch has.
+        device: Where the model runs.
+        together: How many passes are projected together.
+    """
+
+    def __init__(self, readout: Readout, rows: Sequence[int], batch: int, *, device: torch.device, together: int) -> None:
+        self.readout = readout
+        self.together = together
+        self.places = {layer: place for place, layer in enumerate(dict.fromkeys(readout.layers))}
+        self.rows = None if list(rows) == list(range(batch)) else torch.as_tensor(rows, dtype=torch.long, device=device)
+        self.onto = None if readout.onto is None else torch.as_tensor(readout.onto, dtype=torch.float32).to(device)
+        self.waiting: torch.Tensor | None = None  # (L, together, rows, D)
+        self.number = 0
+        self.taken: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def see(self, layer: int, flat: torch.Tensor) -> None:
+        """Take the residuals ``(B, D)`` of one token of each row."""
+        x = flat if self.rows is None else flat.index_select(0, self.rows)
+        if self.waiting is None:
+            self.waiting = x.new_empty(len(self.places), self.together, *x.shape)
+        # A copy: the block may have returned a tensor that is still written to.
+        self.waiting[self.places[layer], self.number].copy_(x)
+
+    def advance(self) -> None:
+        """The pass is done."""
+        self.number += 1
+        if self.number == self.together:
+            self.project()
+
+    def project(self) -> None:
+        """Take what waits off the device: before the last readings are asked for."""
+        if self.waiting is None or not self.number:
+            return
+        width = self.waiting.shape[-1] if self.onto is None else self.onto.shape[1]
+        shape = len(self.readout.layers), self.number, self.waiting.shape[2]
+        norms = torch.empty(shape, device=self.waiting.device)
+        values = torch.empty(*shape, width, device=self.waiting.device)
+        # Layer by layer: what one of them needs fits a processor's cache.
+        for i, layer in enumerate(self.readout.layers):
+            x = self.waiting[self.places[layer], : self.number].float()
+            norms[i] = x.norm(dim=-1)
+            values[i] = x if self.onto is None else x @ self.onto[i].T
+        self.taken.append((values.cpu().numpy(), norms.cpu().numpy()))
+        self.number = 0
+
+    def since(self, first: int, row: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Pass numbers, values and norms (layers first) of one of the rows, in parts; none ends before the pass ``first``."""
+        for part in range(first // self.together, len(self.taken)):
+            values, norms = self.taken[part]
+            yield part * self.together + np.arange(norms.shape[1]), values[:, :, row], norms[:, :, row]
+
+
 @dataclass
 class Fork:
     """Rows that only steering tells apart run as one up to ``layer``; behind it each token goes on as often as it is needed.
@@ -149,7 +210,7 @@ class Pass:
 
     changes: Mapping[int, Sequence[Push | Pin]] = field(default_factory=dict)
     sensors: Mapping[int, Sequence[Sensor]] = field(default_factory=dict)
-    recorders: list[Recorder] = field(default_factory=list)
+    recorders: Sequence[Recorder | Tape] = ()
     stop_after: int | None = None
     fork: Fork | None = None
     fired: set[int] = field(default_factory=set)
@@ -159,7 +220,8 @@ class Pass:
     def layers(self) -> set[int]:
         layers = {*self.changes, *self.sensors, *(layer for r in self.recorders for layer in r.readout.layers)}
         layers |= {self.fork.layer} if self.fork else set()
-        return layers if self.stop_after is None else layers | {self.stop_after}
+        last = self.stop_after
+        return layers if last is None else {layer for layer in layers if layer < last} | {last}
 
     def visit(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """Steer and record the residual ``(B, T, D)`` of one layer; returns it, changed or not."""
@@ -206,12 +268,12 @@ class Pass:
 
 
 class Taps:
-    """Hooks on some layers for as long as the ``with`` block lasts; :attr:`current` says what they do now."""
+    """Hooks on some layers for as long as the ``with`` block lasts; :attr:`current` says what they do now, if anything."""
 
     def __init__(self, blocks: nn.ModuleList, layers: set[int]) -> None:
         self.blocks = blocks
         self.layers = layers
-        self.current = Pass()
+        self.current: Pass | None = None
         self._handles: list[Any] = []
 
     def __enter__(self) -> Taps:
@@ -228,12 +290,16 @@ class Taps:
         self._handles.clear()
 
     def _before_first(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.current is None:
+            return
         self.current.visit(-1, args[0] if args else kwargs["hidden_states"])
         if self.current.stop_after == -1:
             raise Stop
 
     def _after(self, layer: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if self.current is None:
+                return None
             hidden = output[0] if isinstance(output, tuple) else output
             changed = self.current.visit(layer, hidden)
             if self.current.stop_after == layer:
