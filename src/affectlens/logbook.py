@@ -1,8 +1,8 @@
 """What is kept of a training: the residuals it began with and has now, what was read on the way, and the alarms.
 
-    OUTPUT_DIR/affectlens/start.safetensors    residuals of the prompts (and drift texts) at the step from which shifts are counted
-    OUTPUT_DIR/affectlens/last.safetensors     residuals of the prompts at the latest reading
-    OUTPUT_DIR/affectlens/readings.jsonl       shifts of all emotions at each reading, drift, alarms, cost
+    OUTPUT_DIR/affectlens/start.safetensors   residuals of the prompts, and of drift texts, at the step from which shifts are counted
+    OUTPUT_DIR/affectlens/last.safetensors    residuals of the prompts at the latest reading
+    OUTPUT_DIR/affectlens/readings.jsonl      shifts of all emotions at each reading, drift, alarms, cost
 
 Two trainings from the same start can be compared with each other (:func:`compared`): what tuning does at all is in both.
 """
@@ -93,11 +93,12 @@ class Logbook:
 
     Args:
         folder: ``OUTPUT_DIR/affectlens``.
-        known: Content id of what is read and how: a training that goes on must read the same.
+        read: Content id of what is read of the prompts, and how: a training that goes on must read the same.
+        drift: Content id of the drift texts.
     """
 
-    def __init__(self, folder: str | Path, known: str) -> None:
-        self.folder, self.known = Path(folder), known
+    def __init__(self, folder: str | Path, *, read: str, drift: str) -> None:
+        self.folder, self.known = Path(folder), {"read": read, "drift": drift}
 
     @property
     def begun(self) -> bool:
@@ -107,7 +108,7 @@ class Logbook:
     def begin(self, found: Mapping[str, np.ndarray], step: int) -> None:
         """Keep the residuals of a start; what an earlier training has left is overwritten."""
         self.write(())
-        _save(self.folder / _START, found, {"id": self.known, "step": str(step)})
+        _save(self.folder / _START, found, {**self.known, "step": str(step)})
 
     def go_on(self, step: int, names: Sequence[str]) -> tuple[dict[str, np.ndarray], int, list[Measured]]:
         """What a training that goes on at a step left before it: residuals of its start, the step of that, and readings.
@@ -117,7 +118,7 @@ class Logbook:
             FormatError: A file is broken.
         """
         found, meta = _load(self.folder / _START)
-        if meta.get("id") != self.known:
+        if self.known.items() - meta.items():
             raise MismatchError(
                 f"{self.folder / _START} was read with other vectors, prompts, template or drift texts: use the same again, or "
                 f"delete it to count shifts from step {step} on"
@@ -134,7 +135,7 @@ class Logbook:
         with atomic_write(self.folder / _READINGS) as temporary:
             temporary.write_text("".join(json.dumps(each.as_dict()) + "\n" for each in readings), encoding="utf-8")
         if residuals is not None:
-            _save(self.folder / _LAST, {"prompts": residuals}, {"id": self.known, "step": str(readings[-1].step)})
+            _save(self.folder / _LAST, {"prompts": residuals}, {**self.known, "step": str(readings[-1].step)})
 
 
 def compared(vectors: ConceptVectors, training: str | Path, control: str | Path) -> Shift:
@@ -153,7 +154,7 @@ def compared(vectors: ConceptVectors, training: str | Path, control: str | Path)
         Estimate(value=4.1, low=3.7, high=4.5, n=30, level=0.95, unit='')
     """
     (one, meta), (two, other) = (_load(Path(each) / FOLDER / _START) for each in (training, control))
-    if meta.get("id") != other.get("id") or not np.allclose(one["prompts"], two["prompts"], rtol=1e-3, atol=1e-3):
+    if meta.get("read") != other.get("read") or not np.allclose(one["prompts"], two["prompts"], rtol=1e-3, atol=1e-3):
         raise MismatchError(f"{training} and {control} do not begin alike: train the same model, watched with the same prompts")
     now, then = (_load(Path(each) / FOLDER / _LAST)[0]["prompts"] for each in (training, control))
     return Start(vectors, one["prompts"]).shift(now, since=then)

@@ -316,9 +316,12 @@ class EmotionCallback(TrainerCallback):
 
     def _begin(self) -> None:
         """The residuals of the start: read now, or those of the training that goes on, with its readings up to here."""
-        texts = [(text.concept, text.text) for text in self.drift]
-        known = content_id([vectors_id(self.vectors), self.prompts, self._engine.info.template, texts])
-        self._book, self.start, self.readings = Logbook(self._folder, known), self._first, []
+        self._book = Logbook(
+            self._folder,
+            read=content_id([vectors_id(self.vectors), self.prompts, self._engine.info.template]),
+            drift=content_id([(text.concept, text.text) for text in self.drift]),
+        )
+        self.start, self.readings = self._first, []
         if self._first and self._book.begun:
             found, self.start, self.readings = self._book.go_on(self._first, self.vectors.names)
             for each in self.readings:
