@@ -1,6 +1,6 @@
 """What is kept of a training: the residuals it began with and has now, what was read on the way, and the alarms.
 
-    OUTPUT_DIR/affectlens/start.safetensors   residuals of the prompts, and of drift texts, at the step from which shifts are counted
+    OUTPUT_DIR/affectlens/start.safetensors   residuals of the prompts, and of drift texts, at the step that shifts count from
     OUTPUT_DIR/affectlens/last.safetensors    residuals of the prompts at the latest reading
     OUTPUT_DIR/affectlens/readings.jsonl      shifts of all emotions at each reading, drift, alarms, cost
 
