@@ -14,9 +14,9 @@ own choice of when to read. Fixed before the runs:
 * **Cost.** Share of the wall time from the beginning of training to its end, everything included: checks of the model, the
   reading of the start, logs. Wanted: less than 5 %.
 
-What the random directions are was settled before, on the control of ``tuned_pair.py`` and its unchanged model alone, where tuning
-moves nearly every emotion for certain and random directions should hold 95 % of them. That the study of checkpoints finds the tone
-between the tuned models was known; no toned model had been read in this way.
+What the random directions are was settled before, on the control of ``tuned_pair.py`` and its unchanged model alone, where
+tuning moves nearly every emotion for certain and random directions should hold 95 % of them. That the study of checkpoints finds
+the tone between the tuned models was known; no toned model had been read in this way.
 
 Beside the rule stand the rank of the tone among all shifts, the contrast of both runs at their ends prompt by prompt
 (:func:`affectlens.logbook.compared`), and whether the vectors have drifted.
