@@ -192,12 +192,12 @@ def training(result: dict[str, Any]) -> str:
     tone, settings, noticed = result["tone"], result["settings"], result["noticed"]
     steps = {key: run["readings"][-1]["step"] for key, run in result["runs"].items()}
     lines = [
-        f"{result['model']}, layer {result['layer']}, {result['threads']} threads, {result['date'][:10]}. {result['texts']} chats, "
-        f"{settings['epochs']} epochs, batch {settings['batch']}, rate {settings['rate']:g}: {max(steps.values())} steps. "
+        f"{result['model']}, layer {result['layer']}, {result['threads']} threads, {result['date'][:10]}. {result['texts']} "
+        f"chats, {settings['epochs']} epochs, batch {settings['batch']}, rate {settings['rate']:g}: {max(steps.values())} steps. "
         f"{result['prompts']} bundled prompts; shifts in z since the start with intervals over prompts.",
         "",
-        f"| tuned to | step | shift of {tone} | 95 % of random directions | its rank among {result['emotions']} | certain | stand out "
-        "| distance (still; random) | largest shifts | overhead |",
+        f"| tuned to | step | shift of {tone} | 95 % of random directions | its rank among {result['emotions']} | certain "
+        "| stand out | distance (still; random) | largest shifts | overhead |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
 
