@@ -180,7 +180,7 @@ def next_reading(
 
     Example:
         >>> next_reading(3, 103, trained=3.0, per_step=1.0, spent=0.2, reading=0.2, last=0.2, share=0.04, room=200)
-        9
+        8
     """
     left = share / (1 - share) * (trained + (end - step) * per_step) - spent - last
     affordable = min(room, int(left / max(reading, 1e-9)))
