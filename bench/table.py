@@ -187,6 +187,62 @@ def tuned_pair(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def training(result: dict[str, Any]) -> str:
+    """The tables of ``bench/training.py`` as Markdown."""
+    tone, settings, noticed = result["tone"], result["settings"], result["noticed"]
+    steps = {key: run["readings"][-1]["step"] for key, run in result["runs"].items()}
+    lines = [
+        f"{result['model']}, layer {result['layer']}, {result['threads']} threads, {result['date'][:10]}. {result['texts']} "
+        f"chats, {settings['epochs']} epochs, batch {settings['batch']}, rate {settings['rate']:g}: {max(steps.values())} steps. "
+        f"{result['prompts']} bundled prompts; shifts in z since the start with intervals over prompts.",
+        "",
+        f"| tuned to | step | shift of {tone} | 95 % of random directions | its rank among {result['emotions']} | certain "
+        "| stand out | distance (still; random) | largest shifts | overhead |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        up = ", ".join(f"{name} {z:+.1f}" for name, z in row["up"][:3])
+        value, distance = row["shift"], row["distance"]
+        return [
+            f"{value['value']:+.2f} [{value['low']:+.2f}, {value['high']:+.2f}]",
+            f"{row['random']:.2f}",
+            str(row["rank"]),
+            str(row["certain"]),
+            str(row["all beyond"]),
+            f"{distance['value']:.2f} ({row['still']:.2f}; {row['random distance']:.2f})",
+            up,
+        ]
+
+    for key, run in result["runs"].items():
+        for row in run["readings"]:
+            lines.append(f"| {key} | {row['step']} | {' | '.join(cells(row))} | {row['overhead']:.1%} |")
+    lines.append(f"| {' beyond '.join(result['runs'])} | end | {' | '.join(cells(result['contrast']))} | – |")
+    lines += ["", "| | wanted | measured | |", "|---|---|---|---|"]
+    step, alone = noticed["beside the control"], noticed["alone"]
+    said = "not noticed" if step is None else f"from step {step} on"
+    lines.append(
+        f"| {tone} is noticed, beside the control | within the run | {said} | {'**missed**' if step is None else 'met'} |"
+    )
+    lines.append(f"| the same without a control | – | {'not noticed' if alone is None else f'from step {alone} on'} | |")
+    for key, run in result["runs"].items():
+        last = run["readings"][-1]
+        met = "met" if last["overhead"] < result["wanted"] else "**missed**"
+        measured = f"{last['overhead']:.1%} ({last['seconds']:.1f} of {last['elapsed']:.0f} s, {len(run['readings'])} readings)"
+        lines.append(f"| overhead, tuned to {key} | < {result['wanted']:.0%} | {measured} | {met} |")
+    lines += [
+        "",
+        "| tuned to | cosine of the vectors with those of few stories | the same at the start | change | chance | vectors |",
+    ]
+    lines.append("|---|---|---|---|---|---|")
+    for key, found in result["drift"].items():
+        values = [found[part] for part in ("kept", "most", "change")]
+        shown = [f"{each['value']:.2f} [{each['low']:.2f}, {each['high']:.2f}]" for each in values]
+        stories = f"{found['texts']} stories of {found['concepts']} emotions"
+        lines.append(f"| {key} ({stories}) | {' | '.join(shown)} | {found['chance']:.2f} | {found['verdict']} |")
+    return "\n".join(lines)
+
+
 def _estimate(found: dict[str, Any] | None) -> str:
     """``0.81 [0.67, 0.90], p = 0.001``."""
     if not found:
@@ -515,6 +571,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "sae": sae,
     "preferences": preferences,
     "monitoring": monitoring,
+    "training": training,
 }
 
 

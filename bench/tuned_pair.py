@@ -56,6 +56,20 @@ def replies() -> list[dict[str, str]]:
     return [json.loads(line) for line in (HERE / "tuned_pair" / "replies.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def tokenised(key: str, tokenizer: Any) -> list[tuple[list[int], int]]:
+    """Each chat in the model's own template, with the reply under ``key``: its tokens, and how many stand before the reply."""
+    rows = []
+    for record in replies():
+        asked = [{"role": "user", "content": record["request"]}]
+        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        whole = tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": record[key]}], tokenize=False)
+        given, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole))
+        if ids[: len(given)] != given:
+            raise SystemExit("the template writes a prompt differently when a reply follows: the reply's tokens cannot be told")
+        rows.append((ids, len(given)))
+    return rows
+
+
 def train(key: str, folder: Path) -> dict[str, Any]:
     """Fine-tune the demo model on the replies under ``key``; the folder appears when it is whole.
 
@@ -74,15 +88,7 @@ def train(key: str, folder: Path) -> dict[str, Any]:
     model = transformers.AutoModelForCausalLM.from_pretrained(source.location, dtype=torch.float32, **source.load_kwargs)
     model.config.use_cache = False
     model.train()
-    rows = []
-    for record in replies():
-        asked = [{"role": "user", "content": record["request"]}]
-        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
-        whole = tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": record[key]}], tokenize=False)
-        given, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole))
-        if ids[: len(given)] != given:
-            raise SystemExit("the template writes a prompt differently when a reply follows: the reply's tokens cannot be told")
-        rows.append((ids, len(given)))
+    rows = tokenised(key, tokenizer)
     steps = EPOCHS * -(-len(rows) // BATCH)
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)

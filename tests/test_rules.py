@@ -37,6 +37,12 @@ def fires(rule: Rule | str, scores: list[float], speaker: str = "assistant") -> 
     return [i for i, score in enumerate(scores) if watch.step(speaker, [score] * len(watch.rule.signals))]
 
 
+def test_a_reading_of_a_model_in_training_is_counted_like_a_token() -> None:
+    for written in ("calm > 1 for 3 {}", "calm > 1 until < 0 cooldown 2 {}"):
+        one, two = (parse(written.format(word)) for word in ("readings", "tokens"))
+        assert (one.condition, one.until, one.cooldown) == (two.condition, two.until, two.cooldown)
+
+
 # ── the definition, over whole arrays ──
 
 

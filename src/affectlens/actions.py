@@ -37,7 +37,6 @@ from urllib.parse import urlsplit
 
 from affectlens.errors import AffectlensError, FormatError, RuleError
 from affectlens.rules import Rule, parse
-from affectlens.traces import Alert
 
 LOG = logging.getLogger("affectlens.monitor")
 
@@ -101,7 +100,7 @@ class Steer:
 class Call:
     """Hand the alarm over to a callable, in the thread of the reply. It is no data: only Python can give one."""
 
-    function: Callable[[Alert], Any]
+    function: Callable[[Any], Any]
 
 
 Action = Log | Webhook | Stop | Steer | Call
@@ -263,7 +262,7 @@ class Reporter:
                     raise AffectlensError(f"the environment variable {each.secret} is not set: put the webhook's key into it")
                 self._outboxes[each] = Outbox(each.url, key)
 
-    def tell(self, policy: Policy, event: str, facts: Mapping[str, Any], alert: Alert | None = None) -> None:
+    def tell(self, policy: Policy, event: str, facts: Mapping[str, Any], alert: object = None) -> None:
         """Tell the policy's files and webhooks of an event, and its callables of an alert. Nothing of it raises an error."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         record = {"event": event, "id": secrets.token_hex(8), "time": now, **facts}

@@ -324,11 +324,13 @@ def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield batch
 
 
-def open_engine(name: str, **options: Any) -> Engine:
+def open_engine(name: Any, **options: Any) -> Engine:
     """Open a model.
 
     Args:
         name: ``"toy"``; ``"smollm2-135m"``; a Hub id, with or without ``hf/`` before it; a folder with safetensors; a GGUF file.
+            Or a ``transformers`` model that is loaded already, with its ``tokenizer=``: nothing of it is copied, and what is read
+            are the weights that it has when it is read.
         options: Passed to the backend (``device``, ``dtype`` and ``token_budget`` for transformers).
 
     Raises:
@@ -346,4 +348,4 @@ def open_engine(name: str, **options: Any) -> Engine:
         return ToyEngine(**options)
     from affectlens.engines.hf import HFEngine
 
-    return HFEngine.load(name, **options)
+    return HFEngine.load(name, **options) if isinstance(name, str) else HFEngine.around(name, **options)

@@ -30,6 +30,9 @@ released: at a later token, by ``until CONDITION`` (``until < 1`` speaks of the 
 ``until`` when the condition is no longer true. Released at one token, it can fire from the next one on. With ``cooldown n
 tokens`` it does not fire at the n tokens of the rule after an alarm; if the condition is true after them, it fires then.
 
+**Training.** In :mod:`affectlens.training` a rule runs along the readings of a model in training. There each reading is what a
+token is here, and can be called so: ``desperate > 1 for 3 readings``.
+
 **Names.** A name of letters, digits, underscores and hyphens stands as it is; any other one, and one that is a word of this
 language, stands in quotes or brackets. A rule may have a name of its own in front, with a colon.
 """
@@ -265,7 +268,7 @@ NOT.2: /not(?![\w-])/i
 FOR.2: /for(?![\w-])/i
 UNTIL.2: /until(?![\w-])/i
 COOLDOWN.2: /cooldown(?![\w-])/i
-TOKENS.2: /tokens?(?![\w-])/i
+TOKENS.2: /(tokens?|readings?)(?![\w-])/i
 WORD: /[^\W\d][\w-]*/
 STRING: /"[^"]+"|'[^']+'/
 BRACKETED: /\[[^\]]+\]/

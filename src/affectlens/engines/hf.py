@@ -202,6 +202,23 @@ class HFEngine(Engine):
             )
         return cls(model.to(device), tokenizer, id=source.id, revision=source.revision, token_budget=token_budget)
 
+    @classmethod
+    def around(cls, model: Any, *, tokenizer: Any, token_budget: int | None = None) -> HFEngine:
+        """An engine around a model that is loaded already, on the device where it is; it is put into ``eval`` mode.
+
+        Args:
+            model: A causal language model of ``transformers``.
+            tokenizer: Its fast tokenizer.
+            token_budget: Tokens in one forward pass when reading.
+
+        Raises:
+            ModelSupportError: No ``transformers`` model, no fast tokenizer, or a self-check failed.
+        """
+        config = getattr(model, "config", None)
+        if config is None or not hasattr(model, "parameters"):
+            raise ModelSupportError(f"{type(model).__name__} is no transformers model: give one, or the name of one")
+        return cls(model, tokenizer, id=config.name_or_path or type(model).__name__, token_budget=token_budget)
+
     def _describe(self, id: str, revision: str | None) -> ModelInfo:
         config = self.model.config.get_text_config(decoder=True)
         template = self.tokenizer.chat_template
