@@ -33,6 +33,8 @@ NOUNS = (
     "corpus",
     "readings",
     "likeness",
+    "crossed",
+    "probes",
     "conversations",
     "space",
     "search",
@@ -43,6 +45,7 @@ NOUNS = (
     "watching",
     "calibration",
     "effects",
+    "replies",
 )
 SEAM = ("layout", "scope", "steering", "engine")  # each imports only those before it
 VERBS = ("discovery", "features", "pipeline", "audit", "studies", "monitor", "alarms", "calibrate")
