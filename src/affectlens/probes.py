@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from affectlens import stats
-from affectlens.crossed import SIGNAL, Decoder, Effects, coordinates, norms, without
+from affectlens.crossed import SIGNAL, Decoder, Effects, coordinates, effects, norms, without
 from affectlens.engine import Readout, Request, Result, Where
 from affectlens.likeness import Labelled, likeness, regrouped, shared_labels
 from affectlens.vectors import ConceptVectors, fit_means
@@ -33,7 +33,7 @@ KINDS = {
 """Kinds of vectors: whose words (0: who begins), and whose emotion. The first two are present, the others other-speaker."""
 AA, HH, AH, HA = KINDS
 POOLED = {"present": (AA, HH), "other": (AH, HA)}
-"""The kinds of both sides together: who speaks the words feels it, or who listens to them does."""
+"""The kinds of both sides together: who speaks the words feels it, or who listens to them does. Both hold the same rows."""
 
 
 def two_sided(records: Iterable[Mapping[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
@@ -116,8 +116,21 @@ class SpeakerVectors:
         self._shared = shared_labels(feels)
 
     def directions(self, kind: str, names: Sequence[str]) -> np.ndarray:
-        """Unit vectors of some emotions, ``(len(names), D)``; ``kind`` is one of :data:`KINDS` or :data:`POOLED`."""
-        fitted = fit_means(self._kinds[kind].means(len(self.names)), self._basis).directions
+        """Unit vectors of some emotions, ``(len(names), D)``.
+
+        Args:
+            kind: One of :data:`KINDS`: plain means, as published. Or one of :data:`POOLED`, fitted to the words of both sides so
+                that what goes with the speaker's own emotion and what goes with the listener's are told apart: the plain mean of
+                a few dialogues holds what its own speakers happened to feel.
+            names: The emotions.
+        """
+        n = len(self.names)
+        if kind in POOLED:
+            own, other = (self._kinds[name] for name in POOLED)
+            labels = (own.labels, other.labels) if kind == "present" else (other.labels, own.labels)
+            fitted = fit_means(effects(*labels, n) @ self._kinds[kind].rows, self._basis).directions
+        else:
+            fitted = fit_means(self._kinds[kind].means(n), self._basis).directions
         return fitted[[self.names.index(name) for name in names]]
 
     def there(self, kind: str, **options: Any) -> bool:
@@ -193,8 +206,8 @@ class DeflectionVectors:
 
     def directions(self, label: str, names: Sequence[str]) -> np.ndarray:
         """Unit vectors of some emotions, ``(len(names), D)``; ``label`` is ``felt`` (deflection vectors) or ``shown``."""
-        effects = self._effects.maps[label] @ self._clean
-        return np.asarray((effects / norms(effects))[[self.names.index(name) for name in names]])
+        found = self._effects.maps[label] @ self._clean
+        return np.asarray((found / norms(found))[[self.names.index(name) for name in names]])
 
     def noise(self, *, draws: int, seed: int) -> str:
         """Why the deflection vectors cannot be told from noise, as a sentence; ``""`` where they can.

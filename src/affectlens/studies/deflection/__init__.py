@@ -12,8 +12,8 @@ Declared before any data is seen:
 * **Strength.** As in the study of continuations: the median of the emotions' largest safe strengths, every token steered.
   ``generated`` steers the position before the reply and the reply alone, as published.
 * **Statistic.** Change of a reply's log-probability, in nats a word; mean over replies, then over scripts. Deny minus admit under
-  the own emotion's deflection vector (``denial``, ``unsaid``), the same against other emotions' vectors and scripts (``own``), and
-  minus the same under the story vector (``apart``, ``generated``). Steered away from the story vector: glad minus admit
+  the own emotion's deflection vector (``denial``, ``unsaid``), the same against other emotions' vectors and scripts (``own``),
+  and minus the same under the story vector (``apart``, ``generated``). Steered away from the story vector: glad minus admit
   (``positive``). Towards it: admit minus deny (``admit``), which says whether the replies measure what they are meant to.
 * **Nulls.** Every emotion gets a random direction of the same length; texts exchanged between emotions (``own``); deflection and
   story vector exchanged within each emotion (``apart``, ``generated``).

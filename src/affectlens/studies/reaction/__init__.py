@@ -2,10 +2,10 @@
 
 Declared before any data is seen:
 
-* **Vectors.** Present-speaker and other-speaker vectors as the study of speakers fits them, from the dialogues that it read: the
-  words of either side by the emotion of whoever speaks them (present), or of whoever listens (other). Both sides are pooled,
-  since each emotion has but two dialogues on a side; ``assistant`` takes the Assistant's words alone, as published. Story vectors
-  of the same emotions stand beside them. All at the calibrated layer, all of one length.
+* **Vectors.** From the dialogues that the study of speakers read: the words of either side by the emotion of whoever speaks them
+  (present), or of whoever listens (other). Each emotion has but two dialogues on a side, so both sides are pooled, and one
+  additive fit keeps what the speakers felt out of the other-speaker vectors; ``assistant`` takes the published ones, plain means
+  of the Assistant's words. Story vectors of the same emotions stand beside them. All at the calibrated layer, of one length.
 * **Design.** The user greets; nobody feels anything. Replies in our own words were written beforehand (``reactions.jsonl``): for
   each emotion some that show it, some that answer somebody who has it (comfort, apology, congratulation, …), and neutral ones.
   None names an emotion. Every vector is tried on the replies of every emotion.
@@ -69,7 +69,7 @@ CLAIMS = {
         Claim(NAME, "express_own", "What is shown is the very emotion steered towards", _ABOVE, figure="shown"),
         Claim(NAME, "react_own", "What is answered is the very emotion of the other", _ABOVE, figure="answered"),
         Claim(NAME, "story", "Story vectors make replies likelier that show the emotion", _BEYOND, figure="replies"),
-        Claim(NAME, "assistant", "So it is with vectors of the Assistant's words alone", _ABOVE, figure="emotions"),
+        Claim(NAME, "assistant", "So it is with the published vectors, plain means of the Assistant's words", _ABOVE, figure="emotions"),
         Claim(NAME, "generated", "So it is when only what is generated is steered", _ABOVE, figure="emotions"),
     )
 }  # fmt: skip
@@ -211,7 +211,11 @@ def _measure(bench: Bench, speakers: SpeakerVectors, replies: Replies, dialogues
         "answered": [_round(line) for line in minus(tried.crossed["other"], ANSWER, PLAIN)],
         "dose": None if bench.quick else tried.doses(CONTRASTS, DOSES, controls=IN_CURVES),
     }
-    arms = {"both sides": tried.own, "the Assistant's words alone": assistant, "only what is generated is steered": generated}
+    arms = {
+        "both sides": tried.own,
+        "the Assistant's words, plain means": assistant,
+        "only what is generated is steered": generated,
+    }
     tables = (_arms(arms), *_side_effects(bench, tried.costs(pieces, said), said))
     return Outcome(findings, tables, data, {"replies": tried.rows(), "said": said})
 
