@@ -43,7 +43,7 @@ FEW, REPLIES = 5, ("deny", "admit", "neutral", "glad")
 DENY, ADMIT, PLAIN, GLAD = range(4)
 CONTRASTS = {"deny": (DENY, PLAIN), "admit": (ADMIT, PLAIN), "sound glad": (GLAD, PLAIN), "deny rather than admit": (DENY, ADMIT)}
 DEFLECT, STORY, AWAY = "+ deflection", "+ story", "− story"
-CONTROLS, DOSES, IN_CURVES = 12, (0.5, 1.0, 1.5), 4
+CONTROLS, DOSES, IN_CURVES = 8, (0.5, 1.0, 1.5), 2
 TEXTS, TOKENS = 6, 30
 """Neutral texts for the perplexity, and tokens of a sampled reply."""
 SEARCHES = 200

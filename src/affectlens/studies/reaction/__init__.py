@@ -43,7 +43,7 @@ NAME = "reaction"
 FEW, REPLIES = 6, ("express", "react", "neutral")
 SHOW, ANSWER, PLAIN = range(3)
 CONTRASTS = {"show it": (SHOW, PLAIN), "answer it": (ANSWER, PLAIN), "show rather than answer": (SHOW, ANSWER)}
-CONTROLS, DOSES, IN_CURVES = 24, (0.5, 1.0, 1.5), 4
+CONTROLS, DOSES, IN_CURVES = 12, (0.5, 1.0, 1.5), 2
 TEXTS, TOKENS = 6, 40
 """Neutral texts for the perplexity, and tokens of a sampled reply."""
 QUICK_REPLIES, QUICK_CONTROLS, QUICK_TEXTS, QUICK_SAID, QUICK_TOKENS = 2, 4, 1, 2, 20
@@ -69,7 +69,10 @@ CLAIMS = {
         Claim(NAME, "express_own", "What is shown is the very emotion steered towards", _ABOVE, figure="shown"),
         Claim(NAME, "react_own", "What is answered is the very emotion of the other", _ABOVE, figure="answered"),
         Claim(NAME, "story", "Story vectors make replies likelier that show the emotion", _BEYOND, figure="replies"),
-        Claim(NAME, "assistant", "So it is with the published vectors, plain means of the Assistant's words", _ABOVE, figure="emotions"),
+        Claim(
+            NAME, "assistant", "So it is with the published vectors, plain means of the Assistant's words", _ABOVE,
+            figure="emotions",
+        ),
         Claim(NAME, "generated", "So it is when only what is generated is steered", _ABOVE, figure="emotions"),
     )
 }  # fmt: skip
