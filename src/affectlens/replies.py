@@ -23,6 +23,9 @@ from affectlens.engine import Request, Sampling, Steering, Where
 from affectlens.layout import Chat
 from affectlens.stats import Estimate, Null
 
+EXACT = 12
+"""Up to so many emotions all exchanges of two kinds of vectors are tried, and not a sample of them."""
+
 GENERATED = (Where(part="prompt", last=1), Where(part="response"))
 """The reply position and the words of the reply: all that steers what is said while it is said."""
 
@@ -345,11 +348,13 @@ def kinds_exchanged(one: np.ndarray, two: np.ndarray, *, draws: int, seed: int, 
     difference = one - two
     n = len(difference)
     estimate = stats.bootstrap(lambda rows: float(difference[rows].mean()), n, draws=draws, seed=seed, unit=unit)
+    exact = n <= EXACT
+    every = iter(1 - 2.0 * ((np.arange(1, 2 ** min(n, EXACT))[:, None] >> np.arange(n)) & 1))  # all but the one that was observed
     null = stats.permutation_null(
-        lambda signs: float((signs * difference).mean()),
+        lambda drawn: float((drawn * difference).mean()),
         estimate.value,
-        permute=lambda rng: rng.choice([-1.0, 1.0], size=n),
-        draws=draws,
+        permute=lambda rng: next(every) if exact else rng.choice([-1.0, 1.0], size=n),
+        draws=2**n - 1 if exact else draws,
         seed=seed,
         side="greater",
         kind="the two kinds of vectors exchanged within each emotion",

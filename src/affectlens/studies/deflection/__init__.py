@@ -19,7 +19,7 @@ Declared before any data is seen:
   story vector exchanged within each emotion (``apart``, ``generated``).
 * **Intervals.** Bootstrap over emotions, each with all of its scripts and replies.
 * **Side effects.** Perplexity of neutral text, distinct and repeated sequences of words in sampled replies; a table, no finding.
-* **Conditions.** A model; calibrated vectors with a safe strength above 0; five emotions. Claims about deflection vectors need
+* **Conditions.** A model; calibrated vectors with a safe strength above 0; six emotions. Claims about deflection vectors need
   vectors: at the calibrated layer more than chance in decoding what is felt, and a tenth of the squared length that is not noise.
 
 Source: method 13 (paper: steering on short scripts), which names no strength and has no control.
@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from affectlens import stats
 from affectlens.effects import neutral_pieces
 from affectlens.engine import Request
 from affectlens.probes import DeflectionVectors, scene_requests, scenes
@@ -39,7 +40,7 @@ from affectlens.replies import COSTS, GENERATED, Replies, Script, Tried, kinds_e
 from affectlens.studies import ALPHA, Bench, Claim, Figure, Finding, Outcome, Table, untestable
 
 NAME = "deflection"
-FEW, REPLIES = 5, ("deny", "admit", "neutral", "glad")
+FEW, REPLIES = 6, ("deny", "admit", "neutral", "glad")
 DENY, ADMIT, PLAIN, GLAD = range(4)
 CONTRASTS = {"deny": (DENY, PLAIN), "admit": (ADMIT, PLAIN), "sound glad": (GLAD, PLAIN), "deny rather than admit": (DENY, ADMIT)}
 DEFLECT, STORY, AWAY = "+ deflection", "+ story", "− story"
@@ -55,6 +56,10 @@ _BEYOND = (
     f"holds: p <= {ALPHA} and the interval above 0 and above the band of the control; weak: p <= {ALPHA} only; fails: otherwise"
 )
 _ABOVE = f"holds: p <= {ALPHA} and the interval above 0; weak: p <= {ALPHA} only; fails: otherwise"
+_CROSSED = (
+    f"holds: p <= {ALPHA}, and two intervals above 0: of the difference, and of deny minus admit under deflection vectors; "
+    f"weak: p <= {ALPHA} only; fails: otherwise"
+)
 _DENIAL = "denial, evasion"
 CLAIMS = {
     claim.id: claim
@@ -62,8 +67,8 @@ CLAIMS = {
         Claim(NAME, "denial", "Deflection vectors make denial likelier than admission", _BEYOND, _DENIAL, "replies"),
         Claim(NAME, "unsaid", "They do so where nothing was said of the emotion", _BEYOND, figure="unsaid"),
         Claim(NAME, "own", "They do so for the emotion that is deflected", _ABOVE, figure="crossed"),
-        Claim(NAME, "apart", "They do so more than the story vectors of the same emotions", _ABOVE, figure="emotions"),
-        Claim(NAME, "generated", "So it is when only what is generated is steered", _ABOVE, _DENIAL),
+        Claim(NAME, "apart", "The story vectors of the same emotions do the opposite or less", _CROSSED, figure="emotions"),
+        Claim(NAME, "generated", "So it is when only what is generated is steered", _CROSSED, _DENIAL),
         Claim(NAME, "positive", "Steered away from the story vector somebody sounds glad", _BEYOND, "positive", "replies"),
         Claim(NAME, "admit", "Story vectors make admission likelier than denial", _BEYOND, figure="replies"),
     )
@@ -166,7 +171,8 @@ class Deflection:
 
 
 def _measure(bench: Bench, vectors: DeflectionVectors, said: Replies, unsaid: Replies, n_scenes: int) -> Outcome:
-    names, options = said.names, {"draws": bench.draws, "seed": bench.seed}
+    names = said.names
+    options: dict[str, Any] = {"draws": bench.draws, "seed": bench.seed}
     felt = vectors.directions("felt", names)
     story = bench.vectors.directions[bench.vectors.row(said.layer), [bench.vectors.index(name) for name in names]]
     kinds: dict[str, tuple[np.ndarray, float]] = {DEFLECT: (felt, 1.0), STORY: (story, 1.0), AWAY: (story, -1.0)}
@@ -186,8 +192,9 @@ def _measure(bench: Bench, vectors: DeflectionVectors, said: Replies, unsaid: Re
     def apart(id: str, deflected: np.ndarray, storied: np.ndarray) -> Finding:
         one, two = minus(deflected, DENY, ADMIT), minus(storied, DENY, ADMIT)
         estimate, null = kinds_exchanged(one, two, unit="nats", **options)
-        note = f"Deny minus admit: {one.mean():.3f} under deflection, {two.mean():.3f} under story vectors. {where}"
-        return CLAIMS[id].tested(estimate, null, estimate.low > 0, note)
+        denies = stats.bootstrap(lambda rows: float(one[rows].mean()), len(one), **options)
+        note = f"Deny minus admit: {denies} under deflection, {two.mean():.3f} under story vectors. {where}"
+        return CLAIMS[id].tested(estimate, null, min(estimate.low, denies.low) > 0, note)
 
     crossed = minus(tried.crossed[DEFLECT], DENY, ADMIT)
     estimate, null = own_against_others(crossed, unit="nats", **options)

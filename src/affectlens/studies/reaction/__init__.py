@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from affectlens import stats
 from affectlens.effects import neutral_pieces
 from affectlens.engine import Request
 from affectlens.probes import AA, AH, FORMATS, POOLED, SpeakerVectors, dialogue_requests, two_sided
@@ -53,6 +54,10 @@ _BEYOND = (
     f"holds: p <= {ALPHA} and the interval above 0 and above the band of the control; weak: p <= {ALPHA} only; fails: otherwise"
 )
 _ABOVE = f"holds: p <= {ALPHA} and the interval above 0; weak: p <= {ALPHA} only; fails: otherwise"
+_CROSSED = (
+    f"holds: p <= {ALPHA}, and two intervals above 0: of the difference, and of answer minus show under other-speaker vectors; "
+    f"weak: p <= {ALPHA} only; fails: otherwise"
+)
 _REACTIONS = "reassurance, apology, gratitude"
 CLAIMS = {
     claim.id: claim
@@ -65,15 +70,15 @@ CLAIMS = {
         Claim(
             NAME, "answer", "Under other-speaker vectors it answers rather than shows the emotion", _BEYOND, _REACTIONS, "replies"
         ),
-        Claim(NAME, "apart", "The two kinds of vectors do different things", _ABOVE, figure="emotions"),
+        Claim(NAME, "apart", "The two kinds of vectors do opposite things", _CROSSED, figure="emotions"),
         Claim(NAME, "express_own", "What is shown is the very emotion steered towards", _ABOVE, figure="shown"),
         Claim(NAME, "react_own", "What is answered is the very emotion of the other", _ABOVE, figure="answered"),
         Claim(NAME, "story", "Story vectors make replies likelier that show the emotion", _BEYOND, figure="replies"),
         Claim(
-            NAME, "assistant", "So it is with the published vectors, plain means of the Assistant's words", _ABOVE,
+            NAME, "assistant", "So it is with the published vectors, plain means of the Assistant's words", _CROSSED,
             figure="emotions",
         ),
-        Claim(NAME, "generated", "So it is when only what is generated is steered", _ABOVE, figure="emotions"),
+        Claim(NAME, "generated", "So it is when only what is generated is steered", _CROSSED, figure="emotions"),
     )
 }  # fmt: skip
 NEEDS = {"express": "present", "express_own": "present"} | dict.fromkeys(
@@ -149,7 +154,8 @@ class Reaction:
 
 
 def _measure(bench: Bench, speakers: SpeakerVectors, replies: Replies, dialogues: int) -> Outcome:
-    names, options = replies.names, {"draws": bench.draws, "seed": bench.seed}
+    names = replies.names
+    options: dict[str, Any] = {"draws": bench.draws, "seed": bench.seed}
     vectors: dict[str, tuple[np.ndarray, float]] = {kind: (speakers.directions(kind, names), 1.0) for kind in POOLED}
     story = bench.vectors.directions[bench.vectors.row(replies.layer), [bench.vectors.index(name) for name in names]]
     controls = QUICK_CONTROLS if bench.quick else CONTROLS
@@ -170,9 +176,9 @@ def _measure(bench: Bench, speakers: SpeakerVectors, replies: Replies, dialogues
     def apart(id: str, changes: Mapping[str, np.ndarray]) -> Finding:
         present, other = (minus(changes[kind], SHOW, ANSWER) for kind in POOLED)
         estimate, null = kinds_exchanged(present, other, unit="nats", **options)
-        both = f"{present.mean():.3f} under present, {other.mean():.3f} under other vectors"
-        note = f"Show minus answer: {both}, in nats a word; {where}."
-        return CLAIMS[id].tested(estimate, null, estimate.low > 0, note)
+        answers = stats.bootstrap(lambda rows: float(-other[rows].mean()), len(other), **options)
+        both = f"show minus answer {present.mean():.3f} under present, answer minus show {answers} under other vectors"
+        return CLAIMS[id].tested(estimate, null, min(estimate.low, answers.low) > 0, f"In nats a word: {both}; {where}.")
 
     def arm(kinds: Sequence[str], **how: Any) -> dict[str, np.ndarray]:
         """Own changes under other vectors of the two kinds, or at other tokens."""
