@@ -23,7 +23,7 @@ LADDERS, STEPS = 6, 9
 CONTRASTS = 24
 TALKS, TURNS = 16, 6
 """How often each concept stands on either side of a dialogue, and how often each side speaks."""
-REPLIES = 4
+REPLIES = 2
 """Replies of each kind in a script."""
 HIDERS = 6
 """So many concepts are concealed, each behind each other one."""
