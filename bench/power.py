@@ -36,7 +36,7 @@ RESULT = ROOT / "bench" / "results" / "power.json"
 TONE = (("calm", 1.0),)
 CONDITIONS: dict[str, dict[str, Any]] = {"planted": {}, "nothing": {"effect": 0.0}, "coupled": {"coupled": True}}
 ONLY_IN: dict[str, tuple[str, ...]] = {
-    "coupled": ("speakers", "concealment"),
+    "coupled": ("speakers", "concealment", "reaction", "deflection"),
     "tone": ("checkpoints",),
     "drift": ("checkpoints",),
 }
@@ -45,6 +45,8 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
 FALSE: dict[tuple[str, str], tuple[str, ...]] = {
     ("coupled", "speakers"): ("apart", "leak"),
     ("coupled", "concealment"): ("orthogonal", "outside"),
+    ("coupled", "reaction"): ("react", "answer", "apart", "react_own", "assistant", "generated"),
+    ("coupled", "deflection"): ("denial", "unsaid", "own", "apart", "generated"),
     ("drift", "checkpoints"): ("largest", "published", "drift"),
 }
 """In a condition that takes away one thing, the findings that would be false if they held; with nothing planted, all would be."""

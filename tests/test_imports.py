@@ -33,6 +33,8 @@ NOUNS = (
     "corpus",
     "readings",
     "likeness",
+    "crossed",
+    "probes",
     "conversations",
     "space",
     "search",
@@ -46,6 +48,7 @@ NOUNS = (
     "elo",
     "shifts",
     "logbook",
+    "replies",
 )
 SEAM = ("layout", "scope", "steering", "engine")  # each imports only those before it
 VERBS = ("discovery", "features", "pipeline", "audit", "studies", "monitor", "alarms", "calibrate", "training")

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from affectlens.crossed import Decoder, Effects, coordinates, effects
 from affectlens.studies import Sources, load_study
 from affectlens.studies.concealment import CLAIMS, STUDY
-from affectlens.studies.concealment.crossed import Decoder, Effects, coordinates, effects
 from planted import findings, outcome, toy_bench, verdicts
 
 

@@ -30,6 +30,8 @@ FILES: dict[str, str] = {
     "ladders": "messages with a number that makes things better or worse, and controls in which it does not matter",
     "activities": "things a model may be asked to do, in eight categories",
     "openings": "questions and beginnings of stories whose next word can be the name of a feeling",
+    "reactions": "replies that show an emotion, that answer somebody who has it, and neutral ones",
+    "scripts": "short scenes in which somebody is asked how they are, with replies that deny it, admit it, or sound glad",
     "contrasts": "messages that tell what a reading follows: user or reply, the negated, the bound or the changed word",
     "profile": "hard and neutral prompts for comparing checkpoints",
     "manner": "24 texts for each of eight manners of dealing with others",

@@ -341,6 +341,87 @@ def tree_map(
     return figure
 
 
+def grouped_bars(
+    groups: Sequence[str], series: Mapping[str, Sequence[Sequence[float]]], *, y: str, height: int = 360
+) -> go.Figure:
+    """Bars with intervals, one of each series in every group; a series whose name begins with "random" is grey.
+
+    Args:
+        groups: Their names, along the axis.
+        series: Name to (value, low, high) for each group.
+        y: Axis title, with the unit.
+        height: Height in pixels.
+
+    Example:
+        >>> figure = grouped_bars(["own", "others"], {"steered": [(1, 0.5, 1.5), (0, -0.2, 0.2)]}, y="nats")
+        >>> figure.data[0].error_y.array
+        (0.5, 0.2)
+    """
+    figure = blank(y=y, height=height)
+    colours = iter(PALETTE)
+    for name, each in series.items():
+        value, low, high = np.array(each, dtype=np.float64).T
+        spread = {"type": "data", "symmetric": False, "array": (high - value).round(5), "arrayminus": (value - low).round(5)}
+        colour = GREY if name.startswith("random") else next(colours)
+        figure.add_bar(
+            x=list(groups), y=value.round(5), name=_text(name), marker={"color": colour}, error_y={**spread, "thickness": 1.2},
+            hovertemplate=f"%{{x}}<br>{_text(name)} %{{y:.3f}}<extra></extra>",
+        )  # fmt: skip
+    return figure.update_layout(barmode="group").update_xaxes(type="category")
+
+
+def paired_points(names: Sequence[str], series: Mapping[str, Sequence[float]], *, x: str) -> go.Figure:
+    """A row for each name with a point for each series, ordered by the first series, the largest on top.
+
+    Args:
+        names: Of the rows.
+        series: Name to one value for each row.
+        x: Axis title, with the unit.
+
+    Example:
+        >>> paired_points(["calm", "sad"], {"present": [0.1, 0.3], "other": [0.0, 0.1]}, x="nats").data[0].y
+        ('sad', 'calm')
+    """
+    order = sorted(range(len(names)), key=lambda i: -next(iter(series.values()))[i])
+    figure = blank(x=x, height=120 + 24 * len(names))
+    for number, (name, values) in enumerate(series.items()):
+        marker = {"color": PALETTE[number % len(PALETTE)], "size": 9, "symbol": _SYMBOLS[number % len(_SYMBOLS)]}
+        rows = {"x": [values[i] for i in order], "y": [_text(names[i]) for i in order]}
+        hover = f"%{{y}}, {_text(name)}: %{{x:.3f}}<extra></extra>"
+        figure.add_scatter(**rows, mode="markers", name=_text(name), marker=marker, hovertemplate=hover)
+    figure.update_yaxes(type="category", autorange="reversed", zeroline=False)
+    return figure.update_xaxes(zeroline=True)
+
+
+def dose_curves(doses: Mapping[str, Any], strength: float, *, y: str = "nats a word", height: int = 360) -> go.Figure:
+    """A panel for each effect, a curve for each kind of vectors over strengths from 0, where nothing changes.
+
+    Args:
+        doses: ``strengths``, and ``curves``: title of a panel to name of a curve to one value for each strength. A curve whose
+            name begins with "random" is grey.
+        strength: What is tested; it is shaded up to here.
+        y: Axis title, with the unit.
+        height: Height in pixels.
+
+    Example:
+        >>> figure = dose_curves({"strengths": [0.1, 0.2], "curves": {"own word": {"steered": [1.0, 1.5]}}}, 0.1)
+        >>> figure.data[0].x
+        (0.0, 0.1, 0.2)
+    """
+    titles = list(doses["curves"])
+    grid = panels(titles, columns=len(titles), height=height, shared_yaxes=True)
+    for column, title in enumerate(titles, 1):
+        colours = zip(PALETTE, _DASHES, strict=False)
+        for name, values in doses["curves"][title].items():
+            colour, dash = (GREY, "solid") if name.startswith("random") else next(colours)
+            line = {"color": colour, "width": 2, "dash": dash}
+            shown = {"legendgroup": name, "showlegend": column == 1, "name": _text(name), "mode": "lines+markers", "line": line}
+            grid.add_scatter(x=[0.0, *doses["strengths"]], y=[0.0, *values], **shown, row=1, col=column)
+    grid.add_vrect(x0=0, x1=strength, fillcolor=GREY, opacity=0.12, line_width=0)
+    grid.update_xaxes(title_text="strength")
+    return grid.update_yaxes(title_text=_text(y), col=1)
+
+
 def layer_curves(
     layers: Sequence[int],
     curves: Mapping[str, tuple[ArrayLike, ArrayLike | None, ArrayLike | None]],

@@ -28,6 +28,8 @@ _LAYOUTS = {
     "ladders": Layout(choices={"control": _FLAG}),
     "activities": Layout(choices={"category": _CATEGORIES, "held_out": _FLAG}),
     "openings": Layout(("text",), choices={"kind": ("self", "other", "story", "event"), "held_out": _FLAG}),
+    "reactions": Layout(("text",), ("concept",)),
+    "scripts": Layout(("speaker", "listener", "scenario", "unsaid", "asked"), ("concept",)),
     "contrasts": Layout((), choices={"kind": ("audience", "negation", "binding", "early word")}),
     "profile": Layout(("text", "category"), choices={"kind": ("hard", "neutral")}),
     "blind": Layout(("reader",), ("answer",)),
@@ -43,7 +45,7 @@ def bundled_file(file: Path, read: Sequence[Record], concepts: ConceptSet) -> li
     if not checks[0].faults:  # what follows relies on the fields
         checks += [
             *_COUNTS[kind](file.name, read, concepts),
-            *check_repetition(file.name, read, openings=kind not in ("ladders", "openings")),
+            *check_repetition(file.name, read, openings=kind not in ("ladders", "openings", "reactions")),
         ]
     return checks
 
@@ -162,13 +164,62 @@ def _activities(file: str, read: Sequence[Record], concepts: ConceptSet) -> Iter
 def _openings(file: str, read: Sequence[Record], concepts: ConceptSet) -> Iterator[Check]:
     wanted = {(kind, held): 3 if kind == "event" else 6 for kind in _LAYOUTS["openings"].choices["kind"] for held in _FLAG}
     yield _exactly(file, "counts", Counter((r["kind"], r["held_out"]) for r in read), wanted, "openings")
+    yield _feeling(file, read, concepts)
+
+
+def _reactions(file: str, read: Sequence[Record], concepts: ConceptSet) -> Iterator[Check]:
+    yield _exactly(file, "counts", {"emotions": len({r["concept"] for r in read})}, {"emotions": 11}, "greetings")
+    yield from _replies(file, read, concepts, ("express", "react", "neutral"), 4)
+
+
+def _scripts(file: str, read: Sequence[Record], concepts: ConceptSet) -> Iterator[Check]:
+    counts = Counter(r["concept"] for r in read)
+    yield _exactly(file, "counts", counts, 2, "scripts")
+    yield _exactly(file, "emotions", {"emotions": len(counts)}, {"emotions": 10}, "in all")
+    faults = tuple(
+        f"{r['id']}: the scenario does not name {r['concept']}: say it there, or the script is unsaid twice"
+        for r in read
+        if not concepts[r["concept"]].named_in(r["scenario"])
+    )
+    yield Check(file, "said", f"{len(faults)} scenarios without the emotion", "none", faults)
+    faults = tuple(
+        f"{r['id']}: {r[who]} is not in the opening that says nothing: name them there"
+        for r in read
+        for who in ("speaker", "listener")
+        if r[who] not in r["unsaid"]
+    )
+    yield Check(file, "people", f"{len(faults)} missing", "both in the opening that says nothing", faults)
+    yield from _replies(file, [{**r, "scenario": ""} for r in read], concepts, ("deny", "admit", "neutral", "glad"), 2)
+
+
+WORDS = 6, 16
+"""Words of a reply: much longer ones are easier to foretell for each word."""
+
+
+def _replies(file: str, read: Sequence[Record], concepts: ConceptSet, kinds: Sequence[str], n: int) -> Iterator[Check]:
+    """So many replies of each kind, of similar length, and none that names any emotion."""
+    faults, lengths = [], []
+    for r, kind in ((r, kind) for r in read for kind in kinds):
+        replies = [reply for reply in listed(r, kind) if is_filled(reply)]
+        if len(replies) != n or len(listed(r, kind)) != n:
+            faults.append(f"{r['id']}: {len(replies)} replies {kind}: make it {n}")
+        words = [len(reply.split()) for reply in replies]
+        lengths += words
+        odd = [w for w in words if not WORDS[0] <= w <= WORDS[1]]
+        faults += [f"{r['id']}: a reply {kind} of {w} words: make it {WORDS[0]} to {WORDS[1]}" for w in odd]
+    found = f"{min(lengths, default=0)} to {max(lengths, default=0)} words"
+    yield Check(file, "replies", found, f"{n} of each kind, {WORDS[0]} to {WORDS[1]} words", tuple(faults))
+    yield _feeling(file, read, concepts)
+
+
+def _feeling(file: str, read: Sequence[Record], concepts: ConceptSet) -> Check:
     faults = tuple(
         f"{r['id']}: {word!r} names {concept.name}: make it neutral"
         for r in read
         for concept in concepts
         if (word := concept.named_in(text_of(r)))
     )
-    yield Check(file, "feeling", f"{len(faults)} emotions named", "none", faults)
+    return Check(file, "feeling", f"{len(faults)} emotions named", "none", faults)
 
 
 def _contrasts(file: str, read: Sequence[Record], concepts: ConceptSet) -> Iterator[Check]:
@@ -246,6 +297,8 @@ _COUNTS: dict[str, Callable[[str, Sequence[Record], ConceptSet], Iterator[Check]
     "ladders": _ladders,
     "activities": _activities,
     "openings": _openings,
+    "reactions": _reactions,
+    "scripts": _scripts,
     "contrasts": _contrasts,
     "profile": _profile,
 }

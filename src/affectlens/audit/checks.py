@@ -16,6 +16,8 @@ from affectlens.errors import FormatError
 Record = Mapping[str, Any]
 
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+REPLIES = ("express", "react", "deny", "admit", "neutral", "glad")
+"""Fields that hold a list of replies."""
 _BROKEN = re.compile("\ufffd|Ã[\x80-\xbf©¨¤¶¼]|â€|[\ud800-\udfff]|[\x00-\x08\x0b\x0c\x0e-\x1f]")
 
 
@@ -98,6 +100,7 @@ def listed(record: Record, key: str) -> list[Any]:
 
 def text_of(record: Record) -> str:
     """Everything of a record that a model would read."""
-    parts = [record.get(key) for key in ("scenario", "text", "first", "second", "affirmed", "negated")]
+    parts = [record.get(key) for key in ("scenario", "unsaid", "asked", "text", "first", "second", "affirmed", "negated")]
+    parts += [reply for kind in REPLIES for reply in listed(record, kind)]
     turns = [turn[1] for turn in listed(record, "turns") if isinstance(turn, list) and len(turn) == 2]
     return "\n".join(part for part in (*parts, *turns) if isinstance(part, str))

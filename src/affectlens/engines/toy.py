@@ -10,6 +10,7 @@ final norm and an unembedding. What it knows is planted, so every study has a ri
   gathers up to layer 4, two thirds of the depth; the last block writes mostly the token's own part.
 * In a text of several speakers (lines that begin ``Anna:``) a token reads what the *other* speakers and the narrator convey
   through two copies of the emotion space that are orthogonal to it: self, other and untold are told apart.
+* What another speaker or the narrator conveys is answered: the copies of a concept promote the cue words of its answer.
 * From layer 3 on ``not`` turns the word behind it round, and a person's name that comes again recalls what was said of them.
 * ``fever-40`` is worse than ``fever-20``, ``exam-40`` better than ``exam-20``; the number of a ``page-40`` means nothing.
 * A concept's direction is valence and arousal axes times its place on the circumplex, plus a part of its own.
@@ -100,6 +101,9 @@ SIGNAL = (0.05, 0.0, 0.25, 0.4, 0.5, 0.4, 0.0)
 GAIN = (0.0, 0.0, 0.15, 0.4, 0.6, 0.6, 0.0)
 LIKING, TASTE, DECIDED = 3.0, 2.0, 300.0
 """What pleasantness and taste weigh in a choice, and how much of the stream a choice takes up."""
+
+ANSWER = 1.05
+"""How strongly what others convey promotes the words of its answer: as strongly as a concept promotes its own cue words."""
 
 _PIECE = re.compile(r" ?\w+(?:['’-]\w+)*| ?[^\w\s]|\s")
 
@@ -203,17 +207,21 @@ class ToyEngine(Engine):
         if not self.concepts:
             raise EngineError("the toy model needs a concept: give concepts={'name': ['cue', ...]}")
         self.seed = seed
+        names = list(self.concepts)
+        self.answers = {name: names[(i + len(names) // 2) % len(names)] for i, name in enumerate(names)}
         self._template = template
         self._effect = effect
         if unknown := [name for name in tone or {} if name not in self.concepts]:
             raise UnknownName("concept", unknown[0], self.concepts)
         self._bears = bears
         checkpoint = (effect, coupled, sorted((tone or {}).items()), drift, *([bears] if bears else []))
-        settings = repr((sorted(self.concepts.items()), seed, checkpoint, N_LAYERS, WIDTH, OWN, SIGNAL, GAIN, DECAY))
+        settings = repr((sorted(self.concepts.items()), seed, checkpoint, N_LAYERS, WIDTH, OWN, SIGNAL, GAIN, DECAY, ANSWER))
         self._rng = np.random.default_rng([seed, 20261])
         self.truth, self._carried = self._plant()
         self._other, self._untold = (self._carried, self._carried) if coupled else self._copies(seed)
         self._build_words()
+        if not coupled:
+            self._teach_answers()
         self._tone = np.zeros(WIDTH, np.float32)
         for name, strength in (tone or {}).items():
             self._tone += np.float32(strength * 4 * sum(OWN[:4])) * self.truth[name][0]
@@ -323,6 +331,13 @@ class ToyEngine(Engine):
         rng = np.random.default_rng([self.seed, 9])
         self._taste = rng.normal(size=size)
         self._choice = np.linalg.qr(rng.normal(size=(WIDTH, 2)))[0].T.astype(np.float32)
+
+    def _teach_answers(self) -> None:
+        """What others convey and what was told of them promotes words of another concept than it does in one's own words."""
+        for name, direction in zip(self.truth.names, self.truth.directions[0], strict=True):
+            copies = direction @ self._carried.T @ (self._other + self._untold)
+            own = {self._ids[form] for cue in self.concepts[self.answers[name]] for form in _forms(cue) if form in self._ids}
+            self._unembedding[sorted(own)] += np.float32(ANSWER * self._effect) * copies
 
     # ── text to tokens ──
 
@@ -670,6 +685,10 @@ class ToyEngine(Engine):
         text = "".join(blocks).removeprefix(request.prefill.strip())
         ids, spans = self._encode(text)
         return [(i, text[a:b]) for i, (a, b) in zip(ids, spans, strict=True)]
+
+
+def _forms(word: str) -> tuple[str, ...]:
+    return (f" {word}", word, f" {word.capitalize()}", word.capitalize())
 
 
 def ordinary_norm(layer: int) -> float:

@@ -24,6 +24,8 @@ LADDERS, STEPS = 6, 9
 CONTRASTS = 24
 TALKS, TURNS = 16, 6
 """How often each concept stands on either side of a dialogue, and how often each side speaks."""
+REPLIES = 2
+"""Replies of each kind in a script."""
 HIDERS = 6
 """So many concepts are concealed, each behind each other one."""
 ACTIVITIES = 2
@@ -65,6 +67,10 @@ class _Writer:
 
     def other(self, concept: str) -> str:
         return str(self.rng.choice([name for name in self.names if name != concept]))
+
+    def cues(self, concept: str) -> str:
+        """Four cue words of a concept."""
+        return " ".join(self.rng.permutation(self.engine.concepts[concept])[:4])
 
     def cue(self, concept: str) -> str:
         return str(self.rng.choice(self.engine.concepts[concept]))
@@ -229,6 +235,34 @@ def _openings(w: _Writer) -> list[dict[str, Any]]:
     ]
 
 
+def _reactions(w: _Writer) -> list[dict[str, Any]]:
+    """A greeting, and replies that show a concept, that show its answer, and that mean nothing."""
+    return [
+        {
+            "id": f"reaction-{name}",
+            "concept": name,
+            "text": w.plain(6),
+            "express": [w.cues(name) for _ in range(REPLIES)],
+            "react": [w.cues(w.engine.answers[name]) for _ in range(REPLIES)],
+            "neutral": [w.plain(4) for _ in range(REPLIES)],
+        }
+        for name in w.names
+    ]
+
+
+def _scripts(w: _Writer) -> list[dict[str, Any]]:
+    """What somebody feels and is asked about; denied is it with words of its answer, and glad is what it is least like."""
+    like = w.engine.truth.directions[0] @ w.engine.truth.directions[0].T
+    records = []
+    for i, name in enumerate(w.names[:HIDERS]):
+        speaker, listener = w.rng.permutation(["Anna", "Boris", "Clara", "David"])[:2].tolist()
+        shown = {"deny": w.engine.answers[name], "admit": name, "neutral": None, "glad": w.names[int(like[i].argmin())]}
+        replies = {kind: [w.cues(how) if how else w.plain(4) for _ in range(REPLIES)] for kind, how in shown.items()}
+        record = {"id": f"script-{name}", "concept": name, "speaker": speaker, "listener": listener, "asked": w.plain(8)}
+        records.append({**record, "scenario": w.dense(name, 60), "unsaid": w.plain(12), **replies})
+    return records
+
+
 WRITERS: dict[str, Callable[[_Writer], list[dict[str, Any]]]] = {
     "stories": _stories,
     "scenarios": _scenarios,
@@ -240,6 +274,8 @@ WRITERS: dict[str, Callable[[_Writer], list[dict[str, Any]]]] = {
     "neutral": _neutral,
     "openings": _openings,
     "activities": _activities,
+    "reactions": _reactions,
+    "scripts": _scripts,
 }
 
 

@@ -321,6 +321,8 @@ STUDIES: tuple[str, ...] = (
     "calibration",
     "continuation",
     "description",
+    "reaction",
+    "deflection",
 )
 """Names of all studies, in the order of the report. Each is the module of that name with a ``STUDY`` object."""
 

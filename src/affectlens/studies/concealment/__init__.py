@@ -37,10 +37,11 @@ from typing import Any
 import numpy as np
 
 from affectlens import stats
-from affectlens.engine import Readout, Request, Where
+from affectlens.crossed import SIGNAL, Decoder, Effects, Place, coordinates, norms, without
+from affectlens.engine import Request
+from affectlens.probes import scene_requests, scenes
 from affectlens.stats import Estimate, Null
 from affectlens.studies import ALPHA, Bench, Claim, Figure, Finding, Outcome, Table, untestable
-from affectlens.studies.concealment.crossed import SIGNAL, Decoder, Effects, Place, coordinates, norms, without
 from affectlens.vectors import centred_cosine, fit_means, group_means
 
 NAME = "concealment"
@@ -90,29 +91,7 @@ CLAIMS = {
 
 
 def _records(bench: Bench) -> list[dict[str, Any]]:
-    """Hidden scenes of emotions that are both felt and shown somewhere and have vectors, and open scenes of the same emotions."""
-    records = [
-        record
-        for record in bench.texts("concealment")
-        if record["condition"] in ("hidden", "open") and any(who == record["speaker"] for who, _ in record["turns"])
-    ]
-    hidden = [record for record in records if record["condition"] == "hidden"]
-    names = {record["real"] for record in hidden} & {record["other"] for record in hidden} & set(bench.vectors.names)
-    return [r for r in records if r["real"] in names and (r["condition"] == "open" or r["other"] in names)]
-
-
-def _requests(bench: Bench, records: Sequence[Mapping[str, Any]], *, told: bool) -> list[Request]:
-    """Scenes read over the speaker's own words: at every layer with the preamble, at the vectors' layer without.
-
-    The lasting study asks for the same, so each scene is run once.
-    """
-    layers = bench.vectors.layers if told else (bench.vectors.layer,)
-    readouts = {who: Readout(layers, Where(role=who)) for who in {record["speaker"] for record in records}}
-    chats = [[*([("system", record["scenario"])] if told else []), *record["turns"]] for record in records]
-    return [
-        Request(tuple((who, words) for who, words in chat), transcript=True, readouts=(readouts[record["speaker"]],))
-        for chat, record in zip(chats, records, strict=True)
-    ]
+    return scenes(bench.texts("concealment"), bench.vectors.names)
 
 
 class Concealment:
@@ -130,7 +109,10 @@ class Concealment:
             return ()
         records = _records(bench)
         hidden = [record for record in records if record["condition"] == "hidden"]
-        return _requests(bench, records, told=True) + _requests(bench, hidden, told=False)
+        vectors = bench.vectors
+        # The lasting study asks for the same, so each scene is run once.
+        told, alone = scene_requests(records, vectors.layers, told=True), scene_requests(hidden, (vectors.layer,), told=False)
+        return told + alone
 
     def run(self, bench: Bench) -> Outcome:
         """Measure.

@@ -38,7 +38,8 @@ from typing import Any
 import numpy as np
 
 from affectlens import stats
-from affectlens.engine import Readout, Request, Where
+from affectlens.engine import Request
+from affectlens.probes import scene_requests
 from affectlens.stats import Estimate, Null
 from affectlens.studies import ALPHA, Bench, Claim, Figure, Finding, Outcome, Table, untestable
 from affectlens.studies.lasting.probe import Probe, choose, fit, folds
@@ -103,20 +104,6 @@ def _records(bench: Bench) -> list[dict[str, Any]]:
     ]
 
 
-def _requests(bench: Bench, records: Sequence[Mapping[str, Any]], *, told: bool) -> list[Request]:
-    """Scenes read over the speaker's own words: at every layer with the preamble, at the vectors' layer without.
-
-    The concealment study asks for the same, so each scene is run once.
-    """
-    layers = bench.vectors.layers if told else (bench.vectors.layer,)
-    readouts = {who: Readout(layers, Where(role=who)) for who in {record["speaker"] for record in records}}
-    chats = [[*([("system", record["scenario"])] if told else []), *record["turns"]] for record in records]
-    return [
-        Request(tuple((who, words) for who, words in chat), transcript=True, readouts=(readouts[record["speaker"]],))
-        for chat, record in zip(chats, records, strict=True)
-    ]
-
-
 class Lasting:
     """One linear state of a feeling across what is said; see the module's docstring for what is fixed beforehand."""
 
@@ -130,8 +117,9 @@ class Lasting:
         """Every scene with and without its preamble."""
         if bench.engine is None:
             return ()
-        records = _records(bench)
-        return _requests(bench, records, told=True) + _requests(bench, records, told=False)
+        records, vectors = _records(bench), bench.vectors
+        # The concealment study asks for the same, so each scene is run once.
+        return scene_requests(records, vectors.layers, told=True) + scene_requests(records, (vectors.layer,), told=False)
 
     def run(self, bench: Bench) -> Outcome:
         """Measure.

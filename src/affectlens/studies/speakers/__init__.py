@@ -39,7 +39,7 @@ Declared before any data is seen:
 * **Conditions.** A model; eight emotions with two dialogues each on both sides. ``names`` needs present-speaker vectors that are
   found again on the other side (``present_found``), since both formats hold the same words and would agree on noise as well.
 
-Source: method 12 (paper, Fig 17 to 19, 59, Tables 13 and 14; steering is not tested here), 23.1 (ewernn, Bestpart).
+Source: method 12 (paper, Fig 17 to 19, 59, Tables 13 and 14; steering is the study of reactions), 23.1 (ewernn, Bestpart).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ import numpy as np
 from scipy import stats as distributions
 
 from affectlens import stats
-from affectlens.engine import Readout, Request, Where
+from affectlens.engine import Readout, Request
 from affectlens.likeness import (
     Labelled,
     Likeness,
@@ -65,6 +65,7 @@ from affectlens.likeness import (
     regrouped,
     shared_labels,
 )
+from affectlens.probes import AA, AH, FORMATS, HA, HH, KINDS, both_sides, dialogue_requests, labelled_sides, two_sided
 from affectlens.stats import Estimate, Null
 from affectlens.studies import ALPHA, REPLY, Bench, Claim, Figure, Finding, Outcome, untestable
 from affectlens.studies.speakers.answers import Answers
@@ -123,35 +124,13 @@ _CLAIMS: dict[str, tuple[str, str, str | None, str]] = {
 }
 CLAIMS = {id: Claim(NAME, id, *claim) for id, claim in _CLAIMS.items()}
 
-FORMATS = {"Human and Assistant": ("user", "assistant"), "Person 1 and Person 2": ("Person 1", "Person 2")}
-KINDS = {
-    "A words, A feels": (1, "own"),
-    "H words, H feels": (0, "own"),
-    "A words, H feels": (1, "other"),
-    "H words, A feels": (0, "other"),
-}
-"""Kinds of vectors: whose words (0: who begins), and whose emotion. The first two are present, the others other-speaker."""
-AA, HH, AH, HA = KINDS
 WITHIN = ((AA, HH), (AH, HA))
 BETWEEN = (((AA, AH), (HH, HA)), ((AA, HA), (HH, AH)))
 _Key = tuple[str, str]
 
 
 def _records(bench: Bench) -> list[dict[str, Any]]:
-    """Dialogues whose two emotions differ, have vectors, and stand on both sides at least twice."""
-    records = [r for r in bench.texts("speakers") if r["person"] != r["assistant"]]
-    while True:
-        sides = [[r[side] for r in records] for side in ("person", "assistant")]
-        enough = {name for name in bench.vectors.names if all(side.count(name) >= 2 for side in sides)}
-        kept = [r for r in records if {r["person"], r["assistant"]} <= enough]
-        if len(kept) == len(records):
-            return records
-        records = kept
-
-
-def _chat(record: Mapping[str, Any], roles: tuple[str, str]) -> tuple[tuple[str, str], ...]:
-    first = {"person", *(record["names"] or ())[:1]}
-    return tuple((roles[side not in first], words) for side, words in record["turns"])
+    return two_sided(bench.texts("speakers"), bench.vectors.names)
 
 
 class Speakers:
@@ -169,8 +148,7 @@ class Speakers:
             return ()
         asked, records = [], _records(bench)
         for roles in FORMATS.values():
-            readouts = tuple(Readout(bench.vectors.layers, Where(role=role), "mean") for role in roles)
-            asked += [Request(_chat(record, roles), transcript=True, readouts=readouts) for record in records]
+            asked += dialogue_requests(records, bench.vectors.layers, roles)
         reply = Readout(bench.vectors.layers, REPLY, "last")
         return [*asked, *(bench.ask(record["text"], reply) for record in bench.texts("scenarios"))]
 
@@ -191,11 +169,7 @@ class Speakers:
             reason = f"{len(names)} emotions have two dialogues on either side: {FEW} are needed."
             return untestable(CLAIMS.values(), reason)
         results = bench.read(self.requests(bench))
-        # (dialogues, sides, layers, width) for each format
-        read = {
-            form: np.stack([np.stack([reading.values for reading in next(results).readings]) for _ in records])
-            for form in FORMATS
-        }
+        read = {form: both_sides(itertools.islice(results, len(records))) for form in FORMATS}
         replies = [result.readings[0].values for result in results]
         return _measure(bench, records, names, read, np.stack(replies) if replies else None)
 
@@ -218,19 +192,13 @@ class _Space:
 
     def __init__(self, bench: Bench, names: Sequence[str], feels: np.ndarray, read: Mapping[str, np.ndarray], row: int) -> None:
         vectors = bench.vectors
-        basis, self.n = vectors.neutral[row].astype(np.float64), len(names)
+        self.n = len(names)
         self.feels, self.shared = feels, shared_labels(feels)
         self._found: dict[tuple[_Key | None, _Key], Likeness] = {}
         self.kinds: dict[_Key, Labelled] = {}
         for form, values in read.items():
-            rows = values[:, :, row].astype(np.float64)
-            rows = rows - rows.mean(axis=0)
-            rows = rows - rows @ basis.T @ basis
-            for kind, (side, whose) in KINDS.items():
-                whom = side if whose == "own" else 1 - side
-                self.kinds[form, kind] = Labelled(rows[:, side], feels[:, whom], np.arange(len(feels)))
-            for both, (one, two) in zip(("present", "other"), WITHIN, strict=True):
-                self.kinds[form, both] = self.kinds[form, one] + self.kinds[form, two]
+            own_rows = labelled_sides(values[:, :, row], feels, vectors.neutral[row])
+            self.kinds |= {(form, kind): rows for kind, rows in own_rows.items()}
         own = [vectors.index(name) for name in names]
         lengths = vectors.norms[row, own].astype(np.float64)
         self.story = vectors.directions[row, own].astype(np.float64) * lengths[:, None]
