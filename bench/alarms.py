@@ -3,18 +3,17 @@
     python bench/alarms.py                                # the demo model; some minutes on two free cores
     python bench/alarms.py --vectors runs/first           # vectors of your own, and their model
 
-**Stated.** Ten rules are tried as anybody would try them: the baseline is that of the 240 bundled neutral dialogues, and the rules
-are run along these same dialogues, each in z against the other 239, so that no dialogue is its own standard. That gives for each
-rule the rate of false alarms and in how many of the next replies it is expected to fire.
+**Stated.** Ten rules are tried as anybody would try them: the baseline is that of the 240 bundled neutral dialogues, and the
+rules are run along these same dialogues, each in z against the other 239, so that no dialogue is its own standard. That gives
+for each rule the rate of false alarms and in how many of the next replies it is expected to fire.
 
-**Came.** Then they run along the 120 held-out dialogues, which were written for this, on other topics, and on which nothing had been
-fitted, tried or looked at.
+**Came.** Then they run along the 120 held-out dialogues, which were written for this, on other topics, and on which nothing had
+been fitted, tried or looked at.
 
-**Judged.** This was fixed before any model had read the held-out dialogues. The ten rules are armed together, so what is stated of
-them is the joint prediction interval, that of each rule at a level of 1 - 0.05 / 10. The statement *holds* if all ten numbers of
-replies with an alarm lie inside, and *fails* if one does not. How many lie inside their own interval of 95 % is reported beside it
-and judges nothing: nine or ten do with a probability of about nine in ten. Thresholds are not tuned: every rule has the one it was
-first written with.
+**Judged.** This was fixed before any model had read the held-out dialogues. The ten rules are armed together, so what is stated
+of them is the joint prediction interval, that of each rule at a level of 1 - 0.05 / 10. The statement *holds* if all ten numbers
+of replies with an alarm lie inside, and *fails* if one does not. How many lie inside their own interval of 95 % is reported
+beside it and judges nothing. Thresholds are not tuned: every rule has the one it was first written with.
 
 One sample of dialogues is one throw of the dice, so the same is done with a thousand random halves of the 240 dialogues, of which
 one is stated from and the other comes: how often is what comes inside? Beside it what alarms are for: how many stories of the
@@ -116,10 +115,8 @@ def main() -> None:
     vectors = load_vectors(options.vectors)
     engine = Kept(open_engine(str(vectors.model["id"])))
     vectors.check(engine.info)
-    talks, stories = (
-        neutral_dialogues(engine),
-        [Text(record["id"], record["text"], record["concept"]) for record in load("stories")],
-    )
+    talks = neutral_dialogues(engine)
+    stories = [Text(record["id"], record["text"], record["concept"]) for record in load("stories")]
     start = time.perf_counter()
     probe = Probe(vectors, template=engine.info.template is not None)
     baseline = Baseline.measure(engine, talks, probe=probe, source="neutral dialogues")

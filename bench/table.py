@@ -364,9 +364,10 @@ def alarms(result: dict[str, Any]) -> str:
         value, low, high = ("∞" if estimate[end] is None else f"{estimate[end]:.{digits}f}" for end in ("value", "low", "high"))
         return f"{value} [{low}, {high}]"
 
+    stated = result["dialogues"]["stated"]
     lines = [
-        f"{result['model']}, layer {result['layer']}. {result['baseline']}. Tried on these {result['dialogues']['stated']} dialogues, each "
-        f"against the others; came on {result['dialogues']['held_out']} held-out ones. {result['seconds']:.0f} s.",
+        f"{result['model']}, layer {result['layer']}. {result['baseline']}. Tried on these {stated} dialogues, each against the "
+        f"others; came on {result['dialogues']['held_out']} held-out ones. {result['seconds']:.0f} s.",
         "",
         "| rule | false alarms per 1,000 | stated: expected jointly (alone) | came | stories noticed | tokens until then |",
         "|---|---|---|---|---|---|",
@@ -382,9 +383,9 @@ def alarms(result: dict[str, Any]) -> str:
     n, splits = len(result["rules"]), result["splits"]
     shares = {key: f"{100 * share:.1f} % (wanted: 95)" for key, share in splits.items()}
     summary = (
-        f"The statement, all {n} inside jointly, {'holds' if result['holds'] else 'fails'}: {inside['jointly']} of {n} are. Inside their own "
-        f"interval: {inside['expected']} of {n}. Over a thousand random halves of the {result['dialogues']['stated']} dialogues: alone in "
-        f"{shares['alone']}, all {n} jointly in {shares['jointly']}."
+        f"The statement, all {n} inside jointly, {'holds' if result['holds'] else 'fails'}: {inside['jointly']} of {n} are. "
+        f"Inside their own interval: {inside['expected']} of {n}. Over a thousand random halves of the {stated} dialogues: "
+        f"alone in {shares['alone']}, all {n} jointly in {shares['jointly']}."
     )
     return "\n".join([*lines, "", summary])
 
