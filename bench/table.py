@@ -420,10 +420,12 @@ def alarms(result: dict[str, Any]) -> str:
         value, low, high = ("∞" if estimate[end] is None else f"{estimate[end]:.{digits}f}" for end in ("value", "low", "high"))
         return f"{value} [{low}, {high}]"
 
+    stated = result["dialogues"]["stated"]
     lines = [
-        f"{result['model']}, layer {result['layer']}. {result['baseline']}. {result['seconds']:.0f} s.",
+        f"{result['model']}, layer {result['layer']}. {result['baseline']}. Tried on these {stated} dialogues, each against the "
+        f"others; came on {result['dialogues']['held_out']} held-out ones. {result['seconds']:.0f} s.",
         "",
-        "| rule | false alarms per 1,000 | expected in held-out turns (jointly) | came | stories noticed | tokens until then |",
+        "| rule | false alarms per 1,000 | stated: expected jointly (alone) | came | stories noticed | tokens until then |",
         "|---|---|---|---|---|---|",
     ]
     inside = {key: sum(row[key][0] <= row["came"] <= row[key][1] for row in result["rules"]) for key in ("expected", "jointly")}
@@ -432,13 +434,14 @@ def alarms(result: dict[str, Any]) -> str:
         noticed = row["delay"] and row["delay"]["noticed"]
         found = f"{round(noticed['value'] * noticed['n'])} of {noticed['n']}" if noticed else "–"
         tokens = shown(row["delay"]["tokens"]) if row["delay"] else "–"
-        rate, held = shown(row["per_thousand"]), f"{low} to {high} ({least} to {most}) of {row['held_out']}"
+        rate, held = shown(row["per_thousand"]), f"{least} to {most} ({low} to {high}) of {row['held_out']}"
         lines.append(f"| `{row['rule']}` | {rate} | {held} | {row['came']} | {found} | {tokens} |")
     n, splits = len(result["rules"]), result["splits"]
     shares = {key: f"{100 * share:.1f} % (wanted: 95)" for key, share in splits.items()}
     summary = (
-        f"Inside what was expected: {inside['expected']} of {n} rules alone, {inside['jointly']} of {n} jointly. Over a thousand "
-        f"random halves of the same dialogues: alone in {shares['alone']}, all {n} jointly in {shares['jointly']}."
+        f"The statement, all {n} inside jointly, {'holds' if result['holds'] else 'fails'}: {inside['jointly']} of {n} are. "
+        f"Inside their own interval: {inside['expected']} of {n}. Over a thousand random halves of the {stated} dialogues: "
+        f"alone in {shares['alone']}, all {n} jointly in {shares['jointly']}."
     )
     return "\n".join([*lines, "", summary])
 

@@ -113,6 +113,20 @@ def test_the_first_stories_of_each_emotion_are_balanced() -> None:
     assert all({r["writer"][0] for r in those} == set("abcd") for those in by_concept.values())
 
 
+def test_held_out_dialogues_are_like_the_neutral_ones_and_nothing_is_fitted_on_them() -> None:
+    def exchanges(records: Records) -> list[int]:
+        return sorted(record["text"].count("\nAI:") for record in records)
+
+    def words(records: Records) -> list[int]:
+        return sorted(len(record["text"].split()) for record in records)
+
+    fitted, held_out = corpus.load("neutral"), corpus.load("neutral_heldout")
+    assert exchanges(held_out) == exchanges(fitted)[::2]
+    assert all(abs(a - b) <= 15 for a, b in zip(words(held_out), words(fitted)[::2], strict=True))
+    named = [p for p in (ROOT / "src" / "affectlens").rglob("*.py") if "neutral_heldout" in p.read_text(encoding="utf-8")]
+    assert sorted(p.name for p in named) == ["baseline.py", "bundled.py", "corpus.py"]
+
+
 def test_every_concept_has_guidance_and_synonyms() -> None:
     for name in corpus.STORIES:
         for concept in ConceptSet.load(name):
@@ -250,6 +264,19 @@ FAULTS: dict[str, tuple[str, Callable[[Records], Any], str, str]] = {
     "no text": ("stories", _set("calm-01", "text", " "), "fields", "calm-01: text is missing or empty"),
     "broken characters": ("stories", _say("calm-01", "cafÃ©"), "readable", "calm-01: 'Ã©' is no text"),
     "feeling in a neutral dialogue": ("neutral", _say("n001", "afraid"), "feeling", "n001: 'afraid' names afraid"),
+    "feeling in a held-out dialogue": ("neutral_heldout", _say("h007", "afraid"), "feeling", "h007: 'afraid' names afraid"),
+    "a held-out topic that was fitted": (
+        "neutral_heldout",
+        _set("h003", "topic", "Why leap years exist"),
+        "held out",
+        "h003: 'Why leap years exist' is a topic of theirs: take another",
+    ),
+    "a held-out dialogue that was fitted": (
+        "neutral_heldout",
+        lambda rs: rs[0].update(text=corpus.load("neutral")[16]["text"]),
+        "held out",
+        "h001 and n017 share 100% of their 5-word sequences: rewrite the former",
+    ),
     "an emotion named by a speaker": (
         "concealment",
         lambda rs: rs[0]["turns"][0].__setitem__(1, f"I am {rs[0]['real']}."),

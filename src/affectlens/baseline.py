@@ -371,6 +371,16 @@ def neutral_dialogues(engine: Engine) -> list[Conversation]:
     return [Conversation(record["id"], spoken(record["text"])) for record in (load("neutral") if own is None else own)]
 
 
+def held_out_dialogues() -> list[Conversation]:
+    """Bundled dialogues like the neutral ones, on other topics: no components, baselines or thresholds come from them.
+
+    Example:
+        >>> len(held_out_dialogues())
+        120
+    """
+    return [Conversation(record["id"], spoken(record["text"])) for record in load("neutral_heldout")]
+
+
 def spoken(text: str) -> tuple[tuple[str, str], ...]:
     """The turns of a dialogue written with ``Person:`` and ``AI:`` at the beginning of a line.
 

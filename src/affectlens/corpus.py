@@ -24,6 +24,7 @@ from affectlens.errors import FormatError, MissingExtra, UnknownName
 FILES: dict[str, str] = {
     "stories": "12 stories for each of the 171 emotions, which none of them names",
     "neutral": "matter-of-fact dialogues between a person and an assistant",
+    "neutral_heldout": "more of them on other topics, on which nothing is fitted: to try rules with",
     "speakers": "dialogues of two speakers, each with an emotion of their own",
     "concealment": "short scenes in which an emotion is hidden, felt openly, or kept apart from what is spoken of",
     "scenarios": "messages of users that imply an emotion",

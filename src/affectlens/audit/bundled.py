@@ -10,18 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from affectlens.audit.checks import Check, Layout, Record, check_fields, is_filled, listed, read_file, text_of
-from affectlens.audit.repetition import check_repetition
+from affectlens.audit.repetition import check_held_out, check_repetition
 from affectlens.concepts import ConceptSet
 from affectlens.stats import wilson
 
 BLIND = 0.85, 0.97
 """In the blind check: least shares of stories whose emotion was named, and of answers from the right cluster."""
 
+DIALOGUES = {"neutral": 240, "neutral_heldout": 120}
+"""How many there are in each file."""
+
 _FLAG = (True, False)
 _CATEGORIES = ("helpful", "engaging", "social", "self-curiosity", "neutral", "aversive", "misaligned", "unsafe")
 _CONDITIONS = ("hidden", "open", "neutral", "story", "others")
 _LAYOUTS = {
     "neutral": Layout(("text", "topic")),
+    "neutral_heldout": Layout(("text", "topic")),
     "speakers": Layout(("topic",), ("person", "assistant")),
     "concealment": Layout(("topic", "scenario", "speaker"), ("real",), {"condition": _CONDITIONS}),
     "scenarios": Layout(concepts=("concept",), choices={"held_out": _FLAG}),
@@ -47,6 +51,8 @@ def bundled_file(file: Path, read: Sequence[Record], concepts: ConceptSet) -> li
             *_COUNTS[kind](file.name, read, concepts),
             *check_repetition(file.name, read, openings=kind not in ("ladders", "openings", "reactions")),
         ]
+        if kind == "neutral_heldout":
+            checks.append(check_held_out(file.name, read, read_file(file.with_name("neutral.jsonl"))[0]))
     return checks
 
 
@@ -62,7 +68,7 @@ def _exactly(file: str, what: str, counts: Mapping[Any, int], wanted: Mapping[An
 
 
 def _neutral(file: str, read: Sequence[Record], concepts: ConceptSet) -> Iterator[Check]:
-    yield _exactly(file, "counts", {"dialogues": len(read)}, {"dialogues": 240}, "texts")
+    yield _exactly(file, "counts", {"dialogues": len(read)}, {"dialogues": DIALOGUES[Path(file).stem]}, "texts")
     exchanges = {r["id"]: len(re.findall(r"^AI:", r["text"], flags=re.M)) for r in read}
     faults = [f"{id}: {n} exchanges: make it 2 to 6" for id, n in exchanges.items() if not 2 <= n <= 6]
     faults += [f"{r['id']}: starts with {r['text'][:10]!r}: the person speaks first" for r in read if r["text"][:7] != "Person:"]
@@ -290,7 +296,7 @@ def _answers(r: Record, told: Mapping[Any, str]) -> bool:
 
 
 _COUNTS: dict[str, Callable[[str, Sequence[Record], ConceptSet], Iterator[Check]]] = {
-    "neutral": _neutral,
+    **dict.fromkeys(DIALOGUES, _neutral),
     "speakers": _speakers,
     "concealment": _concealment,
     "scenarios": _scenarios,

@@ -37,6 +37,27 @@ def check_repetition(file: str, read: Sequence[Record], *, openings: bool = True
     return checks
 
 
+def check_held_out(file: str, read: Sequence[Record], fitted: Sequence[Record]) -> Check:
+    """Texts that are held out are on other topics and in other words than those that something is fitted on."""
+    every = [*read, *fitted]
+    names = [name_of(r, i) for i, r in enumerate(every)]
+    like = _likeness([[word.casefold() for word in WORD.findall(text_of(r))] for r in every])
+    across = {(a, b): value for (a, b), value in like.items() if a < len(read) <= b}
+    known = {str(r.get("topic")).casefold() for r in fitted}
+    faults = [
+        f"{names[i]}: {r.get('topic')!r} is a topic of theirs: take another"
+        for i, r in enumerate(read)
+        if str(r.get("topic")).casefold() in known
+    ]
+    faults += [
+        f"{names[a]} and {names[b]} share {value:.0%} of their 5-word sequences: rewrite the former"
+        for (a, b), value in across.items()
+        if value > SHINGLES
+    ]
+    found = f"{max(across.values(), default=0):.1%} in the most similar pair"
+    return Check(file, "held out", found, f"{SHINGLES:.0%} with a fitted text, no topic of theirs", tuple(faults))
+
+
 def _grams(words: Sequence[str], n: int) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
@@ -54,9 +75,14 @@ def _pairs(where: Mapping[tuple[str, ...], list[int]]) -> Counter[tuple[int, int
     return Counter((a, b) for those in where.values() for k, a in enumerate(those) for b in those[k + 1 :])
 
 
-def _shingles(file: str, texts: Sequence[Sequence[str]], names: Sequence[str]) -> Check:
+def _likeness(texts: Sequence[Sequence[str]]) -> dict[tuple[int, int], float]:
+    """Jaccard similarity of the 5-word sequences of each pair of texts that share any."""
     grams = [_grams(words, 5) for words in texts]
-    like = {(a, b): shared / len(grams[a] | grams[b]) for (a, b), shared in _pairs(_occurrences(grams)).items()}
+    return {(a, b): shared / len(grams[a] | grams[b]) for (a, b), shared in _pairs(_occurrences(grams)).items()}
+
+
+def _shingles(file: str, texts: Sequence[Sequence[str]], names: Sequence[str]) -> Check:
+    like = _likeness(texts)
     faults = tuple(
         f"{names[a]} and {names[b]} share {value:.0%} of their 5-word sequences: rewrite one"
         for (a, b), value in sorted(like.items(), key=lambda item: -item[1])
