@@ -420,30 +420,38 @@ def alarms(result: dict[str, Any]) -> str:
         value, low, high = ("∞" if estimate[end] is None else f"{estimate[end]:.{digits}f}" for end in ("value", "low", "high"))
         return f"{value} [{low}, {high}]"
 
-    stated = result["dialogues"]["stated"]
-    lines = [
-        f"{result['model']}, layer {result['layer']}. {result['baseline']}. Tried on these {stated} dialogues, each against the "
-        f"others; came on {result['dialogues']['held_out']} held-out ones. {result['seconds']:.0f} s.",
-        "",
-        "| rule | false alarms per 1,000 | stated: expected jointly (alone) | came | stories noticed | tokens until then |",
-        "|---|---|---|---|---|---|",
-    ]
-    inside = {key: sum(row[key][0] <= row["came"] <= row[key][1] for row in result["rules"]) for key in ("expected", "jointly")}
-    for row in result["rules"]:
-        (low, high), (least, most) = row["expected"], row["jointly"]
-        noticed = row["delay"] and row["delay"]["noticed"]
-        found = f"{round(noticed['value'] * noticed['n'])} of {noticed['n']}" if noticed else "–"
-        tokens = shown(row["delay"]["tokens"]) if row["delay"] else "–"
-        rate, held = shown(row["per_thousand"]), f"{least} to {most} ({low} to {high}) of {row['held_out']}"
-        lines.append(f"| `{row['rule']}` | {rate} | {held} | {row['came']} | {found} | {tokens} |")
-    n, splits = len(result["rules"]), result["splits"]
-    shares = {key: f"{100 * share:.1f} % (wanted: 95)" for key, share in splits.items()}
-    summary = (
-        f"The statement, all {n} inside jointly, {'holds' if result['holds'] else 'fails'}: {inside['jointly']} of {n} are. "
-        f"Inside their own interval: {inside['expected']} of {n}. Over a thousand random halves of the {stated} dialogues: "
-        f"alone in {shares['alone']}, all {n} jointly in {shares['jointly']}."
+    def table(title: str, part: dict[str, Any]) -> list[str]:
+        stated, came, rules = part["dialogues"]["stated"], part["dialogues"]["came"], part["rules"]
+        lines = [
+            f"**{title}.** {part['baseline']}. Tried on these {stated} dialogues, each against the others; run on {came} others.",
+            "",
+            "| rule | false alarms per 1,000 | stated: expected jointly (alone) | came | stories noticed | tokens until then |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in rules:
+            (low, high), (least, most) = row["expected"], row["jointly"]
+            noticed = row["delay"] and row["delay"]["noticed"]
+            found = f"{round(noticed['value'] * noticed['n'])} of {noticed['n']}" if noticed else "–"
+            tokens = shown(row["delay"]["tokens"]) if row["delay"] else "–"
+            rate, held = shown(row["per_thousand"]), f"{least} to {most} ({low} to {high}) of {row['held_out']}"
+            lines.append(f"| `{row['rule']}` | {rate} | {held} | {row['came']} | {found} | {tokens} |")
+        inside = {key: sum(row[key][0] <= row["came"] <= row[key][1] for row in rules) for key in ("expected", "jointly")}
+        verdict = "holds" if part["holds"] else "fails"
+        n = len(rules)
+        judged = f"The statement, all {n} inside jointly, {verdict}: {inside['jointly']} of {n} are. "
+        return [*lines, "", judged + f"Inside their own interval: {inside['expected']} of {n}.", ""]
+
+    shares = {key: f"{100 * share:.1f} % (wanted: 95)" for key, share in result["splits"].items()}
+    return "\n".join(
+        [
+            f"{result['model']}, layer {result['layer']}, {result['seconds']:.0f} s.",
+            "",
+            *table("Stated on the bundled dialogues, came in dialogues by another hand", result["bundled"]),
+            *table("Traffic of one's own: stated on one half of it, came in the other", result["own"]),
+            "Over a thousand random halves of the bundled dialogues: a rule alone inside its interval in "
+            f"{shares['alone']}, all jointly in {shares['jointly']}.",
+        ]
     )
-    return "\n".join([*lines, "", summary])
 
 
 def sae(result: dict[str, Any]) -> str:
