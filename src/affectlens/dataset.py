@@ -98,7 +98,10 @@ class Part:
                 pq.write_table(table.filter(pa.array(keep)), temporary, compression="zstd")
             return
         rows = np.flatnonzero(keep).tolist()
-        with atomic_write(file) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as text:
+        with (
+            atomic_write(file) as temporary,
+            temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as text,
+        ):
             if self.dataset.kind == "jsonl":
                 for i in rows:
                     added = json.dumps({name: values[i] for name, (values, _) in columns.items()}, ensure_ascii=False)
@@ -452,9 +455,7 @@ def _header(file: Path, kind: Kind) -> tuple[str, list[str]]:
         raise FormatError(f"{file}, line 1 is no header ({error}): name the columns in one line") from None
 
 
-def _table_rows(
-    file: Path, start: int, line: int, columns: Sequence[str], kind: Kind
-) -> Iterator[tuple[str, Record, int, int]]:
+def _table_rows(file: Path, start: int, line: int, columns: Sequence[str], kind: Kind) -> Iterator[tuple[str, Record, int, int]]:
     """Rows of a CSV file, whose fields may hold line breaks, or of a TSV file, which quotes nothing."""
     taken: list[tuple[str, int, int]] = []
 

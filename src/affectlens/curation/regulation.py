@@ -31,6 +31,7 @@ from scipy import stats as distributions
 
 from affectlens.concepts import ConceptSet
 from affectlens.conversations import STRETCH, smoothed
+from affectlens.runs import content_id
 from affectlens.space import rating_axes
 from affectlens.stats import Estimate, Null, benjamini_hochberg, permutation_null, wilson
 from affectlens.studies import ALPHA, Claim, Finding
@@ -113,6 +114,12 @@ class Measures:
         return cls(tuple(names), {name: np.array(own) for name, own in families.items()}, exchanged, weights)
 
     @property
+    def id(self) -> str:
+        """Content hash."""
+        families = {name: own.tolist() for name, own in self.families.items()}
+        return content_id([self.names, families, np.where(np.isfinite(self.weights), self.weights, None).tolist()])
+
+    @property
     def axes(self) -> bool:
         """Whether there are valence and arousal."""
         return bool(np.isfinite(self.weights[2:]).all())
@@ -160,7 +167,9 @@ class Tally:
         self.levels = np.zeros((len(LEVELS) + 1, 2, 3))
         self.highest: list[tuple[float, int, str] | None] = [None] * k
 
-    def document(self, row: int, text: str, mean: np.ndarray, series: np.ndarray, turns: Sequence[tuple[str, np.ndarray]]) -> None:
+    def document(
+        self, row: int, text: str, mean: np.ndarray, series: np.ndarray, turns: Sequence[tuple[str, np.ndarray]]
+    ) -> None:
         """Take a document that was read.
 
         Args:

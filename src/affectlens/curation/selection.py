@@ -219,7 +219,9 @@ class Weights:
             except ValueError:
                 value = math.nan
             if not name or not math.isfinite(value) or name in found:
-                raise FormatError(f"{part.strip()!r} is no weight: write EMOTION=NUMBER, each once, for example calm=0.5,hostile=-1")
+                raise FormatError(
+                    f"{part.strip()!r} is no weight: write EMOTION=NUMBER, each once, for example calm=0.5,hostile=-1"
+                )
             found[name] = value
         return cls(found)
 
