@@ -1,10 +1,9 @@
-"""Scoring a dataset on the toy: planted emotions come first, planted regulation is found, and a killed run goes on to the byte."""
+"""Scoring a dataset on the toy: planted emotions come first, planted regulation is found, a killed run goes on to the byte."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from affectlens.curation.selection import Filter, Weights
 from affectlens.dataset import Dataset
 from affectlens.engine import Request, Result
 from affectlens.engines.toy import CONTEXT, ToyEngine
-from affectlens.errors import AffectlensError, FormatError, RuleError, UnknownName
+from affectlens.errors import AffectlensError, EngineError, FormatError, RuleError, UnknownName
 from affectlens.traces import Probe, read_text
 from affectlens.vectors import ConceptVectors
 from planted import toy_bench
@@ -72,7 +71,7 @@ def dense(concept: str, n: int) -> str:
 
 def plain(seed: int, n: int) -> str:
     """Words that convey nothing and are on no topic."""
-    words = "house table chair street paper water light door window street morning evening hour time people".split()
+    words = ["house", "table", "chair", "street", "paper", "water", "light", "door", "window", "morning", "evening", "hour"]
     return " ".join(np.random.default_rng(seed).choice(words, n).tolist())
 
 
@@ -91,7 +90,7 @@ def run(file: Path, vectors: ConceptVectors, baseline: Baseline, out: Path, **ho
 
 
 def test_the_planted_emotion_scores_highest(vectors: ConceptVectors, baseline: Baseline, tmp_path: Path) -> None:
-    rows = [{"n": i, "text": ENGINE.write(c, f"topic {i}", seed=i, words=60)} for i, c in enumerate([*NAMES, None, None])]
+    rows = [{"n": i, "text": f"{plain(i, 20)} {dense(c, 30) if c else plain(i, 30)}"} for i, c in enumerate([*NAMES, None, None])]
     found = run(written(tmp_path / "a.jsonl", rows), vectors, baseline, tmp_path / "out")
     back = scored(tmp_path / "out")
     assert [{key: row[key] for key in ("n", "text")} for row in back] == rows and found.rows == found.kept == 14
@@ -227,13 +226,8 @@ def test_what_the_model_refuses_is_left_out_and_counted(vectors: ConceptVectors,
         def run(self, requests: Iterable[Request]) -> Iterator[Result]:
             asked = list(requests)
             if any("forbidden" in str(each.prompt) for each in asked):
-                raise al.AffectlensError.__subclasses__()[0] if False else _refusal()
+                raise EngineError("this cannot be read: leave it out")
             return super().run(asked)
-
-    def _refusal() -> Exception:
-        from affectlens.errors import EngineError
-
-        return EngineError("this cannot be read: leave it out")
 
     rows = [{"text": "It rained all day."}, {"text": "forbidden words"}, {"text": "It snowed all day."}]
     found = run(written(tmp_path / "a.jsonl", rows), vectors, baseline, tmp_path / "out", engine=Refusing())
@@ -254,7 +248,8 @@ def test_filters_mean_what_they_say() -> None:
 
     hot = [("text", 0.0, 0.0), ("text", 4.0, -1.0), ("text", 4.0, 0.0), ("text", 0.0, 0.0)]
     assert keeps("angry > 3 for 2 tokens", hot, {}) and not keeps("angry > 3 for 3 tokens", hot, {})
-    assert not keeps("not (angry > 3 for 2 tokens)", hot, {}) and keeps("not angry > 3 for 1 tokens", [], {})
+    assert not keeps("not (angry > 3 for 2 tokens)", hot, {}) and keeps("not (angry > 3 for 2 tokens)", [], {})
+    assert keeps("not angry > 3 for 1 tokens", hot, {}), "for speaks of all before it: there is a token that is not angry"
     assert keeps("mean(angry, 4) >= 2", hot, {}) and not keeps("mean(angry, 5) >= 0", hot, {}), "there are no five tokens"
     assert keeps("angry > 3 and calm < 0 for 1 tokens", hot, {}) and not keeps("angry > 3 and calm < 0 for 2 tokens", hot, {})
     assert keeps("angry > 1", hot, {"angry": 2.0}) and not keeps("angry > 3", hot, {"angry": 2.0}), "alone it is the mean"
@@ -293,15 +288,15 @@ def test_filters_need_axes_and_speakers_that_are_there() -> None:
 
 
 def test_a_filter_keeps_and_counts(vectors: ConceptVectors, baseline: Baseline, tmp_path: Path) -> None:
-    rows = [{"n": i, "text": f"{plain(i, 30)} {dense('angry', 12) if i % 4 == 0 else plain(i + 99, 12)}"} for i in range(40)]
+    rows = [{"n": i, "text": f"{plain(i, 30)} {dense('angry', 20) if i % 4 == 0 else plain(i + 99, 20)}"} for i in range(40)]
     rows.append({"n": 40, "text": ""})
     file = written(tmp_path / "a.jsonl", rows)
-    found = run(file, vectors, baseline, tmp_path / "out", filter="not (angry > 2 for 5 tokens) and tokens > 0", rows=8)
+    found = run(file, vectors, baseline, tmp_path / "out", filter="not (angry > 1 for 5 tokens) and tokens > 0", rows=8)
     assert [row["n"] for row in scored(tmp_path / "out")] == [i for i in range(40) if i % 4]
     assert (found.rows, found.kept) == (41, 30)
     check = next(check for check in found.report.checks if check["name"] == "kept")
     assert check["value"] == "30 of 41" and "11 dropped" in check["detail"]
-    other = run(file, vectors, baseline, tmp_path / "hot", filter="mean(angry, 5) > 2", rows=8)
+    other = run(file, vectors, baseline, tmp_path / "hot", filter="mean(angry, 5) > 1.5", rows=8)
     assert [row["n"] for row in scored(tmp_path / "hot")] == list(range(0, 40, 4)) and other.kept == 10
     none = run(file, vectors, baseline, tmp_path / "none.jsonl", filter="tokens > 1000", rows=8)
     assert none.kept == 0 and none.data.read_bytes() == b""
@@ -367,8 +362,8 @@ def test_hostile_rows(vectors: ConceptVectors, baseline: Baseline, tmp_path: Pat
         {"text": "\ud800 half a character"},
         {"text": "日本語のテキスト 🙂 <script>alert(1)</script>"},
         {"text": "a"},
-        {"text": "x" * 300_000},
-        {"text": " ".join("word" for _ in range(60_000))},
+        {"text": "x" * 150_000},
+        {"text": " ".join("word" for _ in range(20_000))},
     ]
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -376,7 +371,7 @@ def test_hostile_rows(vectors: ConceptVectors, baseline: Baseline, tmp_path: Pat
     back = scored(tmp_path / "out")
     assert [{k: v for k, v in row.items() if k != "affect"} for row in back] == rows
     assert [row["affect"]["tokens"] > 0 for row in back] == [False] * 4 + [True, True, False, False, True]
-    assert back[-1]["affect"]["windows"] == math.ceil(300_000 / (2 * CONTEXT)) and back[-1]["affect"]["tokens"] > 59_000
+    assert back[-1]["affect"]["windows"] == math.ceil(100_000 / (2 * CONTEXT)) and back[-1]["affect"]["tokens"] > 19_900
     page = found.page.read_text(encoding="utf-8")
     assert "<script>alert(1)" not in page and "日本語" in page
     json.loads((tmp_path / "out" / "report.json").read_text())
@@ -439,7 +434,7 @@ al.score_corpus(
 
 
 def test_a_killed_run_goes_on_to_the_byte(vectors: ConceptVectors, baseline: Baseline, tmp_path: Path) -> None:
-    file = texts(tmp_path / "a.jsonl", 300, words=30)
+    file = texts(tmp_path / "a.jsonl", 300, words=10)
     vectors.save(tmp_path / "vectors")
     baseline.save(tmp_path / "baseline.json")
 
@@ -506,7 +501,7 @@ def test_another_setting_is_refused(what: str, vectors: ConceptVectors, baseline
     else:
         how = {"filter": {"filter": "calm > 0"}, "emotions": {"emotions": ("calm",)}, "rows": {"rows": 7}}[what]
     name = "rows of a shard" if what == "rows" else what
-    with pytest.raises(AffectlensError, match=f"was made with other settings: .*{name}.*--fresh") as error:
+    with pytest.raises(AffectlensError, match=rf"was made with other settings: .*{name}.*--fresh") as error:
         run(file, vectors, baseline, out, **how)
     assert "\n" not in str(error.value) and content(out) == before
     run(file, vectors, baseline, out, fresh=True, **how)
@@ -518,7 +513,7 @@ def test_a_broken_piece_of_a_run_is_named(vectors: ConceptVectors, baseline: Bas
     run(file, vectors, baseline, out, rows=10)
     before = content(out)
     (out / "data" / "00001.jsonl").write_text("{}")
-    with pytest.raises(FormatError, match="00001.jsonl is not what was written: delete .*scored.00001.json and run again"):
+    with pytest.raises(FormatError, match=r"00001\.jsonl is not what was written: delete .*00001\.json and run again"):
         run(file, vectors, baseline, out, rows=10)
     (out / "scored" / "00001.json").unlink()
     run(file, vectors, baseline, out, rows=10)
@@ -545,21 +540,21 @@ def test_where_not_to_write(vectors: ConceptVectors, baseline: Baseline, tmp_pat
 
 def test_memory_does_not_grow_with_the_dataset(vectors: ConceptVectors, baseline: Baseline, tmp_path: Path) -> None:
     peaks = []
-    for n in (200, 1600):
-        file, engine = texts(tmp_path / f"{n}.jsonl", n, words=8), Counting()
+    for n in (100, 600):
+        file, engine = texts(tmp_path / f"{n}.jsonl", n, words=4), Counting()
         tracemalloc.start()
         run(file, vectors, baseline, tmp_path / str(n), rows=50, engine=engine)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert engine.read == n and engine.together == 50, "no more than a shard is read together"
-    assert peaks[1] < peaks[0] + 2**20
+    assert peaks[1] < peaks[0] + 2**19
 
 
 def test_a_document_of_any_length_is_read_in_pieces(vectors: ConceptVectors) -> None:
     engine = Counting()
-    document = Document("a", (("text", plain(0, 250_000)),))
-    assert document.size > 5 * TOGETHER
-    assert sum(1 for _ in read(engine.run, [document], Probe(vectors), context=CONTEXT)) == engine.read > 300
+    document = Document("a", (("text", plain(0, 100_000)),))
+    assert document.size > 2 * TOGETHER
+    assert sum(1 for _ in read(engine.run, [document], Probe(vectors), context=CONTEXT)) == engine.read > 100
     assert engine.together <= TOGETHER / (CONTEXT / 2)
 
 
@@ -593,14 +588,10 @@ def test_a_shard_is_a_function_of_its_rows(vectors: ConceptVectors, baseline: Ba
 def peaked(i: int, after: bool, before: bool) -> str:
     """A text with a peak of distress, with calm words around it or with words that keep it up."""
 
-    def side(calm: bool, seed: int) -> str:
-        return (
-            f"{plain(seed, 30)} {dense('calm', 50)} {plain(seed + 1, 40)}"
-            if calm
-            else " ".join(f"{dense(UPSETTING[i % 2], 1)} {plain(seed + k, 1)}" for k in range(100))
-        )
-
-    return f"{side(before, 10 * i)} {dense(UPSETTING[i % 2], 25)} {side(after, 10 * i + 5)}"
+    word = UPSETTING[i % 2]
+    sad = [" ".join(f"{dense(word, 1)} {plain(10 * i + k, 1)}" for k in range(start, start + 100)) for start in (0, 200)]
+    quiet = [f"{plain(10 * i + 1, 20)} {dense('calm', 70)} {plain(10 * i + 2, 10)}" for _ in range(2)]
+    return f"{(quiet if before else sad)[0]} {dense(word, 30)} {(quiet if after else sad)[1]}"
 
 
 def test_a_planted_return_to_calm_is_found(vectors: ConceptVectors, baseline: Baseline, tmp_path: Path) -> None:
@@ -638,10 +629,10 @@ def dialogues(path: Path, met: float, others: float, n: int = 120) -> Path:
     for i in range(n):
         distressed, share = i % 2 == 0, (i // 2 + 0.5) / (n / 2)
         composed = share < (met if distressed else others)
-        user = dense("afraid", 25) if distressed else plain(i, 25)
+        user = dense("afraid" if distressed else "happy", 25)
         reply = dense("calm", 25) if composed else dense("nervous" if i % 4 < 2 else "desperate", 25)
-        quiet = [("user", plain(i + 500, 12)), ("assistant", plain(i + 900, 12))]
-        turns = [("user", user), ("assistant", reply), *quiet]
+        quiet = [("user", dense("calm", 12)), ("assistant", plain(i, 12))]
+        turns = [*quiet, ("user", user), ("assistant", reply)]
         rows.append({"messages": [{"role": role, "content": words} for role, words in turns]})
     return written(path, rows)
 
@@ -726,7 +717,7 @@ def test_the_command(vectors: ConceptVectors, tmp_path: Path, monkeypatch: pytes
         (["--text", "body"], "a.jsonl has no column 'body': its columns are id, text"),
         ([], "other settings"),
     ):
-        bad = CliRunner().invoke(main, [*arguments[: 7 if more else 6], *more])
+        bad = CliRunner().invoke(main, [*arguments[:6], *more])
         assert bad.exit_code == 1 and line in bad.stderr, bad.output
 
 
@@ -739,4 +730,4 @@ def test_the_report_has_figures_for_what_there_is(vectors: ConceptVectors, basel
     for each in (first, second):
         assert all(f.caption and f.title for f in each.report.figures)
         assert {t.id.partition("-")[2] for t in each.report.tables} == {"families", "levels", "highest"}
-        assert each.page.name == "report.html" and os.path.getsize(each.page) > 10_000
+        assert each.page.name == "report.html" and each.page.stat().st_size > 10_000

@@ -179,10 +179,10 @@ def test_what_cannot_be_a_dataset_is_refused(tmp_path: Path) -> None:
         Dataset(tmp_path / "mixed")
     (tmp_path / "mixed" / "a.jsonl").unlink()
     parquet(tmp_path / "mixed" / "b.parquet", [{**row, "id": str(row["id"])} for row in ROWS])
-    with pytest.raises(FormatError, match="column 'id' of another type than a.parquet"):
+    with pytest.raises(FormatError, match=r"column 'id' of another type than a\.parquet"):
         Dataset(tmp_path / "mixed")
     parquet(tmp_path / "mixed" / "b.parquet", [{"text": "a"}])
-    with pytest.raises(FormatError, match="other columns than a.parquet"):
+    with pytest.raises(FormatError, match=r"other columns than a\.parquet"):
         Dataset(tmp_path / "mixed")
     table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     pq.write_table(table, tmp_path / "double.parquet")

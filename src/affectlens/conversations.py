@@ -277,8 +277,8 @@ def read(run: Run, talks: Iterable[Conversation], *readouts: Readout, template: 
 def tried(run: Run, asked: list[Request]) -> Iterator[tuple[Result | None, Request, str]]:
     """Results of requests, each with the request that gave it, and why there is none.
 
-    Engines refuse a whole batch for one request that they cannot run; and a template may refuse turns for reasons of its own, which
-    are then read as a plain transcript.
+    Engines refuse a whole batch for one request that they cannot run; and a template may refuse turns for reasons of its own,
+    which are then read as a plain transcript.
 
     Args:
         run: What runs requests.

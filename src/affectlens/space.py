@@ -141,8 +141,8 @@ def rating_axes(ratings: np.ndarray) -> np.ndarray | None:
         ratings: Pleasure and arousal of each concept, ``(R, 2)``.
 
     Returns:
-        Weights ``(2, R)``: times the scores they give valence and arousal, in the scores' unit for each unit of rating. None where
-        fewer than :data:`RATED` concepts are rated, or ratings lie on a line.
+        Weights ``(2, R)``: times the scores they give valence and arousal, in the scores' unit for each unit of rating. None
+        where fewer than :data:`RATED` concepts are rated, or ratings lie on a line.
 
     Example:
         >>> ratings = np.array([[1, 0], [-1, 0], [0, 1], [0, -1], [1, 1], [-1, -1.0]])

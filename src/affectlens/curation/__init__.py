@@ -5,12 +5,13 @@
     OUT/report.html            what the dataset is like (:mod:`affectlens.curation.regulation`)
     OUT/run.json               settings; another model, dataset, filter … is refused here
 
-A shard is a pure function of its rows (:func:`score_shard`), and tallies add up, so shards can be read by any number of workers. A
-run can be killed at any moment: what has its file in ``scored`` is done, everything else is made again, byte for byte the same.
+A shard is a pure function of its rows (:func:`score_shard`), and tallies add up, so shards can be read by any number of workers.
+A run can be killed at any moment: what has its file in ``scored`` is done, everything else is made again, byte for byte the same.
 
-**Scores** are z against a baseline, each token in its context, all tokens but the first of each text that is put to the model. The
-document's own words are its text, or in a conversation the assistant's. ``mean`` is over them; ``peak`` is the highest mean of 15 of
-them in a row, since single tokens fluctuate strongly (of fewer than 15 words, their mean). Scores are rounded to thousandths.
+**Scores** are z against a baseline, each token in its context, all tokens but the first of each text that is put to the model.
+The document's own words are its text, or in a conversation the assistant's. ``mean`` is over them; ``peak`` is the highest mean
+of 15 of them in a row, since single tokens fluctuate strongly (of fewer than 15 words, their mean). Scores are rounded to
+thousandths.
 
 **Long documents** are cut, never truncated: a text of more bytes than twice the model's context (at most :data:`LONGEST`) is read
 in windows that end with a sentence, a conversation in windows of whole turns. Where a window still does not fit it is halved. A
@@ -507,8 +508,8 @@ def _cell(document: Document, reading: _Reading, scorer: Scorer) -> dict[str, An
     if scorer.source.dialogue:
         cell["turns"] = []
         for number, (role, _) in enumerate(document.turns):
-            _, n, sums = reading.turns.get(number, (role, 0, None))
-            own = sums / n if n else None
+            known = reading.turns.get(number)
+            n, own = (known[1], known[2] / known[1]) if known else (0, None)
             cell["turns"].append({"role": role, "tokens": n, **axes(own), "mean": scores(own)})
     return cell
 

@@ -15,7 +15,6 @@ from affectlens.curation.regulation import (
     FEW,
     GRID,
     LEVELS,
-    MEASURES,
     NAME,
     PEAK,
     WITHIN,
@@ -62,7 +61,8 @@ def tables(tally: Tally, what: str, *, filtered: str | None) -> list[Table]:
             (name, e.value, _ends(e), f"{null.low:.1f} to {null.high:.1f}", null.p, q, e.n) for name, e, null, q in shares
         )
         caption = (
-            f"Share of the {what} in which the mean score of the family is the highest; chance: names of emotions exchanged between "
+            f"Share of the {what} in which the mean score of the family is the highest; chance: names of emotions exchanged "
+            f"between "
             "families of the same sizes; q: p corrected for the number of families."
         )
         head = ("family", "%", "95 % interval", "chance (95 %)", "p", "q", "n")
@@ -70,7 +70,8 @@ def tables(tally: Tally, what: str, *, filtered: str | None) -> list[Table]:
     rows_of_means = tuple((name, e.value, _ends(e, 3), deviation, e.n) for name, e, deviation in tally.means())
     if rows_of_means:
         caption = (
-            "Mean over documents with its interval, in standard deviations of ordinary text (z), where 0 is usual; valence and arousal "
+            "Mean over documents with its interval, in standard deviations of ordinary text (z), where 0 is usual; valence "
+            "and arousal "
             "in z for each unit of human rating."
         )
         made.append(
@@ -134,7 +135,8 @@ def _families(tally: Tally) -> Figure | None:
     figure.update_yaxes(showgrid=False, zeroline=False, ticks="").update_xaxes(showgrid=True, rangemode="tozero")
     n = int(tally.family.sum())
     caption = (
-        f"Share of {n:,} documents in which each family of emotions has the highest mean score, with 95 % intervals (Wilson). Diamonds: "
+        f"Share of {n:,} documents in which each family of emotions has the highest mean score, with 95 % intervals (Wilson). "
+        f"Diamonds: "
         "the same with names exchanged between families, and 95 % of such exchanges."
     )
     return to_figure(f"{NAME}-families", "Families that prevail", caption, figure)
@@ -163,7 +165,8 @@ def _plane(tally: Tally) -> Figure | None:
         low, high = min(ends[axis][0], 0.0), max(ends[axis][1], 0.0)
         update(range=[low - 3 * step, high + 3 * step], zeroline=True, showgrid=True)
     caption = (
-        f"{n:,} documents by the valence and arousal of their mean scores (z for each unit of human rating, least squares over the rated "
+        f"{n:,} documents by the valence and arousal of their mean scores (z for each unit of human rating, least squares "
+        f"over the rated "
         "words). The lines through 0 are the usual level of the baseline; what lies beyond 4 is counted at the edge."
     )
     return to_figure(f"{NAME}-plane", "Valence and arousal", caption, figure)
@@ -179,7 +182,8 @@ def _course(tally: Tally) -> Figure | None:
         if tally.course[0, number, 0] >= FEW:
             _line(figure, at, tally.course[:, number], name, number)
     caption = (
-        f"Mean over up to {most:,} documents of {2 * COURSE} tokens or more, in {COURSE} parts of equal length; bands: 95 % interval over "
+        f"Mean over up to {most:,} documents of {2 * COURSE} tokens or more, in {COURSE} parts of equal length; bands: 95 % "
+        f"interval over "
         "documents. 0 is the usual level."
     )
     return to_figure(f"{NAME}-course", "From the first word to the last", caption, figure)
@@ -203,8 +207,10 @@ def _peak(tally: Tally) -> Figure | None:
         figure.add_annotation(**_USUAL, text=text, xref="paper", x=1, xanchor="right", y=level, yanchor="bottom", yshift=1)
     after, before = int(tally.returns[1].sum()), int(tally.returns[:, 1].sum())
     caption = (
-        f"Mean distress over {STRETCH} tokens around the highest stretch of {n:,} documents with {WITHIN} tokens on both sides; band: 95 % "
-        f"interval. {100 * after / n:.0f} % are calm again within {WITHIN} tokens, {100 * before / n:.0f} % were within {WITHIN} tokens before. "
+        f"Mean distress over {STRETCH} tokens around the highest stretch of {n:,} documents with {WITHIN} tokens on both "
+        f"sides; band: 95 % "
+        f"interval. {100 * after / n:.0f} % are calm again within {WITHIN} tokens, {100 * before / n:.0f} % were within "
+        f"{WITHIN} tokens before. "
         "The curve that is read backwards shows what comes down merely because it was a peak."
     )
     return to_figure(f"{NAME}-peak", "Around the peak of distress", caption, figure)
@@ -231,7 +237,8 @@ def _replies(tally: Tally) -> Figure | None:
     figure.add_vline(x=PEAK, line={"color": GREY, "width": 1, "dash": "dot"})
     figure.add_annotation(**_USUAL, text="distressed", x=PEAK, xanchor="left", xshift=3, yref="paper", y=0, yanchor="bottom")
     caption = (
-        f"Mean distress and composure ({COMPOSURE}) of {int(sums[:, 0, 0].sum()):,} replies, by the distress of the user's turn before; bars: "
+        f"Mean distress and composure ({COMPOSURE}) of {int(sums[:, 0, 0].sum()):,} replies, by the distress of the user's "
+        f"turn before; bars: "
         "95 % interval over turns, which overlooks that turns of one dialogue are alike. z of each speaker against that speaker."
     )
     return to_figure(f"{NAME}-replies", "What distress is met with", caption, figure)

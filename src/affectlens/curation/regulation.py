@@ -8,21 +8,24 @@ fixed memory, and shards may be read by different workers. Declared before any d
 * **Families.** A document belongs to the family (published cluster) with the highest mean score. Null: the names of the emotions
   exchanged between families of the same sizes, since the mean of few words is more often extreme than that of many.
 * **Return to calm.** Distress is averaged over 15 tokens. A document has a *peak* where its highest stretch reaches
-  :data:`PEAK`, and *returns to calm* when within the next :data:`WITHIN` tokens some stretch is at or below :data:`CALM`, the usual
-  level. Counted are documents with so many tokens on both sides of the peak, so that none is judged by an end that came too
-  early. Null: documents read backwards. What comes down after its highest point comes up before it too, and a share that is
-  the same in both directions is regression to the mean and no regulation.
-* **Composure in reply.** A user's turn is *distressed* where its mean distress reaches :data:`PEAK`, an assistant's turn is *composed*
+  :data:`PEAK`, and *returns to calm* when within the next :data:`WITHIN` tokens some stretch is at or below :data:`CALM`, the
+  usual level. Counted are documents with so many tokens on both sides of the peak, so that none is judged by an end that came too
+  early. Null: documents read backwards. What comes down after its highest point comes up before it too, and a share that is the
+  same in both directions is regression to the mean and no regulation.
+* **Composure in reply.** A user's turn is *distressed* where its mean distress reaches :data:`PEAK`, an assistant's turn is
+*composed*
   where its mean distress is at or below :data:`CALM` and its composure at or above it. Each dialogue counts once, with its most
-  distressed user's turn and the reply to it: turns of one dialogue are not independent. Null: replies exchanged between dialogues.
+  distressed user's turn and the reply to it: turns of one dialogue are not independent. Null: replies exchanged between
+  dialogues.
 * **Intervals.** Wilson's for shares, Student's for means; the unit is the document.
 * **Conditions.** :data:`FEW` documents with a peak; :data:`FEW` distressed dialogues, and as many others.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +120,7 @@ class Measures:
     def id(self) -> str:
         """Content hash."""
         families = {name: own.tolist() for name, own in self.families.items()}
-        return content_id([self.names, families, np.where(np.isfinite(self.weights), self.weights, None).tolist()])
+        return content_id([self.names, families, np.nan_to_num(self.weights, nan=-1e9).tolist()])
 
     @property
     def axes(self) -> bool:
@@ -227,7 +230,7 @@ class Tally:
     def _exchanges(self, turns: Sequence[tuple[str, np.ndarray]]) -> None:
         pairs = [
             (user[0], reply[:2])
-            for (one, user), (other, reply) in zip(turns, turns[1:], strict=False)
+            for (one, user), (other, reply) in itertools.pairwise(turns)
             if (one, other) == ("user", "assistant") and np.isfinite([user[0], *reply[:2]]).all()
         ]
         if not pairs:
@@ -296,7 +299,8 @@ class Tally:
             draws=draws, seed=seed, side="greater", kind="documents read backwards",
         )  # fmt: skip
         note = (
-            f"Of {n} documents whose distress reaches {PEAK:g} z over {STRETCH} tokens, {after} are at or below {CALM:g} again within "
+            f"Of {n} documents whose distress reaches {PEAK:g} z over {STRETCH} tokens, {after} are at or below {CALM:g} "
+            f"again within "
             f"{WITHIN} tokens, {before} were so within {WITHIN} tokens before."
         )
         return RETURN.tested(estimate, null, estimate.low > null.value, note)
@@ -320,8 +324,9 @@ class Tally:
         )  # fmt: skip
         turns, together = self.facts["distressed"], self.facts["composed"]
         note = (
-            f"Of {n} dialogues with a distressed turn (mean distress {PEAK:g} z or more) {met} are met with a composed reply, of the other "
-            f"{others} {composed - met}; over all turns {together} of {turns}."
+            f"Of {n} dialogues with a distressed turn (mean distress {PEAK:g} z or more) {met} are met with a composed reply, "
+            f"of the "
+            f"other {others} {composed - met}; over all turns {together} of {turns}."
         )
         return REPLIES.tested(estimate, null, estimate.low > null.value, note)
 
@@ -336,9 +341,9 @@ class Tally:
         found = []
         for number, name in enumerate(self.measures.families):
             estimate = _percent(wilson(int(self.family[number]), n))
-            drawn = iter((100 * self.exchanged[:, number] / n).tolist())
+            drawn = (100 * self.exchanged[:, number] / n).tolist()
             how: dict[str, Any] = {"draws": EXCHANGES, "kind": "names exchanged between families"}
-            found.append((name, estimate, permutation_null(float, estimate.value, permute=lambda _, d=drawn: next(d), **how)))
+            found.append((name, estimate, permutation_null(float, estimate.value, permute=_recorded(drawn), **how)))
         q = benjamini_hochberg([null.p for _, _, null in found]).tolist()
         rows = [(*row, own) for row, own in zip(found, q, strict=True)]
         return sorted(rows, key=lambda row: -row[1].value)
@@ -362,6 +367,12 @@ def curve(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     variance = np.maximum(squares - n * mean**2, 0) / np.maximum(n - 1, 1)
     half = np.where(few, np.nan, distributions.t.ppf(0.975, np.maximum(n - 1, 1)) * np.sqrt(variance / np.maximum(n, 1)))
     return mean, mean - half, mean + half
+
+
+def _recorded(values: list[float]) -> Callable[[np.random.Generator], float]:
+    """Arrangements that were counted beforehand, one after the other."""
+    rest = iter(values)
+    return lambda rng: next(rest)
 
 
 def _composed(reply: np.ndarray) -> bool:

@@ -7,11 +7,11 @@ A **filter** is a condition of :mod:`affectlens.rules`, said of a whole document
     mean(angry, 50) > 2 or user.afraid > 1.5
 
 *A name alone is the mean over the document's words; what counts tokens speaks of some place in it.* So ``hostile > 3`` compares
-the mean, ``hostile > 3 for 5 tokens`` is true where there are five such tokens in a row somewhere, ``mean(hostile, 50) > 2`` where
-some 50 tokens have that mean, and ``not (…)`` where there is no such place. ``and``, ``or`` and ``not`` are about the document. A
-name alone means the words that are the document's own: the text, or the assistant's words; ``user.afraid`` those of the user.
-Beside the emotions there are ``valence``, ``arousal`` and ``tokens``. A document of which something that is asked is unknown (it
-has no words, or none of that speaker) is not kept.
+the mean, ``hostile > 3 for 5 tokens`` is true where there are five such tokens in a row somewhere, ``mean(hostile, 50) > 2``
+where some 50 tokens have that mean, and ``not (…)`` where there is no such place. ``and``, ``or`` and ``not`` are about the
+document. A name alone means the words that are the document's own: the text, or the assistant's words; ``user.afraid`` those of
+the user. Beside the emotions there are ``valence``, ``arousal`` and ``tokens``. A document of which something that is asked is
+unknown (it has no words, or none of that speaker) is not kept.
 
 **Weights** tilt a dataset: ``calm=0.5,hostile=-1`` gives a document the weight ``exp(0.5 calm - hostile)`` of its mean scores. Of
 all ways to reweight a dataset so that these means move by so much, this one changes it least otherwise (the smallest
@@ -249,10 +249,11 @@ class Weights:
             >>> Weights({"calm": 1.0, "hostile": -2.0}).of({"calm": 0.5, "hostile": 1.0}.get, "row 1")
             0.22313
         """
-        known = {name: value(name) for name in self.coefficients}
-        if any(each is None for each in known.values()):
-            return None
-        power = sum(known[name] * coefficient for name, coefficient in self.coefficients.items())  # type: ignore[operator]
+        power = 0.0
+        for name, coefficient in self.coefficients.items():
+            if (known := value(name)) is None:
+                return None
+            power += coefficient * known
         if abs(power) > 80:
             raise FormatError(f"{where} gets the weight exp({power:.0f}): use smaller coefficients")
         return float(f"{math.exp(power):.6g}")
