@@ -155,8 +155,9 @@ def _plane(tally: Tally) -> Figure | None:
     shown = np.where(counts[window] > 0, counts[window], np.nan)
     figure = blank(x="valence", y="arousal", height=420)
     bar = {"title": {"text": "documents", "side": "top"}, "thickness": 9, "outlinewidth": 0, "len": 1, "x": 1.01}
+    x, y = places[columns[0] : columns[-1] + 1].round(3), places[rows[0] : rows[-1] + 1].round(3)
     figure.add_heatmap(
-        z=shown, x=places[columns[0] : columns[-1] + 1].round(3), y=places[rows[0] : rows[-1] + 1].round(3), coloraxis="coloraxis",
+        z=shown, x=x, y=y, coloraxis="coloraxis",
         hovertemplate="valence %{x:.2f}, arousal %{y:.2f}<br>%{z} documents<extra></extra>", hoverongaps=False,
     )  # fmt: skip
     scale = [(0.0, "#cfdeef"), *SEQUENTIAL[1:]]
