@@ -191,12 +191,17 @@ class Dataset:
                 shards.append(Shard(len(shards), number, start, held, total - held, first_line))
         return shards
 
-    def read(self, shard: Shard) -> Part:
-        """The rows of a shard. Reading shards in their order reads each file once."""
+    def read(self, shard: Shard, *, columns: Sequence[str] = ()) -> Part:
+        """The rows of a shard. Reading shards in their order reads each file once.
+
+        Args:
+            shard: One of the plan.
+            columns: Which columns of a table to give as plain data; default: all.
+        """
         file = self.files[shard.file]
         if self._cursor is None or (self._cursor.file, self._cursor.position) != (file, shard.start):
             self._cursor = _Cursor(self, file, shard.start, shard.line)
-        return self._cursor.take(shard.rows)
+        return self._cursor.take(shard.rows, columns)
 
     def join(self, parts: Sequence[Path], file: Path) -> None:
         """Make one file of the files of shards, in order, atomically."""
@@ -285,7 +290,7 @@ class _Cursor:
         else:
             self._text = dataset._text_rows(file, start, line)
 
-    def take(self, rows: int) -> Part:
+    def take(self, rows: int, columns: Sequence[str]) -> Part:
         if self.dataset.kind in TABLES:
             import pyarrow as pa
 
@@ -296,7 +301,7 @@ class _Cursor:
             self._rest = rest.to_batches() if len(rest) else []
             places = [self.dataset._place(self.file, self.position + i + 1) for i in range(rows)]
             self.position += rows
-            return Part(table.to_pylist(), places, table, self.dataset)
+            return Part((table.select(list(columns)) if columns else table).to_pylist(), places, table, self.dataset)
         taken = [next(self._text) for _ in range(rows)]
         self.position = taken[-1][3]
         places = [self.dataset._place(self.file, line) for _, _, line, _ in taken]

@@ -585,10 +585,10 @@ def score_corpus(
         baseline = Baseline.measure(engine, neutral_dialogues(engine), probe=probe, source="neutral dialogues")
     measures = Measures.of(vectors.names, concepts or ConceptSet.load("emotions"))
     scorer = Scorer(scoring, source, probe, baseline, measures)
-    shards = data.plan(_looked(scorer), columns=() if data.kind not in TABLES else source.columns, rows=rows)
     if taken := [name for name in scorer.columns() if name in data.columns]:
         fix = "name another one with --column" if taken[0] == scoring.column else "rename it"
         raise FormatError(f"{data.name} has a column {taken[0]!r} already: {fix}")
+    shards = data.plan(_looked(scorer), columns=() if data.kind not in TABLES else source.columns, rows=rows)
     what = {
         "dataset": data.id,
         "model": engine.info.fingerprint,
@@ -646,6 +646,8 @@ def _shards(engine: Engine, data: Dataset, shards: Sequence[Shard], scorer: Scor
     folder.mkdir(exist_ok=True)
     missing = set(stage.pending(len(shards), ".json"))
     for old in folder.iterdir():  # of a shard that was not finished, or of a run that was discarded
+        if old.is_dir():
+            continue
         if not old.stem.isdigit() or int(old.stem) in missing or int(old.stem) >= len(shards):
             old.unlink()
     with Progress() as progress:
@@ -653,7 +655,7 @@ def _shards(engine: Engine, data: Dataset, shards: Sequence[Shard], scorer: Scor
         for shard in shards:
             if shard.number not in missing:
                 continue
-            part = data.read(shard)
+            part = data.read(shard, columns=scorer.source.columns)
             columns, keep, tally = score_shard(engine, part, scorer, row=shard.row)
             file = folder / stage.shard_path(shard.number, data.suffix).name
             kept = int(keep.sum())

@@ -62,8 +62,7 @@ def tables(tally: Tally, what: str, *, filtered: str | None) -> list[Table]:
         )
         caption = (
             f"Share of the {what} in which the mean score of the family is the highest; chance: names of emotions exchanged "
-            f"between "
-            "families of the same sizes; q: p corrected for the number of families."
+            "between families of the same sizes; q: p corrected for the number of families."
         )
         head = ("family", "%", "95 % interval", "chance (95 %)", "p", "q", "n")
         made.append(Table(f"{NAME}-families", "Families that prevail", caption, head, rows))
@@ -71,8 +70,7 @@ def tables(tally: Tally, what: str, *, filtered: str | None) -> list[Table]:
     if rows_of_means:
         caption = (
             "Mean over documents with its interval, in standard deviations of ordinary text (z), where 0 is usual; valence "
-            "and arousal "
-            "in z for each unit of human rating."
+            "and arousal in z for each unit of human rating."
         )
         made.append(
             Table(f"{NAME}-levels", "Levels", caption, ("measure", "mean", "95 % interval", "deviation", "n"), rows_of_means)
@@ -113,31 +111,24 @@ def _families(tally: Tally) -> Figure | None:
         return None
     names = [name for name, _, _, _ in shares]
     figure = blank(x="documents, %", height=120 + 30 * len(names))
-    middle = [null.value for _, _, null, _ in shares]
-    reach = {
-        "array": [null.high - null.value for _, _, null, _ in shares],
-        "arrayminus": [n.value - n.low for _, _, n, _ in shares],
-    }
     figure.add_bar(
-        y=names, x=[e.value for _, e, _, _ in shares], orientation="h", name="documents", marker={"color": PALETTE[0]},
-        width=0.62,
+        y=names, x=[null.high - null.low for _, _, null, _ in shares], base=[null.low for _, _, null, _ in shares],
+        orientation="h", name="95 % under chance", marker={"color": GREY, "opacity": 0.25}, width=0.84, hoverinfo="skip",
+    )  # fmt: skip
+    figure.add_bar(
+        y=names, x=[e.value for _, e, _, _ in shares], orientation="h", name="documents", marker={"color": PALETTE[0]}, width=0.4,
         error_x={
             "type": "data", "symmetric": False, "array": [e.high - e.value for _, e, _, _ in shares],
             "arrayminus": [e.value - e.low for _, e, _, _ in shares], "thickness": 1.2, "width": 3,
         },
-        hovertemplate="%{y}<br>%{x:.1f} %<extra></extra>",
+        customdata=[f"{e}<br>{null}" for _, e, null, _ in shares], hovertemplate="%{y}<br>%{customdata}<extra></extra>",
     )  # fmt: skip
-    figure.add_scatter(
-        y=names, x=middle, mode="markers", name="chance", marker={"color": GREY, "symbol": "diamond", "size": 7},
-        error_x={"type": "data", "symmetric": False, **reach, "thickness": 1, "width": 0},
-        hovertemplate="%{y}<br>chance %{x:.1f} %<extra></extra>",
-    )  # fmt: skip
+    figure.update_layout(barmode="overlay", yaxis_ticklabelstandoff=6)
     figure.update_yaxes(showgrid=False, zeroline=False, ticks="").update_xaxes(showgrid=True, rangemode="tozero")
     n = int(tally.family.sum())
     caption = (
         f"Share of {n:,} documents in which each family of emotions has the highest mean score, with 95 % intervals (Wilson). "
-        f"Diamonds: "
-        "the same with names exchanged between families, and 95 % of such exchanges."
+        "Grey: what 95 % of exchanges of names between families of the same sizes give."
     )
     return to_figure(f"{NAME}-families", "Families that prevail", caption, figure)
 
@@ -164,11 +155,12 @@ def _plane(tally: Tally) -> Figure | None:
     figure.update_layout(coloraxis={"colorscale": scale, "cmin": 0, "cmax": int(counts.max()), "colorbar": bar})
     for axis, update in (("x", figure.update_xaxes), ("y", figure.update_yaxes)):
         low, high = min(ends[axis][0], 0.0), max(ends[axis][1], 0.0)
-        update(range=[low - 3 * step, high + 3 * step], zeroline=True, showgrid=True)
+        update(range=[low - 3 * step, high + 3 * step], zeroline=False, showgrid=True)
+    usual = {"color": GREY, "width": 1, "dash": "dot"}
+    figure.add_hline(y=0, line=usual).add_vline(x=0, line=usual)
     caption = (
-        f"{n:,} documents by the valence and arousal of their mean scores (z for each unit of human rating, least squares "
-        f"over the rated "
-        "words). The lines through 0 are the usual level of the baseline; what lies beyond 4 is counted at the edge."
+        f"{n:,} documents by the valence and arousal of their mean scores (z for each unit of human rating, least squares over "
+        "the rated words). Dotted: the usual level of the baseline; what lies beyond 4 is counted at the edge."
     )
     return to_figure(f"{NAME}-plane", "Valence and arousal", caption, figure)
 
@@ -184,8 +176,7 @@ def _course(tally: Tally) -> Figure | None:
             _line(figure, at, tally.course[:, number], name, number)
     caption = (
         f"Mean over up to {most:,} documents of {2 * COURSE} tokens or more, in {COURSE} parts of equal length; bands: 95 % "
-        f"interval over "
-        "documents. 0 is the usual level."
+        "interval over documents. 0 is the usual level."
     )
     return to_figure(f"{NAME}-course", "From the first word to the last", caption, figure)
 
@@ -209,10 +200,9 @@ def _peak(tally: Tally) -> Figure | None:
     after, before = int(tally.returns[1].sum()), int(tally.returns[:, 1].sum())
     caption = (
         f"Mean distress over {STRETCH} tokens around the highest stretch of {n:,} documents with {WITHIN} tokens on both "
-        f"sides; band: 95 % "
-        f"interval. {100 * after / n:.0f} % are calm again within {WITHIN} tokens, {100 * before / n:.0f} % were within "
-        f"{WITHIN} tokens before. "
-        "The curve that is read backwards shows what comes down merely because it was a peak."
+        f"sides; band: 95 % interval. {100 * after / n:.0f} % are calm again within {WITHIN} tokens, {100 * before / n:.0f} % "
+        f"were within {WITHIN} tokens before. The curve that is read backwards shows what comes down merely because it was a "
+        "peak."
     )
     return to_figure(f"{NAME}-peak", "Around the peak of distress", caption, figure)
 
@@ -239,8 +229,8 @@ def _replies(tally: Tally) -> Figure | None:
     figure.add_annotation(**_USUAL, text="distressed", x=PEAK, xanchor="left", xshift=3, yref="paper", y=0, yanchor="bottom")
     caption = (
         f"Mean distress and composure ({COMPOSURE}) of {int(sums[:, 0, 0].sum()):,} replies, by the distress of the user's "
-        f"turn before; bars: "
-        "95 % interval over turns, which overlooks that turns of one dialogue are alike. z of each speaker against that speaker."
+        "turn before; bars: 95 % interval over turns, which overlooks that turns of one dialogue are alike. z of each speaker "
+        "against that speaker."
     )
     return to_figure(f"{NAME}-replies", "What distress is met with", caption, figure)
 

@@ -299,9 +299,8 @@ class Tally:
             draws=draws, seed=seed, side="greater", kind="documents read backwards",
         )  # fmt: skip
         note = (
-            f"Of {n} documents whose distress reaches {PEAK:g} z over {STRETCH} tokens, {after} are at or below {CALM:g} "
-            f"again within "
-            f"{WITHIN} tokens, {before} were so within {WITHIN} tokens before."
+            f"Of {n} documents whose distress reaches {PEAK:g} z over {STRETCH} tokens, {after} are at or below {CALM:g} again "
+            f"within {WITHIN} tokens, {before} were so within {WITHIN} tokens before."
         )
         return RETURN.tested(estimate, null, estimate.low > null.value, note)
 
@@ -325,8 +324,7 @@ class Tally:
         turns, together = self.facts["distressed"], self.facts["composed"]
         note = (
             f"Of {n} dialogues with a distressed turn (mean distress {PEAK:g} z or more) {met} are met with a composed reply, "
-            f"of the "
-            f"other {others} {composed - met}; over all turns {together} of {turns}."
+            f"of the other {others} {composed - met}; over all turns {together} of {turns}."
         )
         return REPLIES.tested(estimate, null, estimate.low > null.value, note)
 
