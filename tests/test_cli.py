@@ -42,6 +42,10 @@ OPTIONS = {
         "--allow", "--baseline", "--device", "--dtype", "--gap", "--html", "--json", "--kind", "--layer", "--model", "--rules",
         "--top",
     ],
+    "score-corpus": [
+        "--allow", "--baseline", "--column", "--concepts", "--device", "--dtype", "--emotions", "--filter", "--fresh", "--json",
+        "--layer", "--messages", "--model", "--out", "--text", "--vectors", "--weights",
+    ],
     "baseline": ["--allow", "--device", "--dtype", "--json", "--layer", "--model", "--out"],
     "rules check": [
         "--allow", "--baseline", "--device", "--dtype", "--json", "--layer", "--model", "--on", "--vectors",
@@ -68,6 +72,7 @@ ARGUMENTS = {
     "calibrate": ["vectors"],
     "steer": ["vectors", "prompt"],
     "score": ["vectors", "file"],
+    "score-corpus": ["dataset"],
     "baseline": ["vectors", "file"],
     "rules check": ["rules"],
     "browse": ["vectors", "file"],

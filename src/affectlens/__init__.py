@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from affectlens.activations import Activations
     from affectlens.baseline import Baseline
     from affectlens.concepts import ConceptSet
+    from affectlens.curation import Scoring, score_corpus
     from affectlens.discovery import Recipe, discover
     from affectlens.engine import Readout, Request, Sampling, Steering, Where, open_engine
     from affectlens.engines.residual import steer
@@ -39,10 +40,12 @@ _HOME = {
     "Report": "report",
     "Request": "engine",
     "Sampling": "engine",
+    "Scoring": "curation",
     "Steering": "engine",
     "Where": "engine",
     "discover": "discovery",
     "open_engine": "engine",
+    "score_corpus": "curation",
     "steer": "engines.residual",
     "study": "pipeline",
 }
@@ -59,10 +62,12 @@ __all__ = [
     "Report",
     "Request",
     "Sampling",
+    "Scoring",
     "Steering",
     "Where",
     "discover",
     "open_engine",
+    "score_corpus",
     "steer",
     "study",
 ]

@@ -40,7 +40,7 @@ class Commands(click.Group):
             click.echo(f"affectlens: {error}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
-            resumable = ctx.invoked_subcommand in ("study", "discover")
+            resumable = ctx.invoked_subcommand in ("study", "discover", "score-corpus")
             click.echo(f"affectlens: interrupted{f'; to go on: {ctx.obj}' if resumable else ''}", err=True)
             ctx.exit(1)
 
@@ -528,6 +528,61 @@ def measure_baseline(vectors: ConceptVectors, engine: Engine, file: Path | None,
     if out is not None:
         found.save(out)
     return found
+
+
+@main.command("score-corpus")
+@click.argument("dataset")
+@click.option("--vectors", required=True, help="A run, or a folder of vectors.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="A folder, or a file of the format of DATASET.")
+@click.option("--text", metavar="COLUMN", help="The column with texts.  [default: found by custom]")
+@click.option("--messages", metavar="COLUMN", help="The column with conversations, or two columns: prompt,response.")
+@click.option("--emotions", help="Whose scores are written, separated by commas.  [default: all]")
+@click.option("--filter", "chosen", metavar="RULE", help="Write only what this holds of: 'not (hostile > 3 for 5 tokens)'.")
+@click.option("--weights", metavar="MIX", help="Add a column weight, exp of calm=0.5,hostile=-1 (mean scores).")
+@click.option("--column", default="affect", show_default=True, help="Name of the column with scores.")
+@click.option("--baseline", type=FILE, help="What z is stated against.  [default: that beside the vectors]")
+@shared("concepts", "fresh", "layer", "model", "device", "dtype", "allow", "json")
+def score_corpus(
+    dataset: str,
+    vectors: str,
+    out: Path,
+    emotions: str | None,
+    chosen: str | None,
+    baseline: Path | None,
+    concepts: str,
+    fresh: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Add emotion scores to every row of DATASET, report on it, and select by them. Resumes where it stopped.
+
+    DATASET is a JSONL, CSV, TSV or parquet file, a folder of one kind of them, a folder that datasets saved, or org/name[:split].
+    """
+    from affectlens.concepts import ConceptSet
+    from affectlens.curation import Scoring
+    from affectlens.curation import score_corpus as score
+    from affectlens.curation.selection import Filter, Weights
+
+    names = tuple(dict.fromkeys(name.strip() for name in (emotions or "").split(",") if name.strip()))
+    taken = {name: options.pop(name) for name in ("text", "messages", "weights", "column")}
+    scoring = Scoring(emotions=names, filter=chosen, **taken)
+    if chosen is not None:
+        Filter.parse(chosen)  # before a model is loaded
+    if scoring.weights is not None:
+        Weights.parse(scoring.weights)
+    known = ConceptSet.load(concepts)
+    loaded, engine = _vectors_and_engine(vectors, **options)
+    found = score(
+        engine, dataset, vectors=loaded, out=out, baseline=_baseline(vectors, loaded, engine, baseline), scoring=scoring,
+        concepts=known, command=click.get_current_context().obj, fresh=fresh,
+    )  # fmt: skip
+    if as_json:
+        facts = {"data": str(found.data), "rows": found.rows, "kept": found.kept, "report": str(found.page)}
+        claims = [finding.as_dict() for finding in found.report.findings]
+        click.echo(json.dumps({**facts, "findings": claims}, ensure_ascii=False))
+        return
+    found.report.print()
+    click.echo(f"\n{found.rows} rows, {found.kept} written: {found.data.resolve()}\nReport: {found.page.resolve()}")
 
 
 @main.command()

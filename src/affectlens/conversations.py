@@ -27,6 +27,7 @@ FEW = 10
 """Below so many conversations their spread says little."""
 
 TEMPLATE, TRANSCRIPT = "chat template", "plain transcript"
+TOO_LONG = "too long for the model's context"
 ASSISTANT = Where(role="assistant")
 WORDS = Where(after=1)
 """What is traced: all but the first token, which is an attention sink."""
@@ -218,15 +219,26 @@ def request(talk: Conversation, *readouts: Readout, template: bool = True) -> Re
         >>> asked.transcript, asked.prompt[1]
         (True, ('user', 'Hi\\n\\nCan you help?'))
     """
-    joined: list[tuple[str, str]] = []
-    for role, content in talk.turns:
-        if joined and joined[-1][0] == role:
-            joined[-1] = (role, f"{joined[-1][1]}\n\n{content}")
-        else:
-            joined.append((role, content))
-    spoken = [role for role, _ in joined[joined[0][0] == "system" :]]
+    turns = joined(talk.turns)
+    spoken = [role for role, _ in turns[turns[0][0] == "system" :]]
     fits = bool(spoken) and all(role == ("user", "assistant")[i % 2] for i, role in enumerate(spoken))
-    return Request(tuple(joined), readouts=readouts, transcript=not (template and fits))
+    return Request(turns, readouts=readouts, transcript=not (template and fits))
+
+
+def joined(turns: Chat) -> Chat:
+    """Turns with those of one role in a row as one.
+
+    Example:
+        >>> joined((("user", "Hi"), ("user", "Can you help?"), ("assistant", "Yes.")))
+        (('user', 'Hi\\n\\nCan you help?'), ('assistant', 'Yes.'))
+    """
+    found: list[tuple[str, str]] = []
+    for role, content in turns:
+        if found and found[-1][0] == role:
+            found[-1] = (role, f"{found[-1][1]}\n\n{content}")
+        else:
+            found.append((role, content))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -253,7 +265,7 @@ def read(run: Run, talks: Iterable[Conversation], *readouts: Readout, template: 
         for talk in chunk:
             spoken = any(role == "assistant" for role, _ in talk.turns)
             asked.append(request(talk, *readouts, template=template) if spoken else None)
-        found = _tried(run, [each for each in asked if each])
+        found = tried(run, [each for each in asked if each])
         for talk, each in zip(chunk, asked, strict=True):
             if each is None:
                 yield Read(talk, None, reason="without a word of an assistant")
@@ -262,19 +274,27 @@ def read(run: Run, talks: Iterable[Conversation], *readouts: Readout, template: 
             yield Read(talk, result, TRANSCRIPT if last.transcript else TEMPLATE, reason)
 
 
-def _tried(run: Run, asked: list[Request]) -> Iterator[tuple[Result | None, Request, str]]:
-    """Results of requests, and why there is none: engines refuse a whole batch for one request that they cannot run."""
+def tried(run: Run, asked: list[Request]) -> Iterator[tuple[Result | None, Request, str]]:
+    """Results of requests, each with the request that gave it, and why there is none.
+
+    Engines refuse a whole batch for one request that they cannot run; and a template may refuse turns for reasons of its own,
+    which are then read as a plain transcript.
+
+    Args:
+        run: What runs requests.
+        asked: The requests.
+    """
     try:
         results = list(run(asked)) if asked else []
     except EngineError as error:
         if len(asked) > 1:
             half = len(asked) // 2
-            yield from _tried(run, asked[:half])
-            yield from _tried(run, asked[half:])
+            yield from tried(run, asked[:half])
+            yield from tried(run, asked[half:])
         elif "do not fit the context" in str(error):
-            yield None, asked[0], "too long for the model's context"
-        elif not asked[0].transcript:  # a template may refuse or rewrite turns for reasons of its own
-            yield from _tried(run, [Request(asked[0].prompt, readouts=asked[0].readouts, transcript=True)])
+            yield None, asked[0], TOO_LONG
+        elif not asked[0].transcript and not isinstance(asked[0].prompt, str):
+            yield from tried(run, [Request(asked[0].prompt, readouts=asked[0].readouts, transcript=True)])
         else:
             yield None, asked[0], str(error)
         return

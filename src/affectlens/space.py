@@ -127,6 +127,34 @@ def silhouette(cosines: np.ndarray, labels: np.ndarray) -> float:
     return float(silhouette_score(distances, labels, metric="precomputed"))
 
 
+RATED = 6
+"""Fewer concepts with human ratings than this do not fix the two axes of :func:`rating_axes`."""
+
+
+def rating_axes(ratings: np.ndarray) -> np.ndarray | None:
+    """How to read valence and arousal from the scores of rated concepts: the plane of ratings that fits the scores best.
+
+    The scores ``s`` of concepts are fitted by ``constant + valence * pleasure + arousal * arousal``, in least squares. So neither
+    axis takes what the other explains, and what all concepts share is neither.
+
+    Args:
+        ratings: Pleasure and arousal of each concept, ``(R, 2)``.
+
+    Returns:
+        Weights ``(2, R)``: times the scores they give valence and arousal, in the scores' unit for each unit of rating. None
+        where fewer than :data:`RATED` concepts are rated, or ratings lie on a line.
+
+    Example:
+        >>> ratings = np.array([[1, 0], [-1, 0], [0, 1], [0, -1], [1, 1], [-1, -1.0]])
+        >>> rating_axes(ratings) @ (0.3 + 2 * ratings[:, 0] - ratings[:, 1])
+        array([ 2., -1.])
+    """
+    design = np.column_stack([np.ones(len(ratings)), ratings])
+    if len(ratings) < RATED or np.linalg.matrix_rank(design) < 3:
+        return None
+    return np.asarray(np.linalg.pinv(design)[1:])
+
+
 def likeness(cosines: np.ndarray, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """How alike the similarity matrices of several layers (or models) are, in two measures.
 
