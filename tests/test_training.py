@@ -21,8 +21,9 @@ from affectlens.actions import Call, Log, Policy, Steer, Stop
 from affectlens.activations import Text
 from affectlens.engine import Readout, Request, Where, open_engine
 from affectlens.errors import AffectlensError
-from affectlens.logbook import FOLDER, compared
+from affectlens.logbook import FOLDER, residuals_of
 from affectlens.rules import parse
+from affectlens.shifts import Start
 from affectlens.training import SHARE, EmotionCallback, bundled_prompts, bundled_stories, next_reading, undisturbed
 from affectlens.vectors import ConceptVectors
 
@@ -285,18 +286,27 @@ def test_a_rule_can_stop_the_training(tmp_path: Path, caplog: pytest.LogCaptureF
     assert "the training is stopped. Too sad." in caplog.text
 
 
-def test_a_training_is_compared_with_a_control(tmp_path: Path) -> None:
-    for name in ("sad", "calm"):
-        trainer, vectors = towards(tmp_path / name, name)
-        callback = watched(trainer, vectors, every=20)
-        trainer.train()
-        if name == "sad":
-            alone = callback.readings[-1].shift
-    shift = compared(vectors, tmp_path / "sad", tmp_path / "calm")
+def test_what_is_beyond_a_control_is_counted(tmp_path: Path) -> None:
+    trainer, vectors = towards(tmp_path / "calm", "calm")
+    plain = watched(trainer, vectors, every=3)
+    trainer.train()
+    trainer, _ = towards(tmp_path / "sad", "sad")
+    callback = watched(trainer, vectors, every=4, control=tmp_path / "calm")
+    trainer.train()
+    assert [(each.step, each.control) for each in callback.readings] == [(4, 3), (8, 9), (12, 12)]
+    shift = callback.readings[-1].shift
     assert shift.rank("sad") == 1 and shift.rank("calm") == len(NAMES)
-    np.testing.assert_allclose(shift.z, alone.z - callback.readings[-1].shift.z, atol=1e-4)
-    with pytest.raises(AffectlensError, match="missing or broken"):
-        compared(vectors, tmp_path / "sad", tmp_path / "none")
+    read = residuals_of(tmp_path / "sad")
+    assert list(read) == [0, 4, 8, 12]
+    alone = Start(vectors, read[0]).shift(read[12])
+    np.testing.assert_allclose(shift.z, alone.z - plain.readings[-1].shift.z, atol=1e-4)
+    assert [e for e in trainer.state.log_history if "emotions/distance" in e][0]["emotions/control step"] == 3
+
+    for folder, said in (("none", "missing or broken"), ("sad", "did not begin alike")):
+        trainer, _ = towards(tmp_path / "other", "sad")
+        with pytest.raises(AffectlensError, match=said):
+            watched(trainer, vectors, control=tmp_path / folder, prompts=[*PROMPTS, "And now?"])
+            trainer.train()
 
 
 # ── it goes on ──

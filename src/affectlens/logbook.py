@@ -1,10 +1,11 @@
 """What is kept of a training: the residuals it began with and has now, what was read on the way, and the alarms.
 
-    OUTPUT_DIR/affectlens/start.safetensors   residuals of the prompts, and of drift texts, at the step that shifts count from
-    OUTPUT_DIR/affectlens/last.safetensors    residuals of the prompts at the latest reading
-    OUTPUT_DIR/affectlens/readings.jsonl      shifts of all emotions at each reading, drift, alarms, cost
+    OUTPUT_DIR/affectlens/start.safetensors        residuals of the prompts, and of drift texts, where shifts count from
+    OUTPUT_DIR/affectlens/step-000100.safetensors  residuals of the prompts at a reading
+    OUTPUT_DIR/affectlens/readings.jsonl           shifts of all emotions at each reading, drift, alarms, cost
 
-Two trainings from the same start can be compared with each other (:func:`compared`): what tuning does at all is in both.
+Tuning moves readings whatever a model is tuned to. A :class:`Control` is another training from the same start, on texts without
+what is looked for: what a training does beyond it is due to the texts.
 """
 
 from __future__ import annotations
@@ -20,13 +21,12 @@ import numpy as np
 from affectlens.corpus import records
 from affectlens.errors import FormatError, MismatchError
 from affectlens.runs import atomic_write
-from affectlens.shifts import Drift, Shift, Start
-from affectlens.vectors import ConceptVectors
+from affectlens.shifts import Drift, Shift
 
 FOLDER = "affectlens"
 """Where it lies in the trainer's output directory."""
 
-_START, _LAST, _READINGS = "start.safetensors", "last.safetensors", "readings.jsonl"
+_START, _READINGS = "start.safetensors", "readings.jsonl"
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Measured:
         step, epoch: When.
         shift: Of all emotions.
         drift: Of the vectors, where it was looked at.
+        control: The step of the control beyond which the shift is counted; None where it is counted from the start.
         alarms: That were raised.
         took: Seconds that the reading took, without drift.
         seconds: What the callback has taken so far.
@@ -65,6 +66,7 @@ class Measured:
     epoch: float
     shift: Shift
     drift: Drift | None
+    control: int | None
     alarms: tuple[Alarm, ...]
     took: float
     seconds: float
@@ -106,8 +108,9 @@ class Logbook:
         return (self.folder / _START).exists()
 
     def begin(self, found: Mapping[str, np.ndarray], step: int) -> None:
-        """Keep the residuals of a start; what an earlier training has left is overwritten."""
-        self.write(())
+        """Keep the residuals of a start; what an earlier training has left is removed."""
+        self._forget(after=-1)
+        self._write(())
         _save(self.folder / _START, found, {**self.known, "step": str(step)})
 
     def go_on(self, step: int, names: Sequence[str]) -> tuple[dict[str, np.ndarray], int, list[Measured]]:
@@ -128,36 +131,83 @@ class Logbook:
             kept = [Measured.from_dict(each, names) for each in records(file)] if file.exists() else []
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{file} is broken ({error}): delete it, and readings begin anew") from None
+        self._forget(after=step)
         return found, int(meta["step"]), [each for each in kept if each.step <= step]
 
-    def write(self, readings: Sequence[Measured], residuals: np.ndarray | None = None) -> None:
+    def keep(self, readings: Sequence[Measured], residuals: np.ndarray) -> None:
         """Keep all readings, and the residuals of the latest."""
+        step = readings[-1].step
+        _save(self.folder / f"step-{step:06d}.safetensors", {"prompts": residuals}, {**self.known, "step": str(step)})
+        self._write(readings)
+
+    def _write(self, readings: Sequence[Measured]) -> None:
         with atomic_write(self.folder / _READINGS) as temporary:
             temporary.write_text("".join(json.dumps(each.as_dict()) + "\n" for each in readings), encoding="utf-8")
-        if residuals is not None:
-            _save(self.folder / _LAST, {"prompts": residuals}, {**self.known, "step": str(readings[-1].step)})
+
+    def _forget(self, *, after: int) -> None:
+        for step, file in _steps(self.folder).items():
+            if step > after:
+                file.unlink()
 
 
-def compared(vectors: ConceptVectors, training: str | Path, control: str | Path) -> Shift:
-    """How far a training has moved a model's readings beyond where another one from the same start has moved them.
+class Control:
+    """What another training from the same start has done to the same readings.
 
     Args:
-        vectors: What both were watched with.
-        training, control: Their output directories.
+        output_dir: Where its trainer wrote to.
 
     Raises:
-        MismatchError: They did not begin alike, or were read differently.
-        FormatError: There is no finished reading, or it is broken.
+        FormatError: No reading was kept there, or one is broken.
 
     Example:
-        >>> compared(vectors, "out/tuned", "out/control")["nostalgic"]          # doctest: +SKIP
-        Estimate(value=4.1, low=3.7, high=4.5, n=30, level=0.95, unit='')
+        >>> control = Control("out/plain")                                        # doctest: +SKIP
+        >>> control.nearest(100)[0]                                               # doctest: +SKIP
+        96
     """
-    (one, meta), (two, other) = (_load(Path(each) / FOLDER / _START) for each in (training, control))
-    if meta.get("read") != other.get("read") or not np.allclose(one["prompts"], two["prompts"], rtol=1e-3, atol=1e-3):
-        raise MismatchError(f"{training} and {control} do not begin alike: train the same model, watched with the same prompts")
-    now, then = (_load(Path(each) / FOLDER / _LAST)[0]["prompts"] for each in (training, control))
-    return Start(vectors, one["prompts"]).shift(now, since=then)
+
+    def __init__(self, output_dir: str | Path) -> None:
+        self.folder = Path(output_dir) / FOLDER
+        self.read = _load(self.folder / _START)[1].get("read")
+        self._at = residuals_of(output_dir)
+        self.start = next(iter(self._at.values()))
+        if len(self._at) < 2:
+            raise FormatError(f"{self.folder} holds no reading: train the control with EmotionCallback to its end first")
+
+    def check(self, start: np.ndarray, *, read: str) -> None:
+        """Refuse to be compared with a training that did not begin alike.
+
+        Args:
+            start: Residuals of its prompts at its start.
+            read: Content id of what it reads, and how.
+
+        Raises:
+            MismatchError: It began, or is read, differently.
+        """
+        if self.read != read or not np.allclose(start, self.start, rtol=1e-3, atol=1e-3 * float(np.abs(self.start).max())):
+            raise MismatchError(
+                f"the control in {self.folder} did not begin alike: train it from the same model, with the same vectors and "
+                "prompts"
+            )
+
+    def nearest(self, step: int) -> tuple[int, np.ndarray]:
+        """The reading nearest to a step, the start included: its step and its residuals ``(P, D)``."""
+        near = min(self._at, key=lambda at: (abs(at - step), at))
+        return near, self._at[near]
+
+
+def residuals_of(output_dir: str | Path) -> dict[int, np.ndarray]:
+    """The residuals of all readings of a training, by their steps, ``(P, D)`` each; first those of its start.
+
+    Raises:
+        FormatError: There are none, or a file is broken.
+    """
+    folder = Path(output_dir) / FOLDER
+    found, meta = _load(folder / _START)
+    return {int(meta["step"]): found["prompts"]} | {step: _load(file)[0]["prompts"] for step, file in _steps(folder).items()}
+
+
+def _steps(folder: Path) -> dict[int, Path]:
+    return {int(file.stem.removeprefix("step-")): file for file in sorted(folder.glob("step-*.safetensors"))}
 
 
 def _save(file: Path, tensors: Mapping[str, np.ndarray], meta: dict[str, str]) -> None:

@@ -14,6 +14,7 @@ Weights & Biases and whatever else the trainer reports to, under the step at whi
     emotions/distance, … margin           root mean square of z over all emotions
     emotions/distance still, … random     the same if nothing had moved for more than chance, and over random directions
     emotions/alarms                       how many alarms there have been
+    emotions/control step                 the step of the control beyond which shifts are counted (where one was given)
     emotions/overhead, … seconds          share of the training time that the callback took so far, and seconds
     emotions/vectors kept, … most, …      whether the vectors still are what they were (where ``drift`` was asked for)
 
@@ -49,7 +50,7 @@ from affectlens.concepts import SHOWCASE
 from affectlens.corpus import load
 from affectlens.engine import Chat, Readout, Request, Where, open_engine
 from affectlens.errors import EngineError, FormatError, MismatchError, ModelSupportError, RuleError, nearest
-from affectlens.logbook import FOLDER, Alarm, Logbook, Measured
+from affectlens.logbook import FOLDER, Alarm, Control, Logbook, Measured
 from affectlens.rules import Rule
 from affectlens.runs import content_id
 from affectlens.shifts import Start, check_prompts, check_texts, drift_of
@@ -204,6 +205,8 @@ class EmotionCallback(TrainerCallback):
             tokenizer has no chat template they are written as a plain transcript.
         every: Read every so many steps; by default as often as ``share`` allows.
         share: Share of the training time that may be taken; ignored with ``every``.
+        control: Output directory of another training from the same start, watched with the same prompts, on texts without what is
+            looked for. Shifts are then counted beyond those of its reading that is nearest in steps.
         drift: Texts with their concepts, on which the vectors are fitted anew now and then (:func:`bundled_stories`); by default
             there is no such check, because it costs some ten times what a reading does.
         allow: ``fingerprint`` accepts vectors of another checkpoint of the architecture.
@@ -230,6 +233,7 @@ class EmotionCallback(TrainerCallback):
         prompts: Sequence[str | Chat] = (),
         every: int | None = None,
         share: float = SHARE,
+        control: str | Path | None = None,
         drift: Sequence[Text] = (),
         allow: Sequence[str] = (),
     ) -> None:
@@ -249,6 +253,7 @@ class EmotionCallback(TrainerCallback):
         self.prompts, self.drift = tuple(prompts or bundled_prompts()), tuple(drift)
         self.policies = tuple(_checked(policy(each), vectors) for each in rules)
         self.every, self.share = every, share
+        self.control = None if control is None else Control(control)
         for name in (*self.watch, *(text.concept for text in drift)):
             vectors.index(name)
         check_prompts(len(self.prompts))
@@ -335,6 +340,8 @@ class EmotionCallback(TrainerCallback):
                 LOG.warning("%s has no start, so shifts are counted from step %d on", self._folder, self._first)
             found = self._first_residuals()
             self._book.begin(found, self.start)
+        if self.control is not None:
+            self.control.check(found["prompts"], read=self._book.known["read"])
         self._origin, self._stories = Start(self.vectors, found["prompts"]), found.get("stories")
 
     def _first_residuals(self) -> dict[str, np.ndarray]:
@@ -361,18 +368,19 @@ class EmotionCallback(TrainerCallback):
             if not np.isfinite(residuals).all():
                 LOG.warning("step %d: the residuals are not finite, so nothing can be read: has the training diverged?", step)
                 return False
-            shift, drift = self._origin.shift(residuals), None
+            near, since = (None, None) if self.control is None else self.control.nearest(step)
+            shift, drift = self._origin.shift(residuals, since=since), None
             self._reading_time = time.perf_counter() - began
             if self._stories is not None and (ends or len(self.readings) % RARER == RARER - 1):
                 began, concepts = time.perf_counter(), [text.concept for text in self.drift]
                 drift = drift_of(self.vectors, concepts, self._stories, self._residuals(self._told()))
                 self._drift_time = time.perf_counter() - began
-            seen = Measured(step, float(state.epoch or 0), shift, drift, (), self._reading_time, 0.0, 0.0)
+            seen = Measured(step, float(state.epoch or 0), shift, drift, near, (), self._reading_time, 0.0, 0.0)
             fired = self._fired(seen)
             alarms, clock = tuple(alarm for _, alarm in fired), self._clock
             seen = replace(seen, alarms=alarms, seconds=clock.seconds, elapsed=clock.elapsed)
             self.readings.append(seen)
-            self._book.write(self.readings, residuals)
+            self._book.keep(self.readings, residuals)
             self._log(seen, control)
             for each, alarm in fired:
                 LOG.warning("step %d: %s %s", step, alarm.rule, alarm.scores)
@@ -408,6 +416,8 @@ class EmotionCallback(TrainerCallback):
             "emotions/overhead": seen.share,
             "emotions/overhead seconds": seen.seconds,
         }
+        if seen.control is not None:
+            entry["emotions/control step"] = seen.control
         if seen.drift is not None:
             for name in ("kept", "most", "change"):
                 one = getattr(seen.drift, name)
