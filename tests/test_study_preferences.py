@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -69,6 +70,7 @@ def test_nothing_holds_where_nothing_is_planted() -> None:
     """But preferences there are: this toy has a taste for words, whichever option is named first."""
     found = verdicts(planted(effect=0.0)[1])
     assert {id for id, verdict in found.items() if verdict == "holds"} == {"orders"}
+    assert not any("With care" in finding.note for finding in planted(effect=0.0)[1].findings)
 
 
 def test_a_model_without_a_template_is_asked_in_a_transcript() -> None:
@@ -181,13 +183,14 @@ def test_answers_that_only_follow_the_letter_are_no_preferences(tmp_path: Path) 
     """Noise that belongs to a question, not to its activities: nothing that is read of it holds."""
 
     def noise(request, result):
-        p = np.random.default_rng(abs(hash(request.prompt)) % 2**32).uniform(0.6, 0.95)
+        p = np.random.default_rng(zlib.crc32(repr(request.prompt).encode())).uniform(0.6, 0.95)
         return float(np.log(p)), float(np.log(1 - p))
 
     bench = replace(toy_bench(), engine=Wrapped(toy_bench().engine, noise), folder=tmp_path, quick=True)
     found = {finding.id: finding for finding in STUDY.run(bench).findings}
     assert found["orders"].verdict == "fails" and "A has 7" in found["orders"].note
     assert found["categories"].verdict == "fails"
+    assert all(finding.note.startswith("With care") for finding in list(found.values())[1:] if finding.estimate)
 
 
 def test_texts_inside_other_texts_are_not_steered(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ The curves over layers and strengths are exploratory. Source: method 9 (paper, F
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from affectlens.elo import elo_with_intervals
@@ -109,10 +110,14 @@ def _measure(bench: Bench, asked: Asked, held_out: Asked | str) -> Outcome:
         findings += [CLAIMS[id].untestable(arms) for id in STEERED]
     else:
         findings += moved(bench, asked, r, exchanged, arms, where)
+    if findings[0].verdict != "holds":  # whatever goes with the ratings then, they are no preferences to speak of
+        findings = [findings[0], *(replace(f, note=f"{_UNSTEADY} {f.note}") if f.estimate else f for f in findings[1:])]
     ratings = elo_with_intervals(asked.won, draws=bench.draws, seed=bench.seed)
     data = figure_data(bench, asked, r, exchanged, per_emotion, ratings, steered)
     shown = all_tables(bench, asked, r, per_emotion, ratings, steered)
     return Outcome(tuple(findings), shown, data, raw(bench, asked, held_out, steered))
 
+
+_UNSTEADY = "With care: the answers hang on which option is named first (see the first claim)."
 
 STUDY = Preferences()
