@@ -122,8 +122,8 @@ class Trial:
         low, high = self.expect(1000)
         delay = str(self.delay) if self.delay else f"delay not tried: {self.untried}"
         return (
-            f"{self.rule}: false alarms in {self.per_thousand} of 1,000 {self.whose}; {low} to {high} in the next 1,000 from where "
-            f"these came; {delay}"
+            f"{self.rule}: false alarms in {self.per_thousand} of 1,000 {self.whose}; {low} to {high} in the next 1,000 "
+            f"from where these came; {delay}"
         )
 
 

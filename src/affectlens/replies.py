@@ -202,7 +202,7 @@ class Tried:
     def said(self, scripts: int, tokens: int) -> dict[str, list[str]]:
         """What the model itself says to the first scripts, not steered and under each kind of vectors: a table of columns."""
         chosen = self.replies.scripts[:scripts]
-        kinds: dict[str, Steering | None] = {"nothing": None} | dict.fromkeys(self.vectors)
+        kinds = ["nothing", *self.vectors]
         asked, rows = [], []
         for number, script in enumerate(chosen):
             sampling = Sampling(tokens, top_p=0.95, seed=number, stop=STOP)

@@ -199,7 +199,7 @@ def _measure(bench: Bench, vectors: DeflectionVectors, said: Replies, unsaid: Re
     crossed = minus(tried.crossed[DEFLECT], DENY, ADMIT)
     estimate, null = own_against_others(crossed, unit="nats", **options)
     generated = [said.by_emotion(said.own(each, where=GENERATED)) for each in (felt, story)]
-    findings = (
+    findings: tuple[Finding, ...] = (
         beyond("denial", DEFLECT, DENY, ADMIT),
         beyond("unsaid", DEFLECT, DENY, ADMIT, without),
         CLAIMS["own"].tested(estimate, null, estimate.low > 0, where),

@@ -186,7 +186,7 @@ def _measure(bench: Bench, speakers: SpeakerVectors, replies: Replies, dialogues
         return dict(zip(POOLED, each, strict=True))
 
     assistant, generated = arm((AA, AH)), arm(tuple(POOLED), where=GENERATED)
-    findings = (
+    findings: tuple[Finding, ...] = (
         beyond("express", "present", SHOW, PLAIN),
         beyond("react", "other", ANSWER, PLAIN),
         beyond("answer", "other", ANSWER, SHOW),
