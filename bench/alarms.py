@@ -1,6 +1,6 @@
 """Are the false alarms that are stated before a rule is armed the false alarms that come?
 
-    python bench/alarms.py                                # the demo model; some minutes on two free cores
+    python bench/alarms.py                                # the demo model; some minutes
     python bench/alarms.py --vectors runs/first           # vectors of your own, and their model
 
 **Stated.** Ten rules are tried as anybody would try them: the baseline is that of the 240 bundled neutral dialogues, and the
