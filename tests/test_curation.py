@@ -658,6 +658,16 @@ def test_the_nulls_keep_their_level() -> None:
     assert (hits <= 20).all() and (hits >= 1).all()
 
 
+def test_what_could_not_be_told_from_chance_is_not_tested() -> None:
+    tally = Tally(Measures.of(NAMES, ConceptSet.load("emotions")))
+    tally.returns[:], tally.replies[:] = [[40, 2], [2, 10]], [[40, 2], [40, 2]]
+    one, other = tally.findings()
+    assert one.verdict == other.verdict == "untestable"
+    assert "4 differ between before and after" in one.note and "4 are composed" in other.note
+    tally.returns[:], tally.replies[:] = [[40, 0], [9, 10]], [[40, 2], [30, 12]]
+    assert [finding.verdict for finding in tally.findings()] == ["holds", "holds"]
+
+
 def test_families_against_exchanged_names(vectors: ConceptVectors) -> None:
     """A family that is planted stands out of what exchanges of names give; noise does not."""
     names = ConceptSet.load("emotions").names

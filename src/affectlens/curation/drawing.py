@@ -14,6 +14,7 @@ from affectlens.curation.regulation import (
     COURSE,
     FEW,
     GRID,
+    LEAST,
     LEVELS,
     NAME,
     PEAK,
@@ -26,6 +27,8 @@ from affectlens.figures import GREY, PALETTE, SEQUENTIAL, blank, to_figure
 from affectlens.stats import Estimate, wilson
 from affectlens.studies import Figure, Table
 
+MANY = 1000
+"""With fewer documents the cells of valence and arousal are drawn twice as wide."""
 _USUAL = {"font": {"size": 11, "color": GREY}, "showarrow": False}
 
 
@@ -119,7 +122,7 @@ def _families(tally: Tally) -> Figure | None:
         y=names, x=[e.value for _, e, _, _ in shares], orientation="h", name="documents", marker={"color": PALETTE[0]}, width=0.4,
         error_x={
             "type": "data", "symmetric": False, "array": [e.high - e.value for _, e, _, _ in shares],
-            "arrayminus": [e.value - e.low for _, e, _, _ in shares], "thickness": 1.2, "width": 3,
+            "arrayminus": [e.value - e.low for _, e, _, _ in shares], "thickness": 1.4, "width": 3, "color": GREY,
         },
         customdata=[f"{e}<br>{null}" for _, e, null, _ in shares], hovertemplate="%{y}<br>%{customdata}<extra></extra>",
     )  # fmt: skip
@@ -138,14 +141,21 @@ def _plane(tally: Tally) -> Figure | None:
     n = int(counts.sum())
     if n < FEW:
         return None
-    step = float(GRID[1] - GRID[0])
-    places = np.concatenate([[GRID[0] - step / 2], (GRID[:-1] + GRID[1:]) / 2, [GRID[-1] + step / 2]])
+    edges = GRID
+    if n < MANY:  # cells twice as wide, each of four; the outermost rows and columns stay
+        inner = counts[1:-1].reshape(-1, 2, counts.shape[1]).sum(axis=1)
+        counts = np.vstack([counts[:1], inner, counts[-1:]])
+        inner = counts[:, 1:-1].reshape(len(counts), -1, 2).sum(axis=2)
+        counts, edges = np.hstack([counts[:, :1], inner, counts[:, -1:]]), GRID[::2]
+    step = float(edges[1] - edges[0])
+    places = np.concatenate([[edges[0] - step / 2], (edges[:-1] + edges[1:]) / 2, [edges[-1] + step / 2]])
     rows, columns = np.flatnonzero(counts.any(axis=1)), np.flatnonzero(counts.any(axis=0))
     ends = {"y": (places[rows[0]], places[rows[-1]]), "x": (places[columns[0]], places[columns[-1]])}
     window = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     shown = np.where(counts[window] > 0, counts[window], np.nan)
     figure = blank(x="valence", y="arousal", height=420)
     bar = {"title": {"text": "documents", "side": "top"}, "thickness": 9, "outlinewidth": 0, "len": 1, "x": 1.01}
+    bar["dtick"] = -(-int(counts.max()) // 5)
     x, y = places[columns[0] : columns[-1] + 1].round(3), places[rows[0] : rows[-1] + 1].round(3)
     figure.add_heatmap(
         z=shown, x=x, y=y, coloraxis="coloraxis",
@@ -209,7 +219,7 @@ def _peak(tally: Tally) -> Figure | None:
 
 def _replies(tally: Tally) -> Figure | None:
     sums = tally.levels
-    known = sums[:, 0, 0] >= 2
+    known = sums[:, 0, 0] >= LEAST
     if sums[:, 0, 0].sum() < FEW or known.sum() < 2:
         return None
     step = LEVELS[1] - LEVELS[0]

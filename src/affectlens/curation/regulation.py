@@ -18,7 +18,9 @@ fixed memory, and shards may be read by different workers. Declared before any d
   distressed user's turn and the reply to it: turns of one dialogue are not independent. Null: replies exchanged between
   dialogues.
 * **Intervals.** Wilson's for shares, Student's for means; the unit is the document.
-* **Conditions.** :data:`FEW` documents with a peak; :data:`FEW` distressed dialogues, and as many others.
+* **Conditions.** :data:`FEW` documents with a peak, :data:`LEAST` of which differ between the directions; :data:`FEW` distressed
+  dialogues, as many others, and :data:`LEAST` replies that are composed and as many that are not. With fewer, no outcome could
+  be told from chance.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ DISTRESS = (
 COMPOSURE = "Peaceful Contentment"
 PEAK, CALM, WITHIN = 1.0, 0.0, 60
 """What distress must reach to be one, what is calm, both in z; and within how many tokens after a peak."""
-FEW = 20
+FEW, LEAST = 20, 5
 EXCHANGES = 199
 """Exchanges of names between families."""
 COURSE = 20
@@ -292,6 +294,10 @@ class Tally:
             reason = f"{n} documents have a peak with {WITHIN} tokens on both sides of it: {FEW} are needed"
             return RETURN.untestable(f"{reason} ({self.facts['peaks']} have a peak).")
         after, before, unequal = int(table[1].sum()), int(table[:, 1].sum()), int(table[1, 0] + table[0, 1])
+        if unequal < LEAST:
+            return RETURN.untestable(
+                f"Of {n} documents with a peak {unequal} differ between before and after it: {LEAST} are needed."
+            )
         estimate = _percent(wilson(after, n))
         # A document read backwards counts where it was calm before: under exchange each unequal one falls either way.
         null = permutation_null(
@@ -315,6 +321,9 @@ class Tally:
             reason = f"{n} dialogues have a distressed user's turn and {others} have none: {FEW} of each are needed"
             return REPLIES.untestable(f"{reason} (distressed: mean distress of {PEAK:g} z or more).")
         met, composed = int(table[1, 1]), int(table[:, 1].sum())
+        if min(composed, n + others - composed) < LEAST:
+            reason = f"Of {n + others} replies {composed} are composed: {LEAST} are needed that are, and as many that are not."
+            return REPLIES.untestable(reason)
         estimate = _percent(wilson(met, n))
         null = permutation_null(
             lambda k: 100 * k / n, estimate.value,
