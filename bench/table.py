@@ -189,46 +189,39 @@ def tuned_pair(result: dict[str, Any]) -> str:
 
 def training(result: dict[str, Any]) -> str:
     """The tables of ``bench/training.py`` as Markdown."""
-    tone, settings, noticed = result["tone"], result["settings"], result["noticed"]
-    steps = {key: run["readings"][-1]["step"] for key, run in result["runs"].items()}
+    tone, settings = result["tone"], result["settings"]
     lines = [
         f"{result['model']}, layer {result['layer']}, {result['threads']} threads, {result['date'][:10]}. {result['texts']} "
-        f"chats, {settings['epochs']} epochs, batch {settings['batch']}, rate {settings['rate']:g}: {max(steps.values())} steps. "
-        f"{result['prompts']} bundled prompts; shifts in z since the start with intervals over prompts.",
+        f"chats, {settings['epochs']} epochs, batch {settings['batch']}, rate {settings['rate']:g}. {result['prompts']} bundled "
+        "prompts; shifts in z with intervals over prompts. Certain: the interval excludes 0; stand out: beyond 95 % of random "
+        "directions, too.",
         "",
         f"| tuned to | step | shift of {tone} | 95 % of random directions | its rank among {result['emotions']} | certain "
-        "| stand out | distance (still; random) | largest shifts | overhead |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| stand out | distance (still; random) | largest shifts |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-
-    def cells(row: dict[str, Any]) -> list[str]:
-        up = ", ".join(f"{name} {z:+.1f}" for name, z in row["up"][:3])
-        value, distance = row["shift"], row["distance"]
-        return [
-            f"{value['value']:+.2f} [{value['low']:+.2f}, {value['high']:+.2f}]",
-            f"{row['random']:.2f}",
-            str(row["rank"]),
-            str(row["certain"]),
-            str(row["all beyond"]),
-            f"{distance['value']:.2f} ({row['still']:.2f}; {row['random distance']:.2f})",
-            up,
-        ]
-
-    for key, run in result["runs"].items():
-        for row in run["readings"]:
-            lines.append(f"| {key} | {row['step']} | {' | '.join(cells(row))} | {row['overhead']:.1%} |")
-    lines.append(f"| {' beyond '.join(result['runs'])} | end | {' | '.join(cells(result['contrast']))} | – |")
+    for key, rows in result["shifts"].items():
+        for row in rows:
+            value, distance = row["shift"], row["distance"]
+            cells = [
+                f"{value['value']:+.2f} [{value['low']:+.2f}, {value['high']:+.2f}]",
+                f"{row['random']:.2f}",
+                str(row["rank"]),
+                str(row["certain"]),
+                str(row["all beyond"]),
+                f"{distance['value']:.2f} ({row['still']:.2f}; {row['random distance']:.2f})",
+                ", ".join(f"{name} {z:+.1f}" for name, z in row["up"][:3]),
+            ]
+            lines.append(f"| {key} | {row['step']} | {' | '.join(cells)} |")
     lines += ["", "| | wanted | measured | |", "|---|---|---|---|"]
-    step, alone = noticed["beside the control"], noticed["alone"]
-    said = "not noticed" if step is None else f"from step {step} on"
-    lines.append(
-        f"| {tone} is noticed, beside the control | within the run | {said} | {'**missed**' if step is None else 'met'} |"
-    )
-    lines.append(f"| the same without a control | – | {'not noticed' if alone is None else f'from step {alone} on'} | |")
-    for key, run in result["runs"].items():
-        last = run["readings"][-1]
-        met = "met" if last["overhead"] < result["wanted"] else "**missed**"
-        measured = f"{last['overhead']:.1%} ({last['seconds']:.1f} of {last['elapsed']:.0f} s, {len(run['readings'])} readings)"
+    for kind, step in result["noticed"].items():
+        wanted = "within the run" if kind == "beyond the control" else "–"
+        met = "" if wanted == "–" else "**missed**" if step is None else "met"
+        said = "not noticed" if step is None else f"from step {step} on"
+        lines.append(f"| {tone} is noticed, {kind} | {wanted} | {said} | {met} |")
+    for key, cost in result["cost"].items():
+        met = "met" if cost["overhead"] < result["wanted"] else "**missed**"
+        measured = f"{cost['overhead']:.1%} ({cost['seconds']:.0f} of {cost['elapsed']:,.0f} s, {cost['readings']} readings)"
         lines.append(f"| overhead, tuned to {key} | < {result['wanted']:.0%} | {measured} | {met} |")
     lines += [
         "",

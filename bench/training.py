@@ -7,15 +7,15 @@ matter-of-fact replies, then with replies in the tone to the same requests. The 
 its own choice of when to read. In the second run it is given the control. Fixed before the runs:
 
 * **Training.** Epochs, batch, rate and seed of ``tuned_pair.py``; loss on the replies alone.
-* **Noticed** (:func:`noticed`) is the tone at the first reading from which on, to the end, its shift beyond the control is upwards,
-  its interval over prompts excludes 0, and it is larger than that of 95 % of random directions of either kind
+* **Noticed** (:func:`noticed`) is the tone at the first reading from which on, to the end, its shift beyond the control is
+  upwards, its interval over prompts excludes 0, and it is larger than that of 95 % of random directions of either kind
   (:mod:`affectlens.shifts`). The same is asked of the shift since the start, without a control.
 * **Cost.** Share of the wall time from the beginning of training to its end, everything included: checks of the model, the
   reading of the start, logs. Wanted: less than 5 %.
 
-**What was known before.** The random directions were settled on the control of ``tuned_pair.py`` and its unchanged model alone, where
-tuning moves nearly every emotion for certain and random directions should hold 95 % of them. The study of checkpoints finds the
-tone between the tuned models. And in a first attempt, ended after 40 of 48 steps, the tone did not stand out of what the same
+**What was known before.** The random directions were settled on the control of ``tuned_pair.py`` and its unchanged model alone,
+where tuning moves nearly every emotion for certain and random directions should hold 95 % of them. The study of checkpoints finds
+the tone between the tuned models. And in a first attempt, ended after 40 of 48 steps, the tone did not stand out of what the same
 tuning did to random directions: then the callback learnt to count beyond a control, before any control had been trained for it.
 
 Beside the rule stand the rank of the tone among all shifts, and whether the vectors have drifted.

@@ -300,7 +300,7 @@ def test_what_is_beyond_a_control_is_counted(tmp_path: Path) -> None:
     assert list(read) == [0, 4, 8, 12]
     alone = Start(vectors, read[0]).shift(read[12])
     np.testing.assert_allclose(shift.z, alone.z - plain.readings[-1].shift.z, atol=1e-4)
-    assert [e for e in trainer.state.log_history if "emotions/distance" in e][0]["emotions/control step"] == 3
+    assert next(e for e in trainer.state.log_history if "emotions/distance" in e)["emotions/control step"] == 3
 
     for folder, said in (("none", "missing or broken"), ("sad", "did not begin alike")):
         trainer, _ = towards(tmp_path / "other", "sad")
