@@ -676,6 +676,55 @@ def test_a_stream_adds_up_to_the_result(subject: Subject, length: int) -> None:
     assert len(partials[0].layout) == final.layout.n_prompt + 1
 
 
+@pytest.mark.parametrize("together", [1, 6])
+def test_how_many_tokens_are_projected_together_does_not_matter(
+    subject: Subject, hf: Any, monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    """Also where some rows of a batch end earlier, or have readouts of their own, or none."""
+    onto = subject.directions[:, [0, subject.middle]].transpose(1, 0, 2)
+    shared = Readout((0, subject.middle), Where(), "none", onto), Readout((subject.middle,), Where("response", after=2), "mean")
+    requests = [
+        Request(prompt, sampling=Sampling(max_tokens=n, temperature=0), readouts=readouts)
+        for prompt, n, readouts in (
+            ("the calm sea", 8, shared),
+            (HELLO, 3, shared),
+            ("A", 7, ()),
+            ("She slammed the door", 5, (Readout((-1, 0), Where("response"), "last"), shared[0])),
+        )
+    ]
+    expected = subject.run(*requests)
+    monkeypatch.setattr("affectlens.engines.decode.TOGETHER", together)
+    for result, other in zip(subject.run(*requests), expected, strict=True):
+        subject.assert_same(result, other)
+
+
+def test_the_pass_over_the_last_tokens_ends_where_their_readings_do(subject: Subject, hf: Any) -> None:
+    passes: list[int] = []
+    handles = [block.register_forward_pre_hook(lambda *_, n=n: passes.append(n)) for n, block in enumerate(hf.blocks)]
+    request = Request("the calm sea", sampling=Sampling(max_tokens=3, temperature=0), steering=subject.steering(0, 0.1, 0, 2))
+    try:
+        counts = []
+        for readouts in ((), (Readout((1,), Where("response")),), (Readout((1,), Where("prompt")),)):
+            passes.clear()
+            generated = len(response(subject.run(replace(request, readouts=readouts))[0]))
+            counts.append([passes.count(n) - generated for n in range(3)])
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert counts[0] == counts[2] and np.subtract(counts[1], counts[0]).tolist() == [1, 1, 0]
+
+
+def test_the_model_may_be_used_between_partial_results(subject: Subject) -> None:
+    plain = Request(HELLO, sampling=GREEDY, readouts=(subject.everything,))
+    steered = replace(plain, steering=subject.steering(0, 0.5))
+    alone, streamed = subject.run(plain, steered)
+    results = []
+    for result in subject.engine.stream(steered):
+        results.append(result)
+        subject.assert_same(subject.run(plain)[0], alone)
+    subject.assert_same(results[-1], streamed)
+
+
 def test_streams_and_batches_mix(subject: Subject) -> None:
     plain = Request(HELLO, sampling=GREEDY)
     results = subject.run(plain, replace(plain, stream=True), Request("A"), plain)

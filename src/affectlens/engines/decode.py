@@ -329,16 +329,18 @@ class _Record:
         return {layer for row in self.batch for readout in row.request.readouts for layer in readout.layers}
 
     def take_prompts(self) -> None:
-        """Keep what the pass over the prompts has shown."""
+        """Keep what the pass over the prompts has shown, and nothing on the device."""
         for recorder, places in zip(self.prompts, self._of_prompts, strict=True):
             for (n, r, positions), (values, norms) in zip(places, recorder.results(), strict=True):
                 self._prompts[n, r] = positions, values, norms
+        self.prompts, self._of_prompts = [], []
 
     def tapes(self, feeding: list[bool]) -> list[Tape]:
         """Those that record the newest token of any of these rows."""
         return list({id(tape): tape for (n, _), (tape, _) in self._tapes.items() if feeding[n]}.values())
 
     def finish(self) -> None:
+        """Keep what still waits: the batch is done."""
         for tape, _ in self._tapes.values():
             tape.project()
 
