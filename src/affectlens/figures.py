@@ -190,29 +190,12 @@ def circumplex(
             hovertemplate=f"<b>%{{text}}</b><br>{_text(cluster)}<br>%{{x:.3f}}, %{{y:.3f}}<extra></extra>",
             showlegend=len(set(clusters)) > 1,
         )
-    low, high = points.min(axis=0), points.max(axis=0)
-    margin = 0.06 * np.where(high > low, high - low, 1.0)
-    low, high = low - margin, high + margin
     order = {name: i for i, name in enumerate(names)}
     for label, width in (("labels", 1000), ("labels, narrow", 300)):
-        pixels = (points - low) / (high - low) * (width, height - 150)
-        placed = _place([order[name] for name in wanted], names, pixels, (width, height - 150))
-        figure.add_scatter(
-            x=points[list(placed), 0].round(4),
-            y=points[list(placed), 1].round(4),
-            mode="markers+text",  # an invisible marker keeps the label off the visible one
-            marker={"size": 10, "opacity": 0},
-            name=label,
-            text=[_text(names[i]) for i in placed],
-            textposition=list(placed.values()),
-            textfont={"size": 12},
-            hoverinfo="skip",
-            showlegend=False,
-            visible=label == "labels",
-            meta=label,
-        )
+        name_points(figure, points, names, show=[order[name] for name in wanted], width=width)
+        figure.data[-1].update(name=label, meta=label, visible=label == "labels")
     figure.update_layout(legend_itemsizing="constant")
-    figure.update_xaxes(range=[low[0], high[0]], zeroline=True).update_yaxes(range=[low[1], high[1]], showgrid=False)
+    figure.update_xaxes(zeroline=True).update_yaxes(showgrid=False)
     return figure
 
 
@@ -354,8 +337,8 @@ def grouped_bars(
 
     Example:
         >>> figure = grouped_bars(["own", "others"], {"steered": [(1, 0.5, 1.5), (0, -0.2, 0.2)]}, y="nats")
-        >>> figure.data[0].error_y.array
-        (0.5, 0.2)
+        >>> [float(x) for x in figure.data[0].error_y.array]
+        [0.5, 0.2]
     """
     figure = blank(y=y, height=height)
     colours = iter(PALETTE)
@@ -501,6 +484,42 @@ _PLACES: dict[str, tuple[float, float]] = {
     "top left": (-1, 1),
     "bottom left": (-1, -1),
 }
+
+
+def name_points(figure: go.Figure, points: np.ndarray, names: Sequence[str], *, show: Sequence[int], width: int) -> None:
+    """Write names beside some of the points of a figure, where they hide neither points nor each other, and fix its ranges.
+
+    Args:
+        figure: Has its height, and all the points drawn.
+        points: All of them, ``(n, 2)``.
+        names: Of each point.
+        show: Numbers of the points to name, most important first. A name that finds no free place is left to the hover.
+        width: Of the plot in pixels; where the page makes it wider, names stand further apart.
+
+    Example:
+        >>> points = np.array([[0.0, 0.0], [0.01, 0.0], [1.0, 1.0]])
+        >>> figure = blank(height=380).add_scatter(x=points[:, 0], y=points[:, 1], mode="markers")
+        >>> name_points(figure, points, ["here", "beside it", "there"], show=[2, 0], width=300)
+        >>> figure.data[-1].text, figure.data[-1].textposition
+        (('there', 'here'), ('middle left', 'top center'))
+    """
+    low, high = points.min(axis=0), points.max(axis=0)
+    margin = 0.06 * np.where(high > low, high - low, 1.0)
+    low, high = low - margin, high + margin
+    area = (width, figure.layout.height - 150)
+    placed = _place(show, names, (points - low) / (high - low) * area, area)
+    figure.add_scatter(
+        x=points[list(placed), 0].round(4),
+        y=points[list(placed), 1].round(4),
+        mode="markers+text",  # an invisible marker keeps the name off the visible one
+        marker={"size": 10, "opacity": 0},
+        text=[_text(names[i]) for i in placed],
+        textposition=list(placed.values()),
+        textfont={"size": 12},
+        hoverinfo="skip",
+        showlegend=False,
+    )
+    figure.update_xaxes(range=[low[0], high[0]]).update_yaxes(range=[low[1], high[1]])
 
 
 def _place(order: Sequence[int], names: Sequence[str], pixels: np.ndarray, area: tuple[float, float]) -> dict[int, str]:

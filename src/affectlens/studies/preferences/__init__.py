@@ -118,6 +118,6 @@ def _measure(bench: Bench, asked: Asked, held_out: Asked | str) -> Outcome:
     return Outcome(tuple(findings), shown, data, raw(bench, asked, held_out, steered))
 
 
-_UNSTEADY = "With care: the answers hang on which option is named first (see the first claim)."
+_UNSTEADY = "With care: the first claim does not hold."
 
 STUDY = Preferences()

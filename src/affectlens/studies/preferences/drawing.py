@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 LABELLED = 8
-"""So many emotions are named at either end of a figure; hovering names each."""
+"""So many emotions are named in a figure, half of them at either end; hovering names each."""
+NARROW = 400
+"""Pixels that a figure of one column has for its points."""
 
 
 def figures(data: Mapping[str, Any]) -> list[Figure]:
@@ -114,55 +116,59 @@ def _probes(probes: Mapping[str, Any]) -> go.Figure:
 
 
 def _valence(probes: Mapping[str, Any]) -> go.Figure:
-    from affectlens.figures import BLUE, blank
+    from affectlens.figures import BLUE, blank, name_points
 
     rows = [i for i, pleasure in enumerate(probes["pleasure"]) if pleasure is not None]
     r = np.array([probes["r"][i] for i in rows], dtype=float)
     figure = blank(x="pleasure of the word (people)", y="r with the preferences")
+    points = np.column_stack([[probes["pleasure"][i] for i in rows], r])
+    names = [probes["names"][i] for i in rows]
     figure.add_scatter(
-        x=[probes["pleasure"][i] for i in rows],
+        x=points[:, 0],
         y=r,
-        mode="markers+text",
-        text=[probes["names"][i] if place in _ends(r) else "" for place, i in enumerate(rows)],
-        textposition="top center",
+        mode="markers",
         marker={"size": 8, "color": BLUE},
-        customdata=[probes["names"][i] for i in rows],
+        customdata=names,
         hovertemplate="<b>%{customdata}</b><br>%{x:+.2f}, r = %{y:+.2f}<extra></extra>",
         showlegend=False,
     )
+    name_points(figure, points, names, show=_ends(r), width=NARROW)
     return figure
 
 
-def _ends(values: np.ndarray) -> set[int]:
+def _ends(values: np.ndarray) -> list[int]:
+    """The least and the greatest, the furthest first."""
     order = np.argsort(values).tolist()
-    return {*order[: LABELLED // 2], *order[-(LABELLED // 2) :]}
+    return [i for pair in zip(order, order[::-1], strict=True) for i in pair][:LABELLED]
 
 
 def _steering(arms: Sequence[Mapping[str, Any]], held_out: Sequence[Mapping[str, Any]]) -> go.Figure:
-    from affectlens.figures import BLUE, GREY, RED, blank
+    from affectlens.figures import BLUE, GREY, RED, blank, name_points
 
     full = max(arm["strength"] for arm in arms)
     figure = blank(x="r of the direction with the preferences", y="change of Elo", height=460)
+    emotions = [a for a in arms if a["kind"] == "emotion" and a["strength"] == full]
+    random = [a for a in arms if a["kind"] == "random"]
     for name, kept, colour, symbol in (
-        ("random directions", [a for a in arms if a["kind"] == "random"], GREY, "x"),
-        ("emotions", [a for a in arms if a["kind"] == "emotion" and a["strength"] == full], RED, "circle"),
+        ("random directions", random, GREY, "x"),
+        ("emotions", emotions, RED, "circle"),
         ("emotions, held-out activities", held_out, BLUE, "diamond-open"),
     ):
         if not kept:
             continue
-        shift = np.array([arm["shift"] for arm in kept], dtype=float)
-        named = _ends(shift) if name == "emotions" else set()
         figure.add_scatter(
             x=[arm["r"] for arm in kept],
-            y=shift,
-            mode="markers+text",
-            text=[arm["name"] if i in named else "" for i, arm in enumerate(kept)],
-            textposition="top center",
+            y=[arm["shift"] for arm in kept],
+            mode="markers",
             marker={"size": 8, "color": colour, "symbol": symbol},
             customdata=[arm["name"] for arm in kept],
             name=name,
             hovertemplate="<b>%{customdata}</b><br>r = %{x:+.2f}, %{y:+.0f} Elo<extra></extra>",
         )
+    every = [*emotions, *random, *held_out]
+    points = np.array([[arm["r"], arm["shift"]] for arm in every], dtype=float)
+    show = _ends(points[: len(emotions), 1])
+    name_points(figure, points, [arm["name"] for arm in every], show=show, width=NARROW)
     return figure
 
 
