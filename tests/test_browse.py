@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from click.testing import CliRunner, Result
 
 from affectlens.browse import page, survey
 from affectlens.cli import main
-from affectlens.conversations import Trace, conversation
+from affectlens.conversations import Trace, conversation, trace_readout
 from affectlens.errors import FormatError
 from planted import toy_bench
 
@@ -58,7 +60,8 @@ def test_a_browser_draws_it(tmp_path: Path) -> None:
     chromium = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
     if not chromium:
         pytest.skip("no Chromium here")
-    (tmp_path / "page.html").write_text(page([traced(HOSTILE, HOSTILE), traced("b")], "Two"), encoding="utf-8")
+    first = replace(traced(HOSTILE, HOSTILE), alone={"calm": [None, None, -30]})
+    (tmp_path / "page.html").write_text(page([first, traced("b")], "Two"), encoding="utf-8")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--virtual-time-budget=3000"]
     command = [chromium, *flags, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "page.html").as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
@@ -68,7 +71,29 @@ def test_a_browser_draws_it(tmp_path: Path) -> None:
     # Up is red, down is blue, what was not read has no colour.
     colours = re.findall(r"<span[^>]*rgb\(var\(--(up|down)\) / ([\d.]+)\)", dom)
     assert colours == [("up", "0.144"), ("up", "0.360"), ("down", "0.720")]
+    assert re.findall(r'class="mean">([^<]*)<', dom) == ["", "+0.020", "in context −0.025, alone −0.030"]
     assert 'class="mark"' in dom and "1 peak" in dom
+
+
+def test_a_reply_says_what_it_reads_in_context_and_alone() -> None:
+    bench = toy_bench()
+    talks = [conversation(record) for record in bench.texts("speakers")[:12]]
+    found = survey(bench.engine.run, lambda: iter(talks), bench.vectors, probes=["angry", "calm"], top=1)
+    each = next(iter(found.traces.values()))
+    assert list(each.alone) == list(each.scores)
+    words = [words.strip() for role, words in zip(each.turns, turn_words(each), strict=True) if role[0] == "assistant"]
+    readings = bench.engine.read(words, trace_readout(bench.vectors))
+    column = bench.vectors.index("calm")
+    means = [round(1000 * float(bench.vectors.scores(reading)[:, column].mean())) for reading in readings]
+    assert [value for value in each.alone["calm"] if value is not None] == means
+    assert [value is None for value in each.alone["calm"]] == [role == "user" for role, _ in each.turns]
+    assert "of the same words read alone" in page([each], "One") and "read alone" not in page([traced()], "One")
+    assert Trace(**json.loads(json.dumps(vars(each)))) == each
+
+
+def turn_words(each: Trace) -> list[str]:
+    ends = list(itertools.accumulate(n for _, n in each.turns))
+    return ["".join(each.pieces[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
 
 
 def test_a_survey_lists_the_first_of_every_list_before_the_seconds() -> None:

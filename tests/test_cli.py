@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -39,16 +40,16 @@ OPTIONS = {
         "--seed", "--temperature",
     ],
     "score": [
-        "--allow", "--baseline", "--device", "--dtype", "--gap", "--html", "--json", "--kind", "--layer", "--model", "--rules",
-        "--top",
+        "--allow", "--baseline", "--device", "--dtype", "--gap", "--html", "--json", "--kind", "--layer", "--model", "--other",
+        "--rules", "--top",
     ],
     "score-corpus": [
         "--allow", "--baseline", "--column", "--concepts", "--device", "--dtype", "--emotions", "--filter", "--fresh", "--json",
         "--layer", "--messages", "--model", "--out", "--text", "--vectors", "--weights",
     ],
-    "baseline": ["--allow", "--device", "--dtype", "--json", "--layer", "--model", "--out"],
+    "baseline": ["--allow", "--device", "--dtype", "--json", "--layer", "--model", "--other", "--out"],
     "rules check": [
-        "--allow", "--baseline", "--device", "--dtype", "--json", "--layer", "--model", "--on", "--vectors",
+        "--allow", "--baseline", "--device", "--dtype", "--json", "--layer", "--model", "--on", "--other", "--vectors",
     ],
     "browse": [
         "--allow", "--conversation", "--device", "--dtype", "--json", "--layer", "--model", "--out", "--probe", "--top",
@@ -536,6 +537,41 @@ def test_scoring_every_token_with_rules_and_a_page(folder: Path, made: Path, run
     wrong = run("score", "run", "c.jsonl", "--rules", "angy > 1")
     assert wrong.exit_code == 1 and "did you mean angry?, column 1" in wrong.stderr and wrong.stderr.endswith("^^^^\n")
     assert "layer 4, not 2" in refused(run("score", "run", "c.jsonl", "--layer", 2, "--baseline", "run/vectors/baseline-4.json"))
+
+
+def test_self_and_other_side_by_side(made: Path, run: Run, tmp_path: Path) -> None:
+    """Vectors under other names stand in for those of the other speaker: what reads angry reads proud by them."""
+    shutil.copytree(made, tmp_path / "run")
+    vectors = ConceptVectors.load("run")
+    turned = dict(zip(vectors.names, reversed(vectors.names), strict=True))
+    dataclasses.replace(vectors, names=tuple(turned.values())).save(tmp_path / "other")
+    engine = ToyEngine()
+    talk = [["user", engine.write(None, "train", seed=1)], ["assistant", engine.write("angry", "soup", seed=1)]]
+    (tmp_path / "c.jsonl").write_text(json.dumps({"turns": talk}))
+    fine(run("score", "run", "c.jsonl"))
+    first = fine(run("score", "run", "c.jsonl", "--other", "other", "--top", "2", "--html", "page.html"))
+    lines = first.stdout.splitlines()
+    assert lines[0].startswith("angry +") and lines[1].startswith(f"  of the other: {turned['angry']} +")
+    assert "no baseline at layer 4 with the vectors of the other speaker yet" in first.stderr
+    page = (tmp_path / "page.html").read_text()
+    assert "angry of the other" in page and f"{turned['angry']} of the other" in page
+    again = fine(run("score", "run", "c.jsonl", "--other", "other", "--json", "--rules", f"other({turned['angry']}) > 0.5"))
+    row = json.loads(again.stdout)
+    assert "no baseline" not in again.stderr and row["alerts"][0]["rule"].startswith("other(")
+    assert {turned[name]: value for name, value in row["scores"].items()} == pytest.approx(row["other"], abs=1e-3)
+    assert "other" not in json.loads(fine(run("score", "run", "c.jsonl", "--json")).stdout), "the baseline serves both"
+    assert "--other" in run("score", "run", "c.jsonl", "--rules", "other(angry) > 1").stderr
+    (trial,) = json.loads(
+        fine(run("rules", "check", "other(angry) > 2", "--vectors", "run", "--other", "other", "--json")).stdout
+    )
+    assert trial["turns"] == 40
+    # Somebody's own traffic is not replaced by the neutral dialogues.
+    talks = [{"turns": [["user", f"the door {i}"], ["assistant", engine.write(None, f"b{i}", seed=i)]]} for i in range(12)]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, talks)))
+    fine(run("baseline", "run", "own.jsonl"))
+    assert "affectlens baseline --other" in refused(run("score", "run", "c.jsonl", "--other", "other"))
+    fine(run("baseline", "run", "own.jsonl", "--other", "other"))
+    assert "z against own.jsonl" in fine(run("score", "run", "c.jsonl", "--other", "other")).stderr
 
 
 def test_baselines_and_rules_that_are_tried(folder: Path, made: Path, run: Run, tmp_path: Path) -> None:

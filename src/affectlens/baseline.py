@@ -19,8 +19,8 @@ import numpy as np
 
 from affectlens.conversations import Conversation
 from affectlens.corpus import load
-from affectlens.engine import Engine
-from affectlens.errors import FormatError, MismatchError
+from affectlens.engine import Engine, Gate
+from affectlens.errors import FormatError, MismatchError, UnknownName
 from affectlens.runs import content_id, read_json, write_json
 from affectlens.traces import NOBODY, Probe, Trace, read_traces
 from affectlens.vectors import ConceptVectors
@@ -32,6 +32,9 @@ FEW = 10
 
 GROUPS = 400
 """Conversations are dealt into so many groups, which the jackknife leaves out in turn; up to here each is one of its own."""
+
+NEUTRAL = "neutral dialogues"
+"""The source of a baseline of the bundled dialogues."""
 
 TEXT, GAP, OTHER = "text", "gap", "other "
 """What is kept beside the roles: replies read alone (and so any plain text), the gap, and roles by the other vectors."""
@@ -145,8 +148,12 @@ class Baseline:
             raise MismatchError(f"this baseline is of layer {self.layer}, not {probe.vectors.layer}: {fix}")
         if self.vectors != vectors_id(probe.vectors):
             raise MismatchError(f"this baseline ({self.source}) was measured with other vectors: {fix}")
-        if probe.other is not None and self.other != vectors_id(probe.other):
-            raise MismatchError(f"this baseline does not know these vectors of the other speaker: {fix}")
+        if not self.knows(probe):
+            raise MismatchError(f"this baseline does not know these vectors of the other speaker: {fix} --other")
+
+    def knows(self, probe: Probe) -> bool:
+        """Whether the vectors of the other speaker, if there are any, were read when it was measured."""
+        return probe.other is None or self.other == vectors_id(probe.other)
 
     def z(self, scores: np.ndarray, roles: Sequence[str], *, other: bool = False) -> np.ndarray:
         """Centred cosines of tokens ``(T, N)`` as z, each against its role; nan for roles that the baseline does not know."""
@@ -161,6 +168,42 @@ class Baseline:
     def gap(self, inner: np.ndarray, visible: np.ndarray) -> np.ndarray:
         """How far replies in context (z, ``(..., N)``) lie above the same read alone (z), in deviations of that difference."""
         return self.spreads[GAP].z(inner - visible)
+
+    def gate(
+        self,
+        vectors: ConceptVectors,
+        name: str,
+        *,
+        above: float | None = None,
+        below: float | None = None,
+        speaker: str = "assistant",
+    ) -> Gate:
+        """A gate for :meth:`affectlens.engine.Steering.when` that reads the z of the monitor: that of a speaker's single tokens.
+
+        It is counted from this speaker's words at every token, so let what it gates act on these alone
+        (``Where(part="response")`` for the assistant's).
+
+        Args:
+            vectors: Those that the baseline was measured with.
+            name: The concept that is read.
+            above, below: Open only above or below this z, or in between.
+            speaker: Whose words z is counted from.
+
+        Raises:
+            UnknownName: There is no such concept, or the baseline does not know the speaker.
+            MismatchError: The baseline belongs to other vectors.
+            EngineError: Neither ``above`` nor ``below`` is given.
+
+        Example:
+            >>> calmer = (0.1 * vectors["calm"]).at(Where(part="response"))                    # doctest: +SKIP
+            >>> calmer = calmer.when(baseline.gate(vectors, "desperate", above=3))             # doctest: +SKIP
+        """
+        self.check(Probe(vectors))
+        if speaker not in self.speakers:
+            raise UnknownName("speaker", speaker, self.speakers)
+        spread, column = self.spreads[speaker], vectors.index(name)
+        usual = (float(spread.mean[column]), max(float(spread.deviation[column]), 1e-9))
+        return vectors.gate(name, above=above, below=below, layer=self.layer, baseline=usual)
 
     def standardise(self, trace: Trace) -> Trace:
         """A trace of centred cosines in z, with the gap where replies were read alone.

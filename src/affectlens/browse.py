@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from affectlens import pages
-from affectlens.conversations import STRETCH, Conversation, Ranking, Run, Trace, rank, read, trace, trace_readout
+from affectlens.conversations import STRETCH, Conversation, Ranking, Run, Trace, rank, read, read_alone, trace, trace_readout
 from affectlens.errors import FormatError
 from affectlens.report import DISCLAIMER
 from affectlens.vectors import ConceptVectors
@@ -71,7 +71,7 @@ def survey(
         (row := number[each.talk.id]): trace(each, vectors, ranking=ranking, row=row, probes=probes)
         for each in read(run, wanted, trace_readout(vectors), template=template)
     }
-    return Survey(ranking, heads, {row: found[row] for row in chosen})
+    return Survey(ranking, heads, dict(zip(chosen, read_alone(run, (found[row] for row in chosen), vectors), strict=True)))
 
 
 def page(traces: Sequence[Trace], title: str, *, note: str = "", model: str = "") -> str:

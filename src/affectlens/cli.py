@@ -109,6 +109,7 @@ def shared(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
             help="Accept vectors of another checkpoint of the architecture, or another chat template.",
         ),
         "model": click.option("--model", help="Model to use.  [default: the one the vectors name]"),
+        "other": click.option("--other", metavar="VECTORS", help="Vectors of the other speaker, to read beside the vectors."),
     }
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -396,16 +397,16 @@ def _print_beside(
 @click.option("--rules", metavar="RULES", help="Score every token, and say where rules fire: a file, or one rule.")
 @click.option("--gap", is_flag=True, help="Score every token, and read the assistant's words alone as well.")
 @click.option("--baseline", type=FILE, help="What z is stated against.  [default: that beside the vectors]")
-@shared("layer", "model", "device", "dtype", "allow", "json")
+@shared("other", "layer", "model", "device", "dtype", "allow", "json")
 def score(vectors: str, file: str, top: int, kind: Any, **options: Any) -> None:
     """Score the texts or conversations of FILE (JSONL, parquet, or one plain text; - reads one from stdin).
 
-    The score of a text is that of the mean over its tokens. Conversations, and texts with --html, --rules, --gap or --baseline,
-    are scored token by token, in standard deviations from ordinary conversations.
+    The score of a text is that of the mean over its tokens. Conversations, and texts with --html, --rules, --gap, --other or
+    --baseline, are scored token by token, in standard deviations from ordinary conversations.
     """
     from affectlens.engine import Request, Where
 
-    if any(options[name] for name in ("html", "rules", "gap", "baseline")) or _holds_conversations(file):
+    if any(options[name] for name in ("html", "rules", "gap", "baseline", "other")) or _holds_conversations(file):
         _score_tokens(vectors, file, top, **options)
         return
     texts = _texts(file)
@@ -427,7 +428,16 @@ def _best(best: Sequence[tuple[str, float]], text: str) -> str:
 
 
 def _score_tokens(
-    name: str, file: str, top: int, *, html: Path | None, rules: str | None, gap: bool, baseline: Path | None, **options: Any
+    name: str,
+    file: str,
+    top: int,
+    *,
+    html: Path | None,
+    rules: str | None,
+    gap: bool,
+    baseline: Path | None,
+    other: str | None,
+    **options: Any,
 ) -> None:
     from affectlens.actions import read_policies
     from affectlens.browse import LIMIT, page
@@ -438,9 +448,10 @@ def _score_tokens(
     # What rules do is left out: nothing is happening here.
     policies = [each.rule for each in read_policies(rules)] if rules else []
     loaded, engine = _vectors_and_engine(name, **options)
+    beside = _other(other, engine, options["allow"])
     for rule in policies:
-        rule.check(loaded.names, rule.speakers)  # before a baseline is measured
-    monitor = Monitor(loaded, _baseline(name, loaded, engine, baseline), rules=policies, gap=gap)
+        rule.check(loaded.names, rule.speakers, other=beside and beside.names)  # before a baseline is measured
+    monitor = Monitor(loaded, _baseline(name, loaded, engine, baseline, other=beside), rules=policies, gap=gap, other=beside)
     if _holds_conversations(file):
         read = ((trace, each.talk.id, each.reason) for trace, each in monitor.scores(engine, read_conversations(file)))
     else:
@@ -452,19 +463,26 @@ def _score_tokens(
             click.echo(f"{id} is left out: {reason}", err=True)
             continue
         roles = set(trace.layout.roles)
-        best = trace.top(len(loaded), speaker=next(role for role in ("assistant", "text", "user", *roles) if role in roles))
+        speaker = next(role for role in ("assistant", "text", "user", *roles) if role in roles)
+        best = trace.top(len(loaded), speaker=speaker)
+        others = trace.top_other(len(trace.other_names), speaker=speaker)
         if options["as_json"]:
             facts = {"id": id, "layer": loaded.layer, "kind": "z", "scores": {key: round(value, 4) for key, value in best}}
+            facts |= {"other": {key: round(value, 4) for key, value in others}} if beside else {}
             click.echo(json.dumps({**facts, "alerts": [vars(alert) for alert in trace.alerts]}, ensure_ascii=False))
         else:
             words = "".join(
                 trace.layout.tokens[i] for i, role in enumerate(trace.layout.roles) if role not in ("template", "special")
             )
             click.echo(_best(best[:top], words))
+            if beside:
+                click.echo(f"  of the other: {'  '.join(f'{key} {value:+.3f}' for key, value in others[:top])}")
             for alert in trace.alerts:
                 click.echo(f"  {alert.rule}: fires at token {alert.token} ({alert.speaker}): {alert.words}")
         if html and len(shown) < LIMIT:
             named = [signal.concept for rule in policies for signal in rule.signals if signal.concept in loaded]
+            # By both kinds of vectors what stands out by either, where both have it.
+            named += [key for key, _ in others[:top] if key in loaded]
             shown.append(trace.shown([*named, *(key for key, _ in best[:top])]))
     assert monitor.baseline is not None
     click.echo(monitor.baseline.note, err=True)
@@ -490,15 +508,35 @@ def _holds_conversations(file: str) -> bool:
     return isinstance(first, dict) and "text" not in first and any(isinstance(first.get(key), list) for key in TURNS)
 
 
-def _baseline(name: str, vectors: ConceptVectors, engine: Engine, given: Path | None = None) -> Baseline:
-    """The baseline that is named, or that stands beside the vectors; measured on the neutral dialogues where there is none."""
-    from affectlens.baseline import Baseline
+def _other(name: str | None, engine: Engine, allow: tuple[str, ...]) -> ConceptVectors | None:
+    """Vectors of the other speaker, if there are any, which must be of the same model."""
+    from affectlens.exchange import load_vectors
+
+    if name is None:
+        return None
+    vectors = load_vectors(name)
+    vectors.check(engine.info, allow=allow)
+    return vectors
+
+
+def _baseline(
+    name: str, vectors: ConceptVectors, engine: Engine, given: Path | None = None, *, other: ConceptVectors | None = None
+) -> Baseline:
+    """The baseline that is named, or that stands beside the vectors; measured on the neutral dialogues where there is none.
+
+    One of the neutral dialogues that does not know the other vectors is measured again, with them.
+    """
+    from affectlens.baseline import NEUTRAL, Baseline
+    from affectlens.traces import Probe
 
     stored = _baseline_file(name, vectors)
     if given or (stored and stored.exists()):
-        return Baseline.load(given or stored or "")
-    click.echo(f"no baseline at layer {vectors.layer} yet: reading the neutral dialogues", err=True)
-    return measure_baseline(vectors, engine, None, stored)
+        found = Baseline.load(given or stored or "")
+        if given or found.source != NEUTRAL or found.knows(Probe(vectors, other)):
+            return found
+    both = " with the vectors of the other speaker" if other else ""
+    click.echo(f"no baseline at layer {vectors.layer}{both} yet: reading the neutral dialogues", err=True)
+    return measure_baseline(vectors, engine, None, stored, other=other)
 
 
 def _baseline_file(name: str, vectors: ConceptVectors) -> Path | None:
@@ -509,7 +547,9 @@ def _baseline_file(name: str, vectors: ConceptVectors) -> Path | None:
     return None
 
 
-def measure_baseline(vectors: ConceptVectors, engine: Engine, file: Path | None, out: Path | None) -> Baseline:
+def measure_baseline(
+    vectors: ConceptVectors, engine: Engine, file: Path | None, out: Path | None, *, other: ConceptVectors | None = None
+) -> Baseline:
     """Measure a baseline on a file of conversations (None: the neutral dialogues), and store it.
 
     Args:
@@ -517,14 +557,15 @@ def measure_baseline(vectors: ConceptVectors, engine: Engine, file: Path | None,
         engine: The model.
         file: What :func:`affectlens.conversations.read_conversations` reads.
         out: Where to store it; None for nowhere.
+        other: Vectors of the other speaker, at theirs.
     """
-    from affectlens.baseline import Baseline, neutral_dialogues
+    from affectlens.baseline import NEUTRAL, Baseline, neutral_dialogues
     from affectlens.conversations import read_conversations
     from affectlens.traces import Probe
 
     talks = neutral_dialogues(engine) if file is None else read_conversations(file)
-    probe = Probe(vectors, template=engine.info.template is not None)
-    found = Baseline.measure(engine, talks, probe=probe, source=file.name if file else "neutral dialogues")
+    probe = Probe(vectors, other, template=engine.info.template is not None)
+    found = Baseline.measure(engine, talks, probe=probe, source=file.name if file else NEUTRAL)
     if out is not None:
         found.save(out)
     return found
@@ -591,8 +632,8 @@ def score_corpus(
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Where to store it.  [default: baseline-LAYER.json beside the vectors]"
 )
-@shared("layer", "model", "device", "dtype", "allow", "json")
-def baseline(vectors: str, file: Path | None, out: Path | None, **options: Any) -> None:
+@shared("other", "layer", "model", "device", "dtype", "allow", "json")
+def baseline(vectors: str, file: Path | None, out: Path | None, other: str | None, **options: Any) -> None:
     """Measure what is usual, so that scores can be stated in standard deviations from it.
 
     FILE holds ordinary conversations, your own traffic at best; by default the bundled neutral dialogues are read.
@@ -603,7 +644,7 @@ def baseline(vectors: str, file: Path | None, out: Path | None, **options: Any) 
     place = out or _baseline_file(vectors, loaded)
     if place is None:
         raise FormatError(f"{vectors} is no folder that a baseline could be stored in: name a file with --out")
-    found = measure_baseline(loaded, engine, file, place)
+    found = measure_baseline(loaded, engine, file, place, other=_other(other, engine, options["allow"]))
     if options["as_json"]:
         spreads = {name: {"tokens": s.n_tokens, "conversations": s.n_texts} for name, s in found.spreads.items()}
         click.echo(json.dumps({"file": str(place), "source": found.source, "layer": found.layer, "spreads": spreads}))
@@ -621,8 +662,10 @@ def rules() -> None:
 @click.option("--vectors", help="Try the rules with these vectors; without them only the language is checked.")
 @click.option("--on", type=FILE, help="Ordinary conversations to try them on.  [default: the bundled neutral dialogues]")
 @click.option("--baseline", type=FILE, help="What z is stated against.  [default: that beside the vectors]")
-@shared("layer", "model", "device", "dtype", "allow", "json")
-def rules_check(rules: str, vectors: str | None, on: Path | None, baseline: Path | None, **options: Any) -> None:
+@shared("other", "layer", "model", "device", "dtype", "allow", "json")
+def rules_check(
+    rules: str, vectors: str | None, on: Path | None, baseline: Path | None, other: str | None, **options: Any
+) -> None:
     """Try RULES before they are armed: false alarms on ordinary conversations, delay on stories.
 
     RULES is a file (one rule a line, or TOML with actions), or one rule: 'desperate > 3 for 20 tokens'.
@@ -642,10 +685,11 @@ def rules_check(rules: str, vectors: str | None, on: Path | None, baseline: Path
             click.echo(f"rules understood: {len(policies)} (with --vectors they are tried)")
         return
     loaded, engine = _vectors_and_engine(vectors, **options)
+    beside = _other(other, engine, options["allow"])
     plain = [each.rule for each in policies]
     for rule in plain:
-        rule.check(loaded.names, rule.speakers)  # before anything is read
-    monitor = Monitor(loaded, _baseline(vectors, loaded, engine, baseline), rules=plain)
+        rule.check(loaded.names, rule.speakers, other=beside and beside.names)  # before anything is read
+    monitor = Monitor(loaded, _baseline(vectors, loaded, engine, baseline, other=beside), rules=plain, other=beside)
     own = engine.texts("stories")
     stories = [Text(r["id"], r["text"], r["concept"]) for r in (load("stories") if own is None else own)]
     trials = try_rules(engine, monitor, talks=read_conversations(on) if on else None, stories=stories)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,13 @@ class Conversation:
         id: Unique in its set.
         turns: ``(role, content)``, roles being ``user``, ``assistant``, ``system`` or a name; turns without words are left out.
         labels: For a role the emotion that it is known to have; empty for most sets.
+        outcome: What came of it, true or false; None for most sets.
     """
 
     id: str
     turns: Chat
     labels: Mapping[str, str] = field(default_factory=dict)
+    outcome: bool | None = None
 
 
 # ── files ──
@@ -67,7 +69,8 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
         path: A JSONL or parquet file, a ``.json`` file with a list, or a folder of them. A record holds its turns as ``messages``
             (or ``conversation``, ``conversations``), a list of ``role`` and ``content`` or of ``from`` and ``value``, or as
             ``turns``, pairs of a speaker and words. Content may be text or a list of parts, of which the text counts. A label is
-            an ``emotion`` (the assistant's) or ``labels``, an object with an emotion for each role.
+            an ``emotion`` (the assistant's) or ``labels``, an object with an emotion for each role. An ``outcome`` is true or
+            false; anything else counts as unknown.
 
     Raises:
         FormatError: Nothing there, nothing in it, or a record that is no conversation; names file and record.
@@ -95,7 +98,7 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
             except FormatError as error:
                 raise FormatError(f"{file}, record {number} {error}") from None
             if read.id in seen:
-                read = Conversation(own, read.turns, read.labels)
+                read = replace(read, id=own)
             seen.add(read.id)
             yield read
     if not seen:
@@ -138,7 +141,8 @@ def conversation(record: Any, id: str = "conversation") -> Conversation:
         if words:
             turns.append((names.get(speaker) or _ROLES.get(speaker.strip().lower(), speaker.strip()), words))
     given = next((record[key] for key in ("id", "conversation_id", "conv_id") if record.get(key) not in (None, "")), id)
-    return Conversation(str(given), tuple(turns), _labels(record))
+    outcome = record.get("outcome")
+    return Conversation(str(given), tuple(turns), _labels(record), outcome if isinstance(outcome, bool) else None)
 
 
 def _words(content: Any, number: int) -> str:
@@ -239,6 +243,16 @@ def joined(turns: Chat) -> Chat:
         else:
             found.append((role, content))
     return tuple(found)
+
+
+def sure_to_fit(talks: Iterable[Conversation], context: int) -> Iterator[Conversation]:
+    """Those that fit a model's context by their bytes alone, as no token is shorter; what is not sure has to be tried.
+
+    Example:
+        >>> [talk.id for talk in sure_to_fit([Conversation("a", (("user", "Hi"),))], 512)]
+        ['a']
+    """
+    return (talk for talk in talks if talk.turns and sum(len(words.encode()) + 40 for _, words in talk.turns) <= context)
 
 
 @dataclass(frozen=True)
@@ -390,6 +404,8 @@ class Trace:
         scores: For each shown concept the score of each piece in thousandths, None where it was not read.
         means: For each shown concept the score by which the conversation is ranked. It is that of the mean over the assistant's
             words, and larger than the mean of their scores.
+        alone: For each shown concept the mean score of each turn's words read alone, as a plain text, in thousandths: what shows
+            without the context. None for turns that were not read so; empty when none was.
     """
 
     id: str
@@ -401,6 +417,7 @@ class Trace:
     pieces: list[str]
     scores: Mapping[str, list[int | None]]
     means: Mapping[str, float]
+    alone: Mapping[str, list[int | None]] = field(default_factory=dict)
 
 
 def trace_readout(vectors: ConceptVectors) -> Readout:
@@ -452,6 +469,37 @@ def trace(each: Read, vectors: ConceptVectors, *, ranking: Ranking, row: int, pr
         scores={n: [None if v != v else round(1000 * v) for v in scores[:, i].tolist()] for n, i in shown.items()},
         means={name: round(float(own[i]), 5) for name, i in shown.items()},
     )
+
+
+def read_alone(run: Run, traces: Iterable[Trace], vectors: ConceptVectors) -> list[Trace]:
+    """The same traces with what the assistant's turns read without their context, each as a plain text.
+
+    Args:
+        run: What runs requests: ``engine.run`` or ``bench.read``.
+        traces: Of conversations that the model has read, so each of their turns fits it.
+        vectors: What they were read with.
+    """
+    traces = list(traces)
+    turns = [(number, turn, words) for number, each in enumerate(traces) for turn, words in _spoken(each)]
+    readout = trace_readout(vectors)
+    results = run([Request(words, readouts=(readout,)) for _, _, words in turns]) if turns else iter(())
+    alone: list[dict[str, list[int | None]]] = [{probe: [None] * len(each.turns) for probe in each.scores} for each in traces]
+    for (number, turn, _), result in zip(turns, results, strict=True):
+        scores = vectors.scores(result.readings[0])
+        for probe, own in alone[number].items():
+            if len(scores):  # a word alone is the first token, which is not read
+                own[turn] = round(1000 * float(scores[:, vectors.index(probe)].mean()))
+    return [replace(each, alone=own) for each, own in zip(traces, alone, strict=True)]
+
+
+def _spoken(traced: Trace) -> Iterator[tuple[int, str]]:
+    """Number and words of the assistant's turns."""
+    start = 0
+    for turn, (role, n) in enumerate(traced.turns):
+        words = "".join(traced.pieces[start : start + n]).strip()
+        if role == "assistant" and words:
+            yield turn, words
+        start += n
 
 
 STRETCH = 15

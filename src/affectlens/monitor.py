@@ -25,7 +25,7 @@ import numpy as np
 
 from affectlens import conversations
 from affectlens.actions import Policy, Reporter, Steer, Stop, policy
-from affectlens.baseline import Baseline, neutral_dialogues
+from affectlens.baseline import NEUTRAL, Baseline, neutral_dialogues
 from affectlens.conversations import STRETCH, Conversation, Read
 from affectlens.engine import Chat, Engine, Layout, Request, Result, Sampling, Steering, Where
 from affectlens.rules import Kind, Rule
@@ -125,7 +125,7 @@ class Monitor:
         """The baseline; measured on the neutral dialogues when there is none yet."""
         if self.baseline is None:
             probe = self.probe_of(engine)
-            self.baseline = Baseline.measure(engine, neutral_dialogues(engine), probe=probe, source="neutral dialogues")
+            self.baseline = Baseline.measure(engine, neutral_dialogues(engine), probe=probe, source=NEUTRAL)
             self._check()
         return self.baseline
 
@@ -218,6 +218,7 @@ class Stream(Iterator[Token]):
         waiting = [each for each in monitor.policies if "gap" in each.rule.needs]
         self._now = Course([each for each in monitor.policies if each not in waiting], *names)
         self._late = Course(waiting, *names)
+        self._released = prefill
         self._for_now: list[Cell] = []
         self._for_late: list[Cell] = []
         self._said: list[Cell] = []
@@ -228,7 +229,7 @@ class Stream(Iterator[Token]):
         self._steering, self._added = Steering(), ""
         self._steered_by: list[Policy] = []
         self._stopped: Stop | None = None
-        self._restart = False
+        self._restart = self._cut = False
         self._nothing = np.full(len(self._probe.vectors), np.nan, np.float32)
         self._tokens: Generator[Token, None, None] = self._run()
 
@@ -253,18 +254,20 @@ class Stream(Iterator[Token]):
                         break
                     if (token := self._token(result)) is not None:
                         yield token
-                    if self._stopped or self._restart:
+                    if self._stopped or self._restart or self._cut:
                         break
             finally:
                 partials.close()  # type: ignore[attr-defined]
-            if not self._restart or self._stopped:
+            if not self._restart or self._stopped or self._cut:
                 break
-            if held := self._reply()[len(self.text) :]:  # what might have been a stop string is part of the reply now
-                self.text += held
-                yield Token(held, len(self._layout or ()) - 1, "assistant", self._nothing)
+            # What might be the beginning of a stop string still might: the engine does not look back behind its new beginning.
+            self._released = self._reply()
+        if not self._cut and (held := self._reply()[len(self.text) :]):  # it was none
+            self.text += held
+            yield Token(held, len(self._layout or ()) - 1, "assistant", self._nothing)
         if (last := self._last()) is not None:
             yield last
-        self.finish = "stopped" if self._stopped else final.finish if final else "length"
+        self.finish = "stopped" if self._stopped else "stop" if self._cut else final.finish if final else "length"
         self._finish(final)
         if self._stopped and self._stopped.message:
             self.text += self._stopped.message
@@ -301,15 +304,11 @@ class Stream(Iterator[Token]):
 
     def _token(self, result: Result) -> Token | None:
         """What a partial result brings: text, a token, or neither."""
-        self.text += result.text
         self._layout = result.layout
-        if not len(result.readings[0].positions):
+        text = self._shown(result.text)
+        if self._cut or not len(result.readings[0].positions):
             # Text that was held back, or the end.
-            return (
-                Token(result.text, len(result.layout) - 1, "assistant", self._nothing, steering=self._added)
-                if result.text
-                else None
-            )
+            return Token(text, len(result.layout) - 1, "assistant", self._nothing, steering=self._added) if text else None
         position = int(result.readings[0].positions[-1])
         rows = [
             None if vectors is None else vectors.scores(reading)[-1:].astype(np.float32)
@@ -325,7 +324,19 @@ class Stream(Iterator[Token]):
         self._said.append(cell)
         self._generated += 1
         alerts = self._take(cell, rows[0][0])
-        return Token(result.text, position, "assistant", scores, other, tuple(alerts), cell.steering)
+        return Token(text, position, "assistant", scores, other, tuple(alerts), cell.steering)
+
+    def _shown(self, text: str) -> str:
+        """What can be shown now that the engine has released so much more: a stop string may reach over a restart."""
+        assert self._request.sampling is not None
+        self._released += text
+        stops, waiting = self._request.sampling.stop, self._released[len(self.text) :]
+        ends = [at for stop in stops if (at := waiting.find(stop)) >= 0]
+        self._cut = bool(ends)
+        held = max((n for stop in stops for n in range(1, len(stop)) if waiting.endswith(stop[:n])), default=0)
+        new = waiting[: min(ends) if ends else len(waiting) - held]
+        self.text += new
+        return new
 
     def _take(self, cell: Cell, raw: np.ndarray) -> list[Alert]:
         """Let rules see a token, or keep it for them."""
@@ -361,7 +372,7 @@ class Stream(Iterator[Token]):
             self._report_steered(kept)
         if late and self._reply().strip():
             said = self._reply()
-            start = _reply_start(self._layout) + len(said) - len(said.lstrip())
+            start = self._start(self._layout) + len(said) - len(said.lstrip())
             (result,) = self._engine.run([Request(said.strip(), readouts=self._probe.readouts[:1])])
             spans = [(max(cell.span[0] - start, 0), max(cell.span[1] - start, 0)) for cell in late]
             visible = self._baseline.spreads["text"].z(carried_over(spans, result.layout.offsets, self._probe.scores(result)[0]))
@@ -382,7 +393,14 @@ class Stream(Iterator[Token]):
 
     def _reply(self) -> str:
         """The words of the reply, those that may yet be the beginning of a stop string included."""
-        return self.text if self._layout is None else self._layout.text[_reply_start(self._layout) :]
+        return self.text if self._layout is None or self._cut else self._layout.text[self._start(self._layout) :]
+
+    def _start(self, layout: Layout) -> int:
+        """Where the reply begins in the text; some tokenizers leave the white space of a first token out of its span."""
+        start = layout.offsets[layout.n_prompt][0] if len(layout) > layout.n_prompt else len(layout.text)
+        space = self._released[: len(self._released) - len(self._released.lstrip())]
+        left_out = space and not layout.text.startswith(space, start) and layout.text.endswith(space, 0, start)
+        return start - len(space) if left_out else start
 
     # ── alarms ──
 
@@ -476,11 +494,6 @@ class Stream(Iterator[Token]):
         places = zip(self.alerts, self._spans, strict=True)
         alerts = tuple(replace(alert, token=_place(alert.token, span, whole.layout)) for alert, span in places)
         self.trace = replace(self._baseline.standardise(trace), alerts=alerts)
-
-
-def _reply_start(layout: Layout) -> int:
-    """Where the words of the reply begin in the text."""
-    return layout.offsets[layout.n_prompt][0] if len(layout) > layout.n_prompt else len(layout.text)
 
 
 def _place(token: int, span: tuple[int, int], layout: Layout) -> int:

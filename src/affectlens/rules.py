@@ -218,7 +218,9 @@ class Rule:
         # Not the unique signals: each place is wrong.
         for signal in (compare.signal for compare, _ in self._comparisons()):
             if signal.kind == "other" and other is None:
-                problem = "there are no vectors of the other speaker: give Monitor(other=...), or leave other() out"
+                problem = (
+                    "no vectors of the other speaker are given: name them (Monitor(other=...), --other), or leave other() out"
+                )
                 raise RuleError(problem, self.text, *signal.span)
             known = other if signal.kind == "other" and other is not None else concepts
             if signal.concept not in known:

@@ -107,6 +107,14 @@ class Trace:
         own = self.scores[self.of(speaker)]
         return own.mean(axis=0) if len(own) else np.full(len(self.names), np.nan, np.float32)
 
+    def top_other(self, k: int = 5, *, speaker: str = "assistant") -> list[tuple[str, float]]:
+        """:meth:`top` by the vectors of the other speaker: what these words say of the one who listens; empty without any."""
+        own = None if self.other is None else self.other[self.of(speaker)]
+        if own is None or not len(own):
+            return []
+        mean = own.mean(axis=0)
+        return [(self.other_names[i], float(mean[i])) for i in np.argsort(-mean, kind="stable")[:k]]
+
     def top(self, k: int = 5, *, speaker: str = "assistant") -> list[tuple[str, float]]:
         """The ``k`` concepts with the highest mean over a speaker's words, highest first."""
         mean = self.mean(speaker)
@@ -166,7 +174,15 @@ class Trace:
                 for name, column in columns.items()
             },
             means={name: round(float(np.nan_to_num(_mean(column[own]))), 5) for name, column in columns.items()},
+            alone={} if self.visible is None else {name: self._alone(name) for name in dict.fromkeys(probes)},
         )
+
+    def _alone(self, name: str) -> list[int | None]:
+        """Mean score of each turn's words read alone, in thousandths; None where they were not."""
+        assert self.visible is not None
+        column, turns = self.visible[:, self.names.index(name)], self.turns
+        means = (column[(turns == turn) & np.isfinite(column)] for turn in range(int(turns.max()) + 1))
+        return [round(1000 * float(own.mean())) if len(own) else None for own in means]
 
 
 def _mean(values: np.ndarray) -> float:

@@ -254,7 +254,8 @@ class ConceptVectors:
 
         The score is that of :meth:`scores`, of the token alone. Note what z is counted from: by default the texts that the
         vectors were fitted on, whose scores are of means over many tokens, while those of single tokens are spread more widely.
-        Give the baseline of single tokens where you have one.
+        The z of the monitor, which is counted from single tokens of one speaker, is
+        :meth:`affectlens.baseline.Baseline.gate`.
 
         Args:
             name: The concept that is read.

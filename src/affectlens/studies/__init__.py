@@ -182,7 +182,7 @@ class Sources:
         texts: Folder with files named as the bundled ones (``scenarios.jsonl``, …); each replaces the bundled one.
         corpus: Text corpus to search for the strongest passages: a folder, a JSONL or parquet file, or a ``datasets`` name.
         labels: TOML file that maps the corpus's labels to concepts.
-        conversations: Conversations to rank: a folder, or a JSONL or parquet file.
+        conversations: Conversations to rank, and to tell outcomes of: a folder, or a JSONL or parquet file.
     """
 
     texts: Path | None = None
@@ -317,6 +317,7 @@ STUDIES: tuple[str, ...] = (
     "lasting",
     "transcripts",
     "preferences",
+    "early_warning",
     "checkpoints",
     "calibration",
     "continuation",

@@ -47,10 +47,12 @@ from affectlens.conversations import (
     mean_readout,
     rank,
     read,
+    read_alone,
     read_conversations,
     request,
     smoothed,
     strongest,
+    sure_to_fit,
     trace,
     trace_readout,
 )
@@ -142,13 +144,8 @@ class Transcripts:
         if bench.engine is None or bench.sources.conversations:
             return ()
         readouts = (mean_readout(bench.vectors), trace_readout(bench.vectors))
-        # No token is shorter than a byte, so these are sure to fit; what is not sure is tried while the study runs.
-        fits = (
-            talk
-            for talk in _conversations(bench)
-            if sum(len(words.encode()) + 40 for _, words in talk.turns) <= bench.engine.info.context
-        )
-        return [request(talk, *readouts, template=not bench.plain) for talk in fits if talk.turns]
+        fits = sure_to_fit(_conversations(bench), bench.engine.info.context)
+        return [request(talk, *readouts, template=not bench.plain) for talk in fits]
 
     def run(self, bench: Bench) -> Outcome:
         """Measure.
@@ -184,7 +181,8 @@ def _measure(bench: Bench, ranking: Ranking) -> Outcome:
     sample = np.sort(rng.permutation(labelled.rows)[:TRACED]) if enough else np.zeros(0, dtype=np.intp)
     traces, peaks, spread = _tokens(bench, ranking, probes, shown, sample)
     if bench.folder is not None:
-        page = {"note": ranking.note, "n": len(ranking), "traces": [vars(each) for each in traces.values()]}
+        traced = read_alone(bench.read, traces.values(), bench.vectors)
+        page = {"note": ranking.note, "n": len(ranking), "traces": [vars(each) for each in traced]}
         with atomic_write(bench.folder / "traces.json") as temporary:  # on one line: it is mostly short numbers
             temporary.write_text(json.dumps(page, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
 
