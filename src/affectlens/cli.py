@@ -450,7 +450,7 @@ def _score_tokens(
     loaded, engine = _vectors_and_engine(name, **options)
     beside = _other(other, engine, options["allow"])
     for rule in policies:
-        rule.check(loaded.names, rule.speakers, other=beside and beside.names)  # before a baseline is measured
+        rule.check(loaded.names, rule.speakers, other=beside.names if beside else None)  # before a baseline is measured
     monitor = Monitor(loaded, _baseline(name, loaded, engine, baseline, other=beside), rules=policies, gap=gap, other=beside)
     if _holds_conversations(file):
         read = ((trace, each.talk.id, each.reason) for trace, each in monitor.scores(engine, read_conversations(file)))
@@ -688,7 +688,7 @@ def rules_check(
     beside = _other(other, engine, options["allow"])
     plain = [each.rule for each in policies]
     for rule in plain:
-        rule.check(loaded.names, rule.speakers, other=beside and beside.names)  # before anything is read
+        rule.check(loaded.names, rule.speakers, other=beside.names if beside else None)  # before anything is read
     monitor = Monitor(loaded, _baseline(vectors, loaded, engine, baseline, other=beside), rules=plain, other=beside)
     own = engine.texts("stories")
     stories = [Text(r["id"], r["text"], r["concept"]) for r in (load("stories") if own is None else own)]
