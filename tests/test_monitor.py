@@ -484,13 +484,11 @@ def test_a_real_tokenizer_and_a_cache(family: str, tmp_path: Path) -> None:
         if policies is rules:
             np.testing.assert_allclose([trace.scores[p] for p in live], list(live.values()), atol=1e-3)
     assert any(token.steering for token in tokens) and trace.steered is not None
-    first = next(i for i, token in enumerate(tokens) if token.steering)
-    begins, ends = ("".join(token.text for token in tokens[: first + n]) for n in (-1, 1))
-    stop = stream.text[len(begins) : len(ends)]
-    if len(stop) > 1 and stream.text.find(stop) == len(begins):  # a model of random weights repeats itself
-        stopped = monitor.stream(engine, asked, sampling=Sampling(max_tokens=40, seed=long, stop=(stop,)))
-        list(stopped)
-        assert stopped.text == begins and stopped.finish == "stop"
+    cut = len("".join(token.text for token in tokens[: next(i for i, token in enumerate(tokens) if token.steering)]))
+    around = ((cut - n, stream.text[cut - n : cut + n]) for n in range(1, cut))
+    begin, stop = next((start, words) for start, words in around if stream.text.find(words) == start)
+    stopped = monitor.stream(engine, asked, sampling=Sampling(max_tokens=40, seed=long, stop=(stop,)))
+    assert "".join(token.text for token in stopped) == stopped.text == stream.text[:begin] and stopped.finish == "stop"
     own = np.isfinite(trace.steered).all(axis=1)
     assert own.sum() > 20 and (trace.steered[own, 1] - trace.scores[own, 1]).mean() > 0.5
 

@@ -38,7 +38,7 @@ TEXTS = {"reaction": "reactions", "deflection": "scripts"}
 
 
 def calibrated(strength: float = 0.15, layer: int = 4, seed: int = 0, **options: Any) -> Bench:
-    return with_calibration(replace(toy_bench(seed, **options), quick=True), strength=strength, layer=layer)
+    return with_calibration(toy_bench(seed, **options), strength=strength, layer=layer)
 
 
 @lru_cache(maxsize=16)
@@ -109,23 +109,30 @@ def test_figures_tables_and_raw_values_are_plain_data(study: str) -> None:
     data = json.loads(json.dumps(found.data, allow_nan=False))
     assert data == found.data
     drawn = {figure.id for figure in load_study(study).draw(data)}
-    assert {claim.figure for claim in STUDIES[study].values()} - {""} <= drawn
+    assert {claim.figure for claim in STUDIES[study].values()} - {""} <= drawn and "dose" in drawn
     assert all(len(row) == len(table.columns) for table in found.tables for row in table.rows)
     for columns in found.raw.values():
         assert len({len(column) for column in columns.values()}) == 1
-    more = {**data, "dose": {"strengths": [0.1, 0.2], "curves": {"one": {"kind": [0.1, 0.3], "random directions": [0.0, 0.1]}}}}
-    assert "dose" in {figure.id for figure in load_study(study).draw(more)}
 
 
-def test_the_whole_study_draws_dose_curves_and_tries_every_reply() -> None:
-    bench = replace(calibrated(), quick=False)
-    texts = [{**r, **{kind: r[kind][:1] for kind in ("deny", "admit", "neutral", "glad")}} for r in bench.texts("scripts")]
-    import tempfile
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_first_look_leaves_the_rest_out_and_says_so(study: str) -> None:
+    whole, found = outcome(study), load_study(study).run(replace(calibrated(), quick=True))
+    left_out = {finding.id for finding in found.findings if "Left out of a first look" in finding.note}
+    assert [f.id for f in found.findings] == [f.id for f in whole.findings] and left_out
+    assert not left_out & {"express", "react", "answer", "apart", "denial", "positive", "admit"}
+    assert {f.verdict for f in found.findings if f.id not in left_out} == {"holds"}
+    drawn = {figure.id for figure in load_study(study).draw(json.loads(json.dumps(found.data, allow_nan=False)))}
+    assert drawn == {"replies", "emotions"}
 
-    found = load_study("deflection").run(with_texts(bench, "scripts", texts, Path(tempfile.mkdtemp())))
+
+def test_effects_grow_with_strength_and_every_reply_is_kept() -> None:
+    found = outcome("deflection")
     curves = found.data["dose"]["curves"]["deny"]["+ deflection"]
     assert len(curves) == len(found.data["dose"]["strengths"]) == 3 and curves == sorted(curves)
-    assert len(found.raw["replies"]["reply"]) == 4 * len(texts)
+    records = calibrated().texts("scripts")
+    replies = sum(len(record[kind]) for record in records for kind in ("deny", "admit", "neutral", "glad"))
+    assert len(found.raw["replies"]["reply"]) == replies == len(found.raw["unsaid"]["reply"])
 
 
 @pytest.mark.parametrize(("study", "neighbour"), [("reaction", "speakers"), ("deflection", "concealment")])

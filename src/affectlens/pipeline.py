@@ -183,7 +183,8 @@ def run_studies(studies: Sequence[Study], bench: Bench, run: Run, vectors_id: st
     for each in studies:
         inputs: dict[str, Any] = {"vectors": vectors_id, "version": each.version, "draws": bench.draws, "seed": bench.seed}
         inputs |= {"quick": True} if bench.quick else {}
-        stages[each.name] = run.stage(f"study-{each.name}", inputs | {use: _identity(use, bench) for use in each.uses})
+        folder = f"study-{each.name.replace('_', '-')}"
+        stages[each.name] = run.stage(folder, inputs | {use: _identity(use, bench) for use in each.uses})
     todo = [each for each in studies if not stages[each.name].done]
     with Progress() as progress:
         refused = _gather(todo, bench, progress)

@@ -114,6 +114,10 @@ def untestable(claims: Iterable[Claim], reason: str) -> Outcome:
     return Outcome(tuple(claim.untestable(reason) for claim in claims), (), {"reason": reason})
 
 
+FIRST_LOOK = "Left out of a first look: run without --quick."
+"""The reason of what is untestable because ``Bench.quick`` spares the time."""
+
+
 @dataclass(frozen=True)
 class Table:
     """A table for the report: ``rows`` hold strings or numbers, one for each of ``columns``."""

@@ -37,7 +37,7 @@ from affectlens.effects import neutral_pieces
 from affectlens.engine import Request
 from affectlens.probes import DeflectionVectors, scene_requests, scenes
 from affectlens.replies import COSTS, GENERATED, Replies, Script, Tried, kinds_exchanged, minus, own_against_others
-from affectlens.studies import ALPHA, Bench, Claim, Figure, Finding, Outcome, Table, untestable
+from affectlens.studies import ALPHA, FIRST_LOOK, Bench, Claim, Figure, Finding, Outcome, Table, untestable
 
 NAME = "deflection"
 FEW, REPLIES = 6, ("deny", "admit", "neutral", "glad")
@@ -156,18 +156,19 @@ class Deflection:
         drawn = [
             to_figure(id, title, text, grouped_bars(data["contrasts"], data[id], y="nats a word"))
             for id, title in (("replies", "Replies where the emotion was said"), ("unsaid", "Replies where it was not said"))
+            if data[id]
         ]
         points = paired_points(names, data["emotions"], x="deny minus admit (nats a word)")
         text = f"To the right: replies that deny the emotion gain more than replies that admit it; {at}."
         drawn.append(to_figure("emotions", "Denying or admitting, for each emotion", text, points))
+        if not data["crossed"]:
+            return drawn
         table = heat_map(data["crossed"], names, columns=names, unit="nats a word", height=440)
         text = f"Row: the deflection vector; column: replies that deny this emotion, minus replies that admit it; {at}."
         drawn.append(to_figure("crossed", "Whose deflection vector makes which emotion be denied", text, table))
-        if data["dose"]:
-            curves = dose_curves(data["dose"], data["strength"])
-            text = "Shaded: up to the strength of the tests."
-            drawn.append(to_figure("dose", f"Dose curves at layer {data['layer']}", text, curves))
-        return drawn
+        curves = dose_curves(data["dose"], data["strength"])
+        text = "Shaded: up to the strength of the tests."
+        return [*drawn, to_figure("dose", f"Dose curves at layer {data['layer']}", text, curves)]
 
 
 def _measure(bench: Bench, vectors: DeflectionVectors, said: Replies, unsaid: Replies, n_scenes: int) -> Outcome:
@@ -177,8 +178,8 @@ def _measure(bench: Bench, vectors: DeflectionVectors, said: Replies, unsaid: Re
     story = bench.vectors.directions[bench.vectors.row(said.layer), [bench.vectors.index(name) for name in names]]
     kinds: dict[str, tuple[np.ndarray, float]] = {DEFLECT: (felt, 1.0), STORY: (story, 1.0), AWAY: (story, -1.0)}
     controls = QUICK_CONTROLS if bench.quick else CONTROLS
-    tried = Tried(said, kinds, controls=controls, crossed=(DEFLECT,), **options)
-    without = Tried(unsaid, kinds, controls=controls, crossed=(), **options)
+    tried = Tried(said, kinds, controls=controls, crossed=() if bench.quick else (DEFLECT,), **options)
+    raw = {"replies": tried.rows()}
     where = (
         f"In nats a word; {len(said.scripts)} scripts of {len(names)} emotions, "
         f"{len(said.scripts[0].replies['deny'])} replies of each kind; vectors of {n_scenes} scenes; layer {said.layer}, "
@@ -196,22 +197,28 @@ def _measure(bench: Bench, vectors: DeflectionVectors, said: Replies, unsaid: Re
         note = f"Deny minus admit: {denies} under deflection, {two.mean():.3f} under story vectors. {where}"
         return CLAIMS[id].tested(estimate, null, min(estimate.low, denies.low) > 0, note)
 
-    crossed = minus(tried.crossed[DEFLECT], DENY, ADMIT)
-    estimate, null = own_against_others(crossed, unit="nats", **options)
-    generated = [said.by_emotion(said.own(each, where=GENERATED)) for each in (felt, story)]
-    findings: tuple[Finding, ...] = (
-        beyond("denial", DEFLECT, DENY, ADMIT),
-        beyond("unsaid", DEFLECT, DENY, ADMIT, without),
-        CLAIMS["own"].tested(estimate, null, estimate.low > 0, where),
-        apart("apart", tried.own[DEFLECT], tried.own[STORY]),
-        apart("generated", *generated),
-        beyond("positive", AWAY, GLAD, ADMIT),
-        beyond("admit", STORY, ADMIT, DENY),
-    )
+    findings = {
+        "denial": beyond("denial", DEFLECT, DENY, ADMIT),
+        "apart": apart("apart", tried.own[DEFLECT], tried.own[STORY]),
+        "positive": beyond("positive", AWAY, GLAD, ADMIT),
+        "admit": beyond("admit", STORY, ADMIT, DENY),
+    }
+    more: dict[str, Any] = {"unsaid": None, "crossed": None, "dose": None}
+    if not bench.quick:
+        without = Tried(unsaid, kinds, controls=CONTROLS, crossed=(), **options)
+        crossed = minus(tried.crossed[DEFLECT], DENY, ADMIT)
+        estimate, null = own_against_others(crossed, unit="nats", **options)
+        findings["unsaid"] = beyond("unsaid", DEFLECT, DENY, ADMIT, without)
+        findings["own"] = CLAIMS["own"].tested(estimate, null, estimate.low > 0, where)
+        generated = [said.by_emotion(said.own(each, where=GENERATED)) for each in (felt, story)]
+        findings["generated"] = apart("generated", *generated)
+        more = {"unsaid": without.bars(CONTRASTS), "crossed": [_round(line) for line in crossed]}
+        more["dose"] = tried.doses(CONTRASTS, DOSES, controls=IN_CURVES)
+        raw["unsaid"] = without.rows()
     noise = vectors.noise(draws=min(bench.draws, SEARCHES), seed=bench.seed)
     if noise:
         reason = f"{noise} What they do is shown all the same."
-        findings = tuple(CLAIMS[f.id].untestable(reason) if f.id in NEEDS_VECTORS else f for f in findings)
+        findings |= {id: CLAIMS[id].untestable(reason) for id in NEEDS_VECTORS if id in findings}
     texts = tried.said(QUICK_SAID if bench.quick else len(said.scripts), QUICK_TOKENS if bench.quick else TOKENS)
     pieces = neutral_pieces([r["text"] for r in bench.texts("neutral")], QUICK_TEXTS if bench.quick else TEXTS)
     costs = tried.costs(pieces, texts)
@@ -222,13 +229,11 @@ def _measure(bench: Bench, vectors: DeflectionVectors, said: Replies, unsaid: Re
         "noise": noise,
         "contrasts": list(CONTRASTS),
         "replies": tried.bars(CONTRASTS),
-        "unsaid": without.bars(CONTRASTS),
         "emotions": {kind: _round(minus(changes, DENY, ADMIT)) for kind, changes in tried.own.items()},
-        "crossed": [_round(line) for line in crossed],
-        "dose": None if bench.quick else tried.doses(CONTRASTS, DOSES, controls=IN_CURVES),
+        **more,
     }
-    raw = {"replies": tried.rows(), "unsaid": without.rows(), "said": texts}
-    return Outcome(findings, _tables(bench, costs, texts), data, raw)
+    every = tuple(findings.get(id) or claim.untestable(FIRST_LOOK) for id, claim in CLAIMS.items())
+    return Outcome(every, _tables(bench, costs, texts), data, raw | {"said": texts})
 
 
 def _tables(bench: Bench, costs: tuple[tuple[Any, ...], ...], said: Mapping[str, Sequence[str]]) -> tuple[Table, Table]:

@@ -37,7 +37,7 @@ from affectlens.effects import neutral_pieces
 from affectlens.engine import Request
 from affectlens.probes import AA, AH, FORMATS, POOLED, SpeakerVectors, dialogue_requests, two_sided
 from affectlens.replies import COSTS, GENERATED, Replies, Script, Tried, kinds_exchanged, minus, own_against_others
-from affectlens.studies import ALPHA, Bench, Claim, Figure, Finding, Outcome, Table, untestable
+from affectlens.studies import ALPHA, FIRST_LOOK, Bench, Claim, Figure, Finding, Outcome, Table, untestable
 from affectlens.studies.reaction.drawing import figures
 
 NAME = "reaction"
@@ -47,7 +47,9 @@ CONTRASTS = {"show it": (SHOW, PLAIN), "answer it": (ANSWER, PLAIN), "show rathe
 CONTROLS, DOSES, IN_CURVES = 12, (0.5, 1.0, 1.5), 2
 TEXTS, TOKENS = 6, 40
 """Neutral texts for the perplexity, and tokens of a sampled reply."""
-QUICK_REPLIES, QUICK_CONTROLS, QUICK_TEXTS, QUICK_SAID, QUICK_TOKENS = 2, 4, 1, 2, 20
+SEARCHES = 200
+"""Exchanges behind the question whether the vectors are more than noise."""
+QUICK_REPLIES, QUICK_CONTROLS, QUICK_TEXTS, QUICK_SAID, QUICK_TOKENS = 2, 3, 1, 2, 16
 """In a first look: of each kind of replies, of random directions, of neutral texts, of emotions replied to, of tokens."""
 
 _BEYOND = (
@@ -159,7 +161,8 @@ def _measure(bench: Bench, speakers: SpeakerVectors, replies: Replies, dialogues
     vectors: dict[str, tuple[np.ndarray, float]] = {kind: (speakers.directions(kind, names), 1.0) for kind in POOLED}
     story = bench.vectors.directions[bench.vectors.row(replies.layer), [bench.vectors.index(name) for name in names]]
     controls = QUICK_CONTROLS if bench.quick else CONTROLS
-    tried = Tried(replies, vectors | {"story": (story, 1.0)}, controls=controls, crossed=tuple(POOLED), **options)
+    crossed = () if bench.quick else tuple(POOLED)
+    tried = Tried(replies, vectors | {"story": (story, 1.0)}, controls=controls, crossed=crossed, **options)
     where = (
         f"{len(replies.scripts[0].replies['express'])} replies of each kind to each of {len(names)} emotions; vectors of "
         f"{dialogues} dialogues; layer {replies.layer}, strength {replies.strength:.3g}, {bench.format}"
@@ -185,28 +188,32 @@ def _measure(bench: Bench, speakers: SpeakerVectors, replies: Replies, dialogues
         each = (replies.by_emotion(replies.own(speakers.directions(kind, names), **how)) for kind in kinds)
         return dict(zip(POOLED, each, strict=True))
 
-    assistant, generated = arm((AA, AH)), arm(tuple(POOLED), where=GENERATED)
-    findings: tuple[Finding, ...] = (
-        beyond("express", "present", SHOW, PLAIN),
-        beyond("react", "other", ANSWER, PLAIN),
-        beyond("answer", "other", ANSWER, SHOW),
-        apart("apart", tried.own),
-        own("express_own", "present", SHOW),
-        own("react_own", "other", ANSWER),
-        beyond("story", "story", SHOW, PLAIN),
-        apart("assistant", assistant),
-        apart("generated", generated),
-    )
-    noise = {
-        kind: f"At layer {replies.layer} the {whose} emotion leaves no reliable trace in the dialogues: the vectors are noise. "
-        "What they do is shown all the same."
-        for kind, whose in (("present", "speaker's own"), ("other", "listener's"))
-        if not speakers.there(kind, **options)
+    findings = {
+        "express": beyond("express", "present", SHOW, PLAIN),
+        "react": beyond("react", "other", ANSWER, PLAIN),
+        "answer": beyond("answer", "other", ANSWER, SHOW),
+        "apart": apart("apart", tried.own),
+        "story": beyond("story", "story", SHOW, PLAIN),
     }
-    findings = tuple(
-        CLAIMS[finding.id].untestable(noise[kind]) if (kind := NEEDS.get(finding.id, "")) in noise else finding
-        for finding in findings
-    )
+    arms = {"both sides": tried.own}
+    more: dict[str, Any] = {"shown": None, "answered": None, "dose": None}
+    if not bench.quick:
+        arms["the Assistant's words, plain means"] = arm((AA, AH))
+        arms["only what is generated is steered"] = arm(tuple(POOLED), where=GENERATED)
+        for id, changes in zip(("assistant", "generated"), list(arms.values())[1:], strict=True):
+            findings[id] = apart(id, changes)
+        findings["express_own"] = own("express_own", "present", SHOW)
+        findings["react_own"] = own("react_own", "other", ANSWER)
+        more["shown"] = [_round(line) for line in minus(tried.crossed["present"], SHOW, PLAIN)]
+        more["answered"] = [_round(line) for line in minus(tried.crossed["other"], ANSWER, PLAIN)]
+        more["dose"] = tried.doses(CONTRASTS, DOSES, controls=IN_CURVES)
+    for kind, whose in (("present", "speaker's own"), ("other", "listener's")):
+        if not speakers.there(kind, draws=min(bench.draws, SEARCHES), seed=bench.seed):
+            reason = (
+                f"At layer {replies.layer} the {whose} emotion leaves no reliable trace in the dialogues: the vectors are noise. "
+                "What they do is shown all the same."
+            )
+            findings |= {id: CLAIMS[id].untestable(reason) for id, needed in NEEDS.items() if needed == kind and id in findings}
     said = tried.said(QUICK_SAID if bench.quick else len(replies.scripts), QUICK_TOKENS if bench.quick else TOKENS)
     pieces = neutral_pieces([r["text"] for r in bench.texts("neutral")], QUICK_TEXTS if bench.quick else TEXTS)
     data = {
@@ -216,17 +223,11 @@ def _measure(bench: Bench, speakers: SpeakerVectors, replies: Replies, dialogues
         "contrasts": list(CONTRASTS),
         "bars": tried.bars(CONTRASTS),
         "emotions": {kind: _round(minus(changes, SHOW, ANSWER)) for kind, changes in tried.own.items()},
-        "shown": [_round(line) for line in minus(tried.crossed["present"], SHOW, PLAIN)],
-        "answered": [_round(line) for line in minus(tried.crossed["other"], ANSWER, PLAIN)],
-        "dose": None if bench.quick else tried.doses(CONTRASTS, DOSES, controls=IN_CURVES),
+        **more,
     }
-    arms = {
-        "both sides": tried.own,
-        "the Assistant's words, plain means": assistant,
-        "only what is generated is steered": generated,
-    }
+    every = tuple(findings.get(id) or claim.untestable(FIRST_LOOK) for id, claim in CLAIMS.items())
     tables = (_arms(arms), *_side_effects(bench, tried.costs(pieces, said), said))
-    return Outcome(findings, tables, data, {"replies": tried.rows(), "said": said})
+    return Outcome(every, tables, data, {"replies": tried.rows(), "said": said})
 
 
 def _arms(arms: Mapping[str, Mapping[str, np.ndarray]]) -> Table:

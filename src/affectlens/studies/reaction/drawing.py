@@ -29,6 +29,8 @@ def figures(data: Mapping[str, Any]) -> list[Figure]:
             paired_points(names, emotions, x="show minus answer (nats a word)"),
         )
     )
+    if not data["dose"]:
+        return drawn
     for id, title, kind, what in (
         ("shown", "Whose vector makes which emotion show", "present", "showing"),
         ("answered", "Whose vector makes which emotion be answered", "other", "answering"),
@@ -36,9 +38,6 @@ def figures(data: Mapping[str, Any]) -> list[Figure]:
         each = heat_map(data[id], names, columns=names, unit="nats a word", height=460)
         text = f"Row: the {kind}-speaker vector; column: replies {what} this emotion, minus its neutral ones; {at}."
         drawn.append(to_figure(id, title, text, each))
-    if data["dose"]:
-        text = "Shaded: up to the strength of the tests."
-        drawn.append(
-            to_figure("dose", f"Dose curves at layer {data['layer']}", text, dose_curves(data["dose"], data["strength"]))
-        )
-    return drawn
+    curves = dose_curves(data["dose"], data["strength"])
+    text = "Shaded: up to the strength of the tests."
+    return [*drawn, to_figure("dose", f"Dose curves at layer {data['layer']}", text, curves)]
