@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from affectlens.engines.toy import ToyEngine
 from affectlens.errors import AffectlensError, MismatchError
 from affectlens.runs import read_json, write_json
 from affectlens.studies import STUDIES, Outcome, Sources, load_study
-from planted import CONCEPTS, RECIPE, toy_bench
+from planted import CONCEPTS, RECIPE, toy_bench, with_calibration
 
 
 class Counting(ToyEngine):
@@ -43,7 +44,7 @@ def study(out: Path, engine: ToyEngine | None = None, only: tuple[str, ...] = ("
 @pytest.mark.parametrize("name", STUDIES)
 def test_figures_of_a_stored_outcome_are_those_of_the_fresh_one(name: str, tmp_path: Path) -> None:
     """Labels once came out of a file in another order than the rows that they stand beside."""
-    bench = toy_bench()
+    bench = with_calibration(replace(toy_bench(), quick=True))
     found = load_study(name).run(bench)
     write_json(tmp_path / "outcome.json", found.as_dict())
     stored = Outcome.from_dict(read_json(tmp_path / "outcome.json"))
