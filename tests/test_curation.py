@@ -664,7 +664,7 @@ def test_what_could_not_be_told_from_chance_is_not_tested() -> None:
     one, other = tally.findings()
     assert one.verdict == other.verdict == "untestable"
     assert "4 differ between before and after" in one.note and "4 are composed" in other.note
-    tally.returns[:], tally.replies[:] = [[40, 0], [9, 10]], [[40, 2], [30, 12]]
+    tally.returns[:], tally.replies[:] = [[40, 0], [20, 10]], [[40, 2], [30, 12]]
     assert [finding.verdict for finding in tally.findings()] == ["holds", "holds"]
 
 
