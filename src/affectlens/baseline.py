@@ -181,7 +181,7 @@ class Baseline:
         """A gate for :meth:`affectlens.engine.Steering.when` that reads the z of the monitor: that of a speaker's single tokens.
 
         It is counted from this speaker's words at every token, so let what it gates act on these alone
-        (``Where(part="response")`` for the assistant's).
+        (``Where(part="response")`` for the assistant's). It is read at the baseline's layer: steer there or above it.
 
         Args:
             vectors: Those that the baseline was measured with.
@@ -195,7 +195,7 @@ class Baseline:
             EngineError: Neither ``above`` nor ``below`` is given.
 
         Example:
-            >>> calmer = (0.1 * vectors["calm"]).at(Where(part="response"))                    # doctest: +SKIP
+            >>> calmer = (0.1 * vectors["calm"]).on(baseline.layer).at(Where(part="response"))  # doctest: +SKIP
             >>> calmer = calmer.when(baseline.gate(vectors, "desperate", above=3))             # doctest: +SKIP
         """
         self.check(Probe(vectors))

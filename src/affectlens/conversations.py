@@ -79,7 +79,7 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
         >>> import tempfile; file = Path(tempfile.mkdtemp()) / "a.jsonl"
         >>> _ = file.write_text('{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}')
         >>> next(read_conversations(file))
-        Conversation(id='a.jsonl:1', turns=(('user', 'Hi'), ('assistant', 'Hello!')), labels={})
+        Conversation(id='a.jsonl:1', turns=(('user', 'Hi'), ('assistant', 'Hello!')), labels={}, outcome=None)
     """
     path, seen = Path(path), set[str]()
     if path.is_dir():

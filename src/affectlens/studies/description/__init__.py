@@ -199,7 +199,7 @@ def kept(text: str, activity: str) -> float:
 
     Example:
         >>> kept("Writing code all day is work.", "spend all day writing code")
-        0.75
+        0.6666666666666666
     """
     wanted = set(re.findall(r"\w{4,}", activity.lower()))
     words = set(re.findall(r"\w{4,}", text.lower()))
