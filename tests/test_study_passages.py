@@ -260,7 +260,7 @@ def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
         ("a.jsonl", "{", "line 1 is no JSON"),
         ("a.jsonl", '{"text": ""}', "holds no texts"),
         ("a.txt", b"\xff\xfe\xff", "UTF-8"),
-        ("a.csv", 'text\n"' + "x" * 200_000 + '"\n', "no table"),
+        ("a.csv", 'text\n"never closed\n', "no table"),
         ("a.parquet", "no", "no readable parquet"),
     ],
 )

@@ -13,7 +13,7 @@ import importlib.resources
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -346,10 +346,16 @@ def _turn(turn: Any) -> str:
     return f"{who}: {words}" if who else str(words)
 
 
+def csv_rows(lines: Iterable[str]) -> Iterator[list[str]]:
+    """Rows of CSV lines. The standard library's limit of 128 kB a field is lifted, for a text may be longer."""
+    csv.field_size_limit(2**31 - 1)
+    return csv.reader(lines, strict=True)
+
+
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
     lines = _lines(file)
     # Tab-separated files quote nothing: a quotation mark in them is part of the text.
-    rows = (line.rstrip("\r\n").split("\t") for line in lines) if file.suffix == ".tsv" else csv.reader(lines)
+    rows = (line.rstrip("\r\n").split("\t") for line in lines) if file.suffix == ".tsv" else csv_rows(lines)
     header: list[str] | None = None
     try:
         for row in rows:

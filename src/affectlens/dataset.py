@@ -14,7 +14,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from affectlens.corpus import csv_rows
 from affectlens.errors import FormatError, MissingExtra
 from affectlens.runs import atomic_write, content_id, sha256_file
 
@@ -455,7 +455,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _header(file: Path, kind: Kind) -> tuple[str, list[str]]:
     text = next((text for text, _, _ in _lines(file, 0, 1)), "").rstrip("\r\n")
     try:
-        return text, (text.split("\t") if kind == "tsv" else next(csv.reader([text], strict=True), []))
+        return text, (text.split("\t") if kind == "tsv" else next(csv_rows([text]), []))
     except csv.Error as error:
         raise FormatError(f"{file}, line 1 is no header ({error}): name the columns in one line") from None
 
@@ -469,8 +469,7 @@ def _table_rows(file: Path, start: int, line: int, columns: Sequence[str], kind:
             taken.append(each)
             yield each[0]
 
-    csv.field_size_limit(sys.maxsize)  # the limit of 128 kB is a limit of ours no more than of anyone
-    rows = csv.reader(fed(), strict=True) if kind == "csv" else (text.rstrip("\r\n").split("\t") for text in fed())
+    rows = csv_rows(fed()) if kind == "csv" else (text.rstrip("\r\n").split("\t") for text in fed())
     try:
         for row in rows:
             raw, number, end = "".join(text for text, _, _ in taken), taken[0][1], taken[-1][2]
