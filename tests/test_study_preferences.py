@@ -14,6 +14,7 @@ from scipy.stats import pearsonr
 
 from affectlens.elo import elo
 from affectlens.engine import Engine, Result
+from affectlens.readings import Readings
 from affectlens.studies import Bench, Outcome, Sources
 from affectlens.studies.preferences import STUDY, choices
 from affectlens.studies.preferences.probes import CLAIMS, asked_and_read, correlations, exchanges, less_groups, middle
@@ -142,7 +143,7 @@ def test_half_of_every_category_is_steered_at_its_own_tokens_only() -> None:
 def test_the_questions_are_all_ordered_pairs_and_untouched_ones_are_asked_once(tmp_path: Path) -> None:
     bench = toy_bench()
     counted = Wrapped(bench.engine, lambda request, result: result.choice_logprobs)
-    bench = replace(bench, engine=counted, folder=tmp_path)
+    bench = replace(bench, engine=counted, readings=Readings(counted, tmp_path))
     activities = choices.activities(bench, held_out=False)
     n, half = len(activities), int(activities.steered.sum())
     plain = choices.ask(bench, activities, [None])[0]
@@ -152,7 +153,8 @@ def test_the_questions_are_all_ordered_pairs_and_untouched_ones_are_asked_once(t
     choices.ask(bench, activities, arms)
     touched = n * (n - 1) - (n - half) * (n - half - 1)
     assert counted.asked == n * (n - 1) + 2 * touched
-    # A run that was killed goes on: everything is there.
+    # A run that was killed goes on, and so does one with other draws and texts of other studies: everything is there.
+    bench = replace(bench, draws=7, readings=Readings(counted, tmp_path))
     np.testing.assert_array_equal(choices.ask(bench, activities, [None])[0], plain)
     assert counted.asked == n * (n - 1) + 2 * touched
     choices.ask(bench, activities, choices.emotions(bench.vectors, ["angry", "calm"], middle(bench), 0.25))
@@ -171,22 +173,22 @@ def test_what_cannot_be_said_is_untestable(tmp_path: Path) -> None:
     assert "no model" in all_of(replace(bench, engine=None)).pop()
     assert STUDY.requests(replace(bench, engine=None)) == ()
     dead = Wrapped(bench.engine, lambda request, result: (-3.0, -3.0))
-    assert "10% of the probability" in all_of(replace(bench, engine=dead, folder=tmp_path / "dead")).pop()
+    assert "10% of the probability" in all_of(replace(bench, engine=dead)).pop()
     stubborn = Wrapped(bench.engine, lambda request, result: (-0.1, -3.0))
-    assert "do not depend" in all_of(replace(bench, engine=stubborn, folder=tmp_path / "stubborn")).pop()
+    assert "do not depend" in all_of(replace(bench, engine=stubborn)).pop()
     few = [record for record in bench.texts("activities") if record["category"] in ("helpful", "unsafe")]
     (tmp_path / "activities.jsonl").write_text("\n".join(map(json.dumps, few)), encoding="utf-8")
-    assert "12 are needed" in all_of(replace(bench, sources=Sources(texts=tmp_path), folder=tmp_path / "few")).pop()
+    assert "12 are needed" in all_of(replace(bench, sources=Sources(texts=tmp_path))).pop()
 
 
-def test_answers_that_only_follow_the_letter_are_no_preferences(tmp_path: Path) -> None:
+def test_answers_that_only_follow_the_letter_are_no_preferences() -> None:
     """Noise that belongs to a question, not to its activities: nothing that is read of it holds."""
 
     def noise(request, result):
         p = np.random.default_rng(zlib.crc32(repr(request.prompt).encode())).uniform(0.6, 0.95)
         return float(np.log(p)), float(np.log(1 - p))
 
-    bench = replace(toy_bench(), engine=Wrapped(toy_bench().engine, noise), folder=tmp_path, quick=True)
+    bench = replace(toy_bench(), engine=Wrapped(toy_bench().engine, noise), quick=True)
     found = {finding.id: finding for finding in STUDY.run(bench).findings}
     assert found["orders"].verdict == "fails" and "A has 7" in found["orders"].note
     assert found["categories"].verdict == "fails"
@@ -199,7 +201,7 @@ def test_texts_inside_other_texts_are_not_steered(tmp_path: Path) -> None:
     first = next(i for i, record in enumerate(records) if not record["held_out"])
     records[first]["text"] = records[first + 1]["text"].split(" ", 1)[1]
     (tmp_path / "activities.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
-    made = STUDY.run(replace(bench, sources=Sources(texts=tmp_path), folder=tmp_path / "run", quick=True))
+    made = STUDY.run(replace(bench, sources=Sources(texts=tmp_path), quick=True))
     found = {finding.id: finding for finding in made.findings}
     assert found["steering"].verdict == "untestable" and "also occurs in" in found["steering"].note
     assert found["orders"].verdict == "holds"
@@ -233,7 +235,7 @@ def test_figures_and_tables_come_from_plain_data() -> None:
     assert {finding.figure for finding in made.findings} - {""} <= {figure.id for figure in STUDY.draw(data)}
 
 
-def test_reading_says_why_it_cannot(tmp_path: Path) -> None:
+def test_reading_says_why_it_cannot() -> None:
     """A template that rewrites a message leaves an activity without tokens of its own."""
     bench = toy_bench()
 
@@ -244,5 +246,5 @@ def test_reading_says_why_it_cannot(tmp_path: Path) -> None:
                 yield replace(result, readings=nothing) if request.readouts else result
 
     lost = Lost(bench.engine, None)
-    found = asked_and_read(replace(bench, engine=lost, folder=tmp_path), choices.activities(bench, held_out=False))
+    found = asked_and_read(replace(bench, engine=lost), choices.activities(bench, held_out=False))
     assert isinstance(found, str) and "could not be found" in found

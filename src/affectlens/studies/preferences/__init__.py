@@ -74,7 +74,7 @@ class Preferences:
         """Measure.
 
         Args:
-            bench: Needs ``engine``. Keeps every answer in its folder, if it has one, while it works.
+            bench: Needs ``engine``. Keeps every answer beside its readings, if it has any.
 
         Returns:
             Findings, tables over emotions, activities and categories, and the data of six figures.

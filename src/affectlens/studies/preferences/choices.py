@@ -111,7 +111,8 @@ def ask(bench: Bench, asked: Activities, arms: Sequence[Arm | None]) -> np.ndarr
     """Log-probabilities of the answers A and B, ``(arms, first, second, 2)``; nan where an activity would meet itself.
 
     Args:
-        bench: Needs ``engine``. What is asked is kept in its folder, if it has one, so that a killed run goes on from there.
+        bench: Needs ``engine``. Answers are kept beside its readings, if it has any: a killed run goes on from there, and other
+            draws, vectors that are the same or texts that are not read here cost no question twice.
         asked: The activities.
         arms: How to ask; None is plain. In an arm two activities that are not steered are not asked about: nan.
     """
@@ -120,7 +121,7 @@ def ask(bench: Bench, asked: Activities, arms: Sequence[Arm | None]) -> np.ndarr
     what = [plain_data(arm.steering) if arm else None for arm in arms]
     assert bench.engine is not None
     info = bench.engine.info
-    name = content_id([asked.texts, asked.steered.tolist(), what, info.fingerprint, info.dtype, bench.plain])
+    name = content_id([QUESTION, asked.texts, asked.steered.tolist(), what, info.fingerprint, info.dtype, bench.plain])
     for part in batched(range(n), max(1, TOGETHER // (n * len(arms)))):
         cells = [
             (a, first, second)
@@ -129,7 +130,7 @@ def ask(bench: Bench, asked: Activities, arms: Sequence[Arm | None]) -> np.ndarr
             for second in range(n)
             if second != first and (arm is None or asked.steered[first] or asked.steered[second])
         ]
-        file = bench.folder / "answers" / f"{name}-{part[0]}.json" if bench.folder else None
+        file = bench.readings.folder / "preferences" / f"{name}-{part[0]}.json" if bench.readings else None
         if file and file.exists():
             answers = read_json(file)
         else:
