@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from affectlens.errors import EngineError, MismatchError
+from affectlens.errors import AffectlensError, EngineError, MismatchError
 from affectlens.layout import Chat as Chat
 from affectlens.layout import Layout as Layout
 from affectlens.layout import Where as Where
@@ -87,7 +87,11 @@ class Reading:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to generate. ``temperature=0`` is greedy. The seed belongs to the request: the batch it runs in does not matter."""
+    """How to generate. ``temperature=0`` is greedy. The seed belongs to the request: the batch it runs in does not matter.
+
+    With ``logprobs`` each token comes with its log-probability and the given number of likeliest tokens, before temperature, top-p
+    and top-k.
+    """
 
     max_tokens: int = 128
     temperature: float = 1.0
@@ -95,6 +99,7 @@ class Sampling:
     top_k: int = 0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    logprobs: int | None = field(default=None, metadata={"later": True})
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -105,6 +110,8 @@ class Sampling:
             raise EngineError("a stop string is empty: it would end every reply at once")
         if self.seed < 0:
             raise EngineError(f"seed is {self.seed}: use 0 or more")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise EngineError(f"logprobs is {self.logprobs}: use 0 for the token's own, or how many of the likeliest to add")
 
 
 @dataclass(frozen=True)
@@ -154,6 +161,15 @@ def plain_data(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class Logprob:
+    """How likely a generated token was, and which were the likeliest: token ids and natural logarithms, the likeliest first."""
+
+    token: int
+    value: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Result:
     """What came of one request.
 
@@ -164,6 +180,7 @@ class Result:
         choice_logprobs: Sum of token log-probabilities of each choice.
         finish: ``stop``, ``length``, or ``read`` when nothing was generated.
         done: False for the partial results of a stream.
+        logprobs: One for each generated token where they were asked for; of the newest token only in a partial result.
     """
 
     text: str
@@ -172,6 +189,7 @@ class Result:
     choice_logprobs: tuple[float, ...] = ()
     finish: str = "read"
     done: bool = True
+    logprobs: tuple[Logprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -224,6 +242,10 @@ class Engine(ABC):
         """Records to use in place of a bundled file of texts; None to read the bundled ones, as all models but the toy do."""
         return None
 
+    def session(self) -> Session:
+        """Begin to serve requests that come and go, one of which need not wait for the others."""
+        return Session(self)
+
     def generate(
         self, prompts: Iterable[str | Chat], *, sampling: Sampling = Sampling(), steering: Steering = Steering()
     ) -> list[str]:
@@ -256,6 +278,70 @@ class Engine(ABC):
         if request.sampling is None:
             request = replace(request, sampling=Sampling())
         yield from self.run([replace(request, stream=True)])
+
+
+class Session:
+    """Requests that come and go: each step takes all that are live one token further.
+
+    This one gives each request a run of its own, which is right for every engine. Engines that can let requests share a forward
+    pass while they come and go have their own. A session is used by one thread, and nothing else uses the engine meanwhile.
+
+    Example:
+        >>> session = open_engine("toy").session()
+        >>> ticket = session.submit(Request("the calm sea", sampling=Sampling(max_tokens=2)))
+        >>> results = []
+        >>> while session.live:
+        ...     results += session.step()
+        >>> [(came == ticket, result.done) for came, result in results]
+        [(True, True)]
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._tickets = itertools.count()
+        self._runs: dict[int, tuple[Request, Iterator[Result]]] = {}
+
+    @property
+    def live(self) -> int:
+        """How many requests are not finished."""
+        return len(self._runs)
+
+    def submit(self, request: Request) -> int:
+        """Take a request on; returns its ticket.
+
+        Raises:
+            EngineError: It can be seen at once that it cannot be run. What is found later comes from :meth:`step`.
+        """
+        check_request(request, self._engine.info)
+        ticket = next(self._tickets)
+        # Token by token, whether or not its caller wants to see each of them: a long reply must not hold up the others.
+        self._runs[ticket] = request, self._engine.run([replace(request, stream=request.sampling is not None)])
+        return ticket
+
+    def step(self) -> list[tuple[int, Result | AffectlensError]]:
+        """One token more for each: partial results of those that stream, final ones, and errors, which end a request."""
+        out: list[tuple[int, Result | AffectlensError]] = []
+        for ticket, (request, run) in list(self._runs.items()):
+            try:
+                result: Result | AffectlensError = next(run)
+            except AffectlensError as error:
+                result = error
+            if isinstance(result, AffectlensError) or result.done:
+                self.cancel(ticket)
+                out.append((ticket, result))
+            elif request.stream:
+                out.append((ticket, result))
+        return out
+
+    def cancel(self, ticket: int) -> None:
+        """Let a request go, finished or not."""
+        if (entry := self._runs.pop(ticket, None)) is not None:
+            entry[1].close()  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        """Let all of them go."""
+        for ticket in list(self._runs):
+            self.cancel(ticket)
 
 
 def _several(prompts: Iterable[str | Chat]) -> Iterable[str | Chat]:

@@ -734,6 +734,104 @@ def test_streams_and_batches_mix(subject: Subject) -> None:
     assert results[0].done and not results[1].done
 
 
+# ── requests that come and go ──
+
+
+def served(session: Any, arrivals: dict[int, list[Request]], cancel: dict[int, int] | None = None) -> dict[int, list[Result]]:
+    """What came of requests that arrive before certain steps; ``cancel`` says before which steps a request is let go."""
+    out: dict[int, list[Result]] = {}
+    names: dict[int, int] = {}
+    step = 0
+    while session.live or any(at >= step for at in arrivals):
+        for request in arrivals.get(step, []):
+            names[session.submit(request)] = len(names)
+        for ticket in [ticket for ticket, name in names.items() if (cancel or {}).get(step) == name]:
+            session.cancel(ticket)
+        for ticket, result in session.step():
+            assert not isinstance(result, Exception), result
+            out.setdefault(names[ticket], []).append(result)
+        step += 1
+    session.close()
+    return out
+
+
+def traffic(subject: Subject) -> list[Request]:
+    """Requests that differ in everything: length, sampling, steering, what is recorded, whether they generate at all."""
+    onto = subject.directions[:, [0, subject.middle]].transpose(1, 0, 2)
+    two = (0, subject.middle)
+    watched = (Readout(two, Where(after=1), "none", onto),)
+    window = subject.steering(0, 0.6, 0, where=Where("response", after=1)).ramp(2)
+    gated = subject.steering(1, 0.5).when(subject.gate(0, subject.middle, above=0.0))
+    return [
+        Request("the calm sea", sampling=Sampling(max_tokens=6, temperature=0), readouts=watched, stream=True),
+        Request(HELLO, sampling=Sampling(max_tokens=3, seed=5), steering=subject.steering(0, 0.5), readouts=watched),
+        Request("A", sampling=Sampling(max_tokens=8, seed=2, logprobs=2), steering=window, stream=True),
+        Request(TALK, readouts=(subject.everything,)),
+        Request("the calm sea", sampling=Sampling(max_tokens=5, temperature=0), readouts=watched, steering=gated, stream=True),
+        Request(HELLO, prefill=" I", sampling=Sampling(max_tokens=7, seed=9), readouts=(Readout((-1, 0), Where("response")),)),
+        Request(HELLO, prefill=" I", choices=("A", " the sea")),
+        Request(TALK, sampling=Sampling(max_tokens=4, temperature=0), readouts=(Readout(two, pool="norm"),), stream=True),
+    ]
+
+
+def test_a_session_gives_what_each_request_gives_alone(subject: Subject) -> None:
+    requests = traffic(subject)
+    arrivals = {0: requests[:2], 1: requests[2:4], 2: requests[4:6], 5: [requests[6]], 30: [requests[7]]}
+    found = served(subject.engine.session(), arrivals)
+    assert sorted(found) == list(range(len(requests)))
+    for n, request in enumerate(requests):
+        *partials, final = found[n]
+        expected = subject.run(request)
+        subject.assert_same(final, expected[-1])
+        assert len(partials) == len(expected) - 1
+        for partial, other in zip(partials, expected, strict=False):
+            subject.assert_same(partial, other)
+
+
+def test_a_request_that_is_let_go_leaves_the_others_alone(subject: Subject) -> None:
+    requests = traffic(subject)
+    found = served(subject.engine.session(), {0: [*requests[:3], requests[5]], 2: [requests[4]]}, cancel={1: 0, 3: 2})
+    assert not any(result.done for n in (0, 2) for result in found.get(n, []))
+    for n, request in ((1, requests[1]), (3, requests[5]), (4, requests[4])):
+        subject.assert_same(found[n][-1], subject.run(request)[-1])
+    subject.assert_same(subject.run(requests[3])[0], subject.run(requests[3])[0])
+
+
+def test_a_request_that_cannot_run_ends_alone(subject: Subject) -> None:
+    session = subject.engine.session()
+    good = session.submit(replace(Request(HELLO, sampling=GREEDY), stream=True))
+    bad: list[Any] = []
+    for request in (Request("A", readouts=(Readout((999,)),)), Request("A " * (subject.engine.info.context + 1))):
+        try:
+            bad.append(session.submit(request))
+        except EngineError as error:
+            assert len(str(error).splitlines()) == 1
+    results = []
+    while session.live:
+        results += session.step()
+    assert all(isinstance(result, EngineError) for ticket, result in results if ticket in bad)
+    final = next(result for ticket, result in results if ticket == good and not isinstance(result, Exception) and result.done)
+    subject.assert_same(final, subject.run(Request(HELLO, sampling=GREEDY))[0])
+
+
+def test_log_probabilities_are_the_models(subject: Subject) -> None:
+    sampling = Sampling(max_tokens=4, seed=3, top_p=0.9, temperature=0.7, logprobs=3)
+    *partials, final = subject.engine.stream(Request("the calm sea", sampling=sampling))
+    reply = response(final)
+    assert reply and [likely.token for likely in final.logprobs] == reply
+    assert tuple(likely for partial in partials for likely in partial.logprobs) == final.logprobs
+    first = next_logits(subject, Request("the calm sea"))
+    known = first - first.max() - np.log(np.exp(first - first.max()).sum())
+    assert final.logprobs[0].value == pytest.approx(known[reply[0]], abs=20 * subject.tolerance)
+    ids, values = zip(*final.logprobs[0].top, strict=True)
+    np.testing.assert_allclose(values, known[list(ids)], atol=20 * subject.tolerance)
+    np.testing.assert_allclose(values, np.sort(known)[::-1][:3], atol=20 * subject.tolerance)
+    (own,) = subject.run(Request("the calm sea", sampling=replace(sampling, logprobs=0)))
+    assert own.layout == final.layout and all(likely.top == () for likely in own.logprobs)
+    (without,) = subject.run(Request("the calm sea", sampling=replace(sampling, logprobs=None)))
+    assert without.layout == final.layout and without.logprobs == ()
+
+
 # ── choices, unembedding, vocabulary ──
 
 

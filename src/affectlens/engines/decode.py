@@ -6,14 +6,14 @@ The model's own ``generate`` prepares inputs, positions and cache, which differ 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from affectlens.engine import Reading, Readout, Result, Sampling
+from affectlens.engine import Logprob, Reading, Readout, Result, Sampling
 from affectlens.engines.changes import Plan, Tokens, Work
 from affectlens.engines.hf import Row, grown, tokens_of
 from affectlens.engines.residual import Pass, Recorder, Stop, Tape, Taps
@@ -27,7 +27,7 @@ TOGETHER = 256
 """Tokens whose residuals wait to be projected together, so that the directions are not read from memory for each of them."""
 
 
-def _forward_steps(
+def forward_steps(
     model: Any, input_ids: torch.Tensor, generation_config: Any = None, **model_kwargs: Any
 ) -> Generator[torch.Tensor, torch.Tensor, None]:
     """Yield the logits of the next token ``(B, V)``; take the tokens chosen, run them, and so on."""
@@ -54,6 +54,7 @@ class Reply:
     sampling: Sampling
     ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
     finish: str = ""
     fed: int = 0
     told: int = 0
@@ -64,7 +65,7 @@ class Reply:
         # Counter-based and one number for each token: the draw does not depend on the batch or the device.
         self.random = np.random.Generator(np.random.Philox(self.sampling.seed))
         self.layout = self.row.layout
-        self.read_on = any(_may_grow(readout.where) for readout in self.row.request.readouts)
+        self.read_on = any(may_grow(readout.where) for readout in self.row.request.readouts)
 
     @property
     def text(self) -> str:
@@ -81,12 +82,14 @@ class Reply:
         self.layout = grown(self.layout, self.ids[known:], self.pieces[known:])
         return self.layout
 
-    def take(self, token: int, engine: HFEngine, ends: frozenset[int]) -> None:
+    def take(self, token: int, engine: HFEngine, ends: frozenset[int], logprob: Logprob | None) -> None:
         """Append a token; finish at an end token, a stop string or the limit."""
         if token in ends:
             self.finish = "stop"
             return
         self.ids.append(token)
+        if logprob is not None:
+            self.logprobs.append(logprob)
         self.pieces.append(self._piece(engine))
         for stop in self.sampling.stop:
             if (at := self.text.find(stop)) >= 0:
@@ -125,6 +128,7 @@ class Reply:
         while self.pieces and not self.pieces[-1]:  # a token of which nothing is left is no part of the reply
             self.pieces.pop()
             self.ids.pop()
+        del self.logprobs[len(self.ids) :]
 
 
 def decode(engine: HFEngine, batch: list[Row]) -> Iterator[tuple[Row, Result]]:
@@ -139,8 +143,8 @@ def decode(engine: HFEngine, batch: list[Row]) -> Iterator[tuple[Row, Result]]:
     for n, row in enumerate(batch):
         ids[n, width - len(row) :] = torch.tensor(row.layout.ids)
         mask[n, width - len(row) :] = 1
-    ends = _end_tokens(engine)
-    course = _Course(engine, batch)
+    ends = end_tokens(engine)
+    course = Course(engine, batch)
     config = GenerationConfig(
         do_sample=False,
         use_cache=True,  # checkpoints saved in training often say False, and without a cache a single token has no past
@@ -149,7 +153,7 @@ def decode(engine: HFEngine, batch: list[Row]) -> Iterator[tuple[Row, Result]]:
         eos_token_id=None,
     )
     steps = engine.model.generate(
-        ids.to(engine.device), attention_mask=mask.to(engine.device), generation_config=config, custom_generate=_forward_steps
+        ids.to(engine.device), attention_mask=mask.to(engine.device), generation_config=config, custom_generate=forward_steps
     )
 
     starts = [n * width + width - len(row) for n, row in enumerate(batch)]
@@ -170,16 +174,17 @@ def decode(engine: HFEngine, batch: list[Row]) -> Iterator[tuple[Row, Result]]:
             now.confirm()
             return logits
 
-        logits = forward(Pass(*course.prompt(starts), record.prompts), None)
+        logits = forward(Pass(*course.prompt(starts), record.prompts.recorders), None)
         record.take_prompts()
         while logits is not None:
             streaming = {n: reply for n, reply in enumerate(replies) if not reply.finish and reply.row.request.stream}
             tokens = draw(logits, replies)
-            for reply, token in zip(replies, tokens, strict=True):
+            likely = logprobs_of(logits, replies, tokens)
+            for n, (reply, token) in enumerate(zip(replies, tokens, strict=True)):
                 if not reply.finish:
-                    reply.take(token, engine, ends)
+                    reply.take(token, engine, ends, likely.get(n))
             owing = {n: reply for n, reply in streaming.items() if reply.owes}
-            yield from _partials({n: reply for n, reply in streaming.items() if n not in owing}, record)
+            yield from partials({n: reply for n, reply in streaming.items() if n not in owing}, record.readings)
             feeding = [reply.owes or not reply.finish for reply in replies]
             if not any(feeding):
                 break
@@ -192,15 +197,15 @@ def decode(engine: HFEngine, batch: list[Row]) -> Iterator[tuple[Row, Result]]:
                 tape.advance()
             for reply, feeds in zip(replies, feeding, strict=True):
                 reply.fed += feeds
-            yield from _partials(owing, record)
+            yield from partials(owing, record.readings)
     steps.close()
     record.finish()
     for n, reply in enumerate(replies):
         layout = reply.grow()
-        yield reply.row, Result(reply.text, layout, record.readings(n, layout), (), reply.finish)
+        yield reply.row, Result(reply.text, layout, record.readings(n, layout), (), reply.finish, logprobs=tuple(reply.logprobs))
 
 
-def _end_tokens(engine: HFEngine) -> frozenset[int]:
+def end_tokens(engine: HFEngine) -> frozenset[int]:
     ends = engine.model.generation_config.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     return frozenset([*ends, engine.tokenizer.eos_token_id])
@@ -224,6 +229,22 @@ def draw(logits: torch.Tensor, replies: list[Reply]) -> list[int]:
     return tokens.tolist()
 
 
+def logprobs_of(logits: torch.Tensor, replies: list[Reply], tokens: list[int]) -> dict[int, Logprob]:
+    """How likely the drawn token of each row is, for the rows that want to know."""
+    wanted = {n: k for n, reply in enumerate(replies) if not reply.finish and (k := reply.sampling.logprobs) is not None}
+    if not wanted:
+        return {}
+    rows = list(wanted)
+    known = logits[rows].log_softmax(-1)
+    own = known[torch.arange(len(rows)), torch.tensor([tokens[n] for n in rows], device=known.device)].tolist()
+    best = known.topk(min(max(wanted.values()), known.shape[-1]))
+    values, ids = best.values.tolist(), best.indices.tolist()
+    return {
+        n: Logprob(tokens[n], own[i], tuple(zip(ids[i][: wanted[n]], values[i][: wanted[n]], strict=True)))
+        for i, n in enumerate(rows)
+    }
+
+
 def _sample(logits: torch.Tensor, top_p: float, top_k: int, uniform: torch.Tensor) -> torch.Tensor:
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
@@ -243,7 +264,7 @@ def _sample(logits: torch.Tensor, top_p: float, top_k: int, uniform: torch.Tenso
 # ── steering and recording ──
 
 
-def _may_grow(where: Where) -> bool:
+def may_grow(where: Where) -> bool:
     return where.part != "prompt" and where.role in (None, "assistant")
 
 
@@ -251,7 +272,7 @@ def _candidates(row: Row, readout: Readout) -> np.ndarray:
     return replace(readout.where, text=None, after=0, first=None, last=None).mask(row.layout)
 
 
-class _Course:
+class Course:
     """The steering of a batch over its prompts and then token by token.
 
     What is done changes only when a row begins or ceases to be steered, and while a schedule runs: in between the same tensors
@@ -295,33 +316,79 @@ class _Course:
         return self.now
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a readout saw at some of a row's tokens, unpooled: positions ``(T,)``, values ``(L, T, k)``, norms ``(L, T)``."""
+
+    positions: np.ndarray
+    values: np.ndarray
+    norms: np.ndarray
+
+    def of(self, keep: np.ndarray) -> Part:
+        """Some of it; most often all is wanted, and then nothing is copied."""
+        return self if keep.all() else Part(self.positions[keep], self.values[:, keep], self.norms[:, keep])
+
+
+def unpooled(readout: Readout) -> Readout:
+    """What to record until it is known which tokens count: what is averaged is projected after averaging, because the norm of
+    the mean is wanted too."""
+    return Readout(readout.layers, Where(), "none", readout.onto if readout.pool in ("none", "last") else None)
+
+
+def alike(rows: Sequence[Row]) -> list[tuple[Readout, list[tuple[int, int]]]]:
+    """The distinct readouts of some rows, each with the (row, readout number) that want it; requests usually share one object."""
+    shared: dict[tuple[Any, ...], tuple[Readout, list[tuple[int, int]]]] = {}
+    for n, row in enumerate(rows):
+        for r, readout in enumerate(row.request.readouts):
+            key = readout.layers, readout.where, readout.pool, id(readout.onto)
+            shared.setdefault(key, (readout, []))[1].append((n, r))
+    return list(shared.values())
+
+
+class Prompts:
+    """What the readouts of some rows see of their prompts, all that may count: ``recorders`` belong into the pass over them.
+
+    Args:
+        rows: In a batch of their own.
+        starts: Where each row's first token stands in the flattened pass.
+        device: Where the model runs.
+    """
+
+    def __init__(self, rows: Sequence[Row], starts: Sequence[int], device: torch.device) -> None:
+        self.recorders: list[Recorder] = []
+        self._places: list[list[tuple[int, int, np.ndarray]]] = []
+        for readout, own in alike(rows):
+            places = [(n, r, np.flatnonzero(_candidates(rows[n], readout))) for n, r in own]
+            if any(len(positions) for *_, positions in places):
+                flat = [starts[n] + positions for n, _, positions in places]
+                self.recorders.append(Recorder(unpooled(readout), flat, device))
+                self._places.append(places)
+
+    def take(self) -> dict[tuple[int, int], Part]:
+        """What the pass has shown, off the device, for each row and number of a readout."""
+        return {
+            (n, r): Part(positions, values, norms)
+            for recorder, places in zip(self.recorders, self._places, strict=True)
+            for (n, r, positions), (values, norms) in zip(places, recorder.results(), strict=True)
+        }
+
+
 class _Record:
     """What the readouts of a batch see: of the prompts in one pass, of the replies token by token.
 
-    Which tokens count is known only at the end, so all that may count are kept, unpooled. What is averaged is projected after
-    averaging, because the norm of the mean is wanted too.
+    Which tokens count is known only at the end, so all that may count are kept, unpooled.
     """
 
     def __init__(self, engine: HFEngine, batch: list[Row], starts: list[int]) -> None:
         self.batch, self.width = batch, engine.info.width
-        self.prompts: list[Recorder] = []
-        self._of_prompts: list[list[tuple[int, int, np.ndarray]]] = []
-        self._prompts: dict[tuple[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self.prompts = Prompts(batch, starts, engine.device)
+        self._prompts: dict[tuple[int, int], Part] = {}
         self._tapes: dict[tuple[int, int], tuple[Tape, int]] = {}
         # A stream shows every token as it comes.
         together = 1 if any(row.request.stream for row in batch) else max(1, TOGETHER // len(batch))
-        shared: dict[int, tuple[Readout, list[tuple[int, int]]]] = {}  # requests usually share one Readout object
-        for n, row in enumerate(batch):
-            for r, readout in enumerate(row.request.readouts):
-                shared.setdefault(id(readout), (readout, []))[1].append((n, r))
-        for readout, own in shared.values():
-            kept = Readout(readout.layers, Where(), "none", readout.onto if readout.pool in ("none", "last") else None)
-            places = [(n, r, np.flatnonzero(_candidates(batch[n], readout))) for n, r in own]
-            if any(len(positions) for *_, positions in places):
-                self.prompts.append(Recorder(kept, [starts[n] + positions for n, _, positions in places], engine.device))
-                self._of_prompts.append(places)
-            if _may_grow(readout.where):
-                tape = Tape(kept, [n for n, _ in own], len(batch), device=engine.device, together=together)
+        for readout, own in alike(batch):
+            if may_grow(readout.where):
+                tape = Tape(unpooled(readout), [n for n, _ in own], len(batch), device=engine.device, together=together)
                 self._tapes |= {key: (tape, column) for column, key in enumerate(own)}
 
     @property
@@ -329,11 +396,8 @@ class _Record:
         return {layer for row in self.batch for readout in row.request.readouts for layer in readout.layers}
 
     def take_prompts(self) -> None:
-        """Keep what the pass over the prompts has shown, and nothing on the device."""
-        for recorder, places in zip(self.prompts, self._of_prompts, strict=True):
-            for (n, r, positions), (values, norms) in zip(places, recorder.results(), strict=True):
-                self._prompts[n, r] = positions, values, norms
-        self.prompts, self._of_prompts = [], []
+        """Keep what the pass over the prompts has shown."""
+        self._prompts = self.prompts.take()
 
     def tapes(self, feeding: list[bool]) -> list[Tape]:
         """Those that record the newest token of any of these rows."""
@@ -349,37 +413,39 @@ class _Record:
         return tuple(self._reading(n, r, layout, first) for r in range(len(self.batch[n].request.readouts)))
 
     def _reading(self, n: int, r: int, layout: Layout, first: int) -> Reading:
-        readout, start = self.batch[n].request.readouts[r], len(self.batch[n].layout)
-        # One place more for what a reply that was cut has left behind.
-        wanted = np.append(readout.where.mask(layout), False)
-        wanted[:first] = False
+        start = len(self.batch[n].layout)
         parts = [self._prompts[n, r]] if (n, r) in self._prompts and first < start else []
         if (n, r) in self._tapes:
             tape, column = self._tapes[n, r]
-            parts += [(start + passes, values, norms) for passes, values, norms in tape.since(max(first - start, 0), column)]
-        # Most often a part is wanted whole, and then it is copied once.
-        kept = [
-            part if keep.all() else (part[0][keep], part[1][:, keep], part[2][:, keep])
-            for part in parts
-            if (keep := wanted[np.minimum(part[0], len(layout))]).any()
-        ]
-        if not kept:
-            return self._nothing(readout)
-        positions, values, norms = (
-            np.concatenate(each, axis=axis) for each, axis in zip(zip(*kept, strict=True), (0, 1, 1), strict=True)
-        )
-        return _pooled(readout, positions, values, norms)
+            parts += [Part(start + passes, *seen) for passes, *seen in tape.since(max(first - start, 0), column)]
+        return reading_of(self.batch[n].request.readouts[r], layout, parts, first=first, width=self.width)
 
-    def _nothing(self, readout: Readout) -> Reading:
-        """The reading of a selector that selects no token."""
-        n_layers, width = len(readout.layers), self.width if readout.onto is None else readout.onto.shape[1]
-        shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-            "none": ((n_layers, 0, width), (n_layers, 0)),
-            "norm": ((n_layers,), (n_layers,)),
-        }
-        of_values, of_norms = shapes.get(readout.pool, ((n_layers, width), (n_layers,)))
-        values, norms = (np.full(shape, np.nan, np.float32) for shape in (of_values, of_norms))
-        return Reading(values, norms, np.empty(0, dtype=np.int64))
+
+def reading_of(readout: Readout, layout: Layout, parts: Sequence[Part], *, first: int, width: int) -> Reading:
+    """A readout from token ``first`` on, selected and pooled, out of all that was kept; ``width`` is that of the residual."""
+    # One place more for what a reply that was cut has left behind.
+    wanted = np.append(readout.where.mask(layout), False)
+    wanted[:first] = False
+    kept = [part.of(keep) for part in parts if (keep := wanted[np.minimum(part.positions, len(layout))]).any()]
+    if not kept:
+        return _nothing(readout, width)
+    positions, values, norms = (
+        np.concatenate([getattr(part, name) for part in kept], axis=axis)
+        for name, axis in (("positions", 0), ("values", 1), ("norms", 1))
+    )
+    return _pooled(readout, positions, values, norms)
+
+
+def _nothing(readout: Readout, width: int) -> Reading:
+    """The reading of a selector that selects no token."""
+    n_layers, width = len(readout.layers), width if readout.onto is None else readout.onto.shape[1]
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+        "none": ((n_layers, 0, width), (n_layers, 0)),
+        "norm": ((n_layers,), (n_layers,)),
+    }
+    of_values, of_norms = shapes.get(readout.pool, ((n_layers, width), (n_layers,)))
+    values, norms = (np.full(shape, np.nan, np.float32) for shape in (of_values, of_norms))
+    return Reading(values, norms, np.empty(0, dtype=np.int64))
 
 
 def _pooled(readout: Readout, positions: np.ndarray, values: np.ndarray, norms: np.ndarray) -> Reading:
@@ -394,12 +460,18 @@ def _pooled(readout: Readout, positions: np.ndarray, values: np.ndarray, norms: 
     return Reading(projected.astype(np.float32), np.linalg.norm(mean, axis=-1), positions)
 
 
-def _partials(replies: dict[int, Reply], record: _Record) -> Iterator[tuple[Row, Result]]:
+Readings = Callable[[int, Layout, int], tuple[Reading, ...]]
+"""Readings of row ``n`` in a layout, from a token on."""
+
+
+def partials(replies: Mapping[int, Reply], readings: Readings) -> Iterator[tuple[Row, Result]]:
     """A partial result for each reply that has a new token or text that was held back."""
     for n, reply in replies.items():
         text = reply.release()
         if text or len(reply.ids) > reply.told:
             layout = reply.grow()
             newest = len(layout) - (len(reply.ids) > reply.told)
+            likely = tuple(reply.logprobs[reply.told :])
             reply.told = len(reply.ids)
-            yield reply.row, Result(text, layout, record.readings(n, layout, newest), (), reply.finish, done=False)
+            seen = readings(n, layout, newest)
+            yield reply.row, Result(text, layout, seen, (), reply.finish, done=False, logprobs=likely)

@@ -37,7 +37,18 @@ from typing import Any
 
 import numpy as np
 
-from affectlens.engine import Engine, ModelInfo, Reading, Readout, Request, Result, Sampling, check_request, refuse_too_long
+from affectlens.engine import (
+    Engine,
+    Logprob,
+    ModelInfo,
+    Reading,
+    Readout,
+    Request,
+    Result,
+    Sampling,
+    check_request,
+    refuse_too_long,
+)
 from affectlens.errors import EngineError, UnknownName
 from affectlens.layout import Layout, Where, mark_chat, place_chat, place_turns, transcript
 from affectlens.scope import Gate, Scope
@@ -579,9 +590,11 @@ class ToyEngine(Engine):
         stream = [given]
         new_ids: list[int] = []
         pieces: list[str] = []
+        likely: list[Logprob] = []
         while not finish:
+            logits = self.unembed(stream[-1][-1, -1:])[0]
             if script is None:
-                token = self._pick(self.unembed(stream[-1][-1, -1:])[0], sampling, rng)
+                token = self._pick(logits, sampling, rng)
                 piece = self._words[token]
             else:
                 token, piece = script[len(new_ids)] if len(new_ids) < len(script) else (EOS, "")
@@ -593,6 +606,8 @@ class ToyEngine(Engine):
                 stream.append(more)
                 new_ids.append(token)
                 pieces.append(piece)
+                if sampling.logprobs is not None:
+                    likely.append(self._likely(logits, token, sampling.logprobs))
                 text += piece
                 finish = "length" if len(new_ids) == sampling.max_tokens else ""
                 if (cut := _first_stop(text, sampling.stop)) is not None:
@@ -602,14 +617,20 @@ class ToyEngine(Engine):
                 so_far = _grown(layout, new_ids, pieces)
                 newest = len(so_far) - (token != EOS)
                 readings = self._readings(request, so_far, np.concatenate(stream, axis=1), newest)
-                yield Result(text[shown:until], so_far, readings, done=False)
+                newest_likely = tuple(likely[-1:]) if token != EOS else ()
+                yield Result(text[shown:until], so_far, readings, done=False, logprobs=newest_likely)
                 shown = until
         whole = _grown(layout, new_ids, pieces, length=len(layout.text) + len(text))
         readings = self._readings(request, whole, np.concatenate(stream, axis=1))
-        yield Result(text, whole, readings, tuple(scores), finish)
+        yield Result(text, whole, readings, tuple(scores), finish, logprobs=tuple(likely[: len(whole) - len(layout)]))
 
     def _readings(self, request: Request, layout: Layout, stream: np.ndarray, first: int = 0) -> tuple[Reading, ...]:
         return tuple(_reading(readout, layout, stream, first) for readout in request.readouts)
+
+    def _likely(self, logits: np.ndarray, token: int, k: int) -> Logprob:
+        known = _log_softmax(logits[: len(self._words)].astype(np.float64))
+        best = np.argsort(-known, kind="stable")[:k]
+        return Logprob(token, float(known[token]), tuple((int(i), float(known[i])) for i in best))
 
     def _pick(self, logits: np.ndarray, sampling: Sampling, rng: np.random.Generator) -> int:
         """One token; each takes one number from the request's own stream, so what else runs does not matter."""
