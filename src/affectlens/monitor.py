@@ -13,7 +13,7 @@ that was noticed.
 *untouched* model reads in the very words that were said, and both readings are kept. Taking the steering off the residual of the
 same pass would be cheaper, and is the same where one layer is steered and that layer is read; above the steered layers it is
 wrong, since the earlier tokens were steered too. An untouched reply generated beside it would say other words. So the words are
-read again. Steering still changes what is said: that the untouched reading of calmer words is calmer is an effect, not a disguise.
+read again. Steering still changes what is said: that the untouched reading of calmer words is calmer is no disguise.
 """
 
 from __future__ import annotations
