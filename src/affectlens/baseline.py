@@ -231,9 +231,17 @@ class Baseline:
         }
         return replace(self, names=tuple(names), other_names=tuple(other), spreads=spreads)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: what :meth:`save` writes."""
+        spreads = {
+            name: {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in vars(spread).items()}
+            for name, spread in self.spreads.items()
+        }
+        return {"format": FORMAT, "kind": "affectlens-baseline", **vars(self), "spreads": spreads}
+
     def save(self, file: str | Path) -> Path:
         """Write it as JSON, atomically."""
-        write_json(file, {"format": FORMAT, "kind": "affectlens-baseline", **vars(self)})
+        write_json(file, self.as_dict())
         return Path(file)
 
     @classmethod
