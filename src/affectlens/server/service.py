@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
@@ -36,6 +36,7 @@ from affectlens.monitor import Monitor, Stream, Token
 from affectlens.server.armed import Armed
 from affectlens.server.dials import Bias, Dials
 from affectlens.server.records import Record, asked
+from affectlens.server.replay import model_data
 from affectlens.server.schemas import Asking, ChatRequest, Readings, ScoreRequest
 from affectlens.server.settings import Settings
 from affectlens.server.shared import Place, SharedEngine
@@ -211,7 +212,7 @@ class Service:
         self.listener: Callable[[str, dict[str, Any]], None] = lambda event, data: None
         """Told of what happens, for ``/v1/events``: the name of an event and its data."""
         self.listening: Callable[[], bool] = lambda: False
-        self._facts = {**asdict(replace(engine.info, checks=())), "versions": _versions()}
+        self._facts = model_data(engine.info)
         self._vectors_facts = {"path": source, "id": vectors_id(self.vectors), "layer": self.vectors.layer}
         self._baseline_facts = monitor.baseline.as_dict()
         self._lock = threading.Lock()
@@ -526,9 +527,3 @@ def _logprobs(request: Asking) -> int | None:
     if isinstance(request, ChatRequest):
         return (request.top_logprobs or 0) if request.logprobs else None
     return request.logprobs  # type: ignore[attr-defined,no-any-return]
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("affectlens", "torch", "transformers")}
