@@ -3,10 +3,11 @@
 The caches of transformers hold a batch whose rows are equally long: whoever joins would have to be padded, and everything copied.
 Here each row has a slot in which its own tokens stand from the beginning, whatever the others have (:class:`Slots`). To join is
 to copy the newcomer's keys and values into a free slot; to leave is to hand the slot on. The model is told by the attention mask
-how many of a slot's places count, and by the position of its one new token where that stands.
+which of a slot's places count, and the position of its one new token.
 
-This holds where every layer keeps all keys and values, which is tried on load (:mod:`affectlens.engines.checks`). Windows, states
-of recurrent layers and compressed caches do not: there each request is a batch of its own (:class:`affectlens.engine.Session`).
+This holds where what layers keep are keys and values, of all tokens or of a window, which is tried on load
+(:mod:`affectlens.engines.checks`). Recurrent states and compressed caches are something else: there each request is a batch of its
+own (:class:`affectlens.engine.Session`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from affectlens.engine import Reading, Request, Result, Sampling, Session, check_request, refuse_too_long
 from affectlens.engines.decode import (
@@ -59,13 +60,16 @@ Came = list[tuple[int, Result | AffectlensError]]
 
 
 class _Layer(CacheLayerMixin):
-    """Keys and values of one layer, ``(slots, heads, places, D)``, of which a pass sees those in use."""
+    """Keys and values of one layer, ``(slots, heads, places, D)``, of which a pass sees those in use.
+
+    Places outside a layer's window are kept as well, because each row's window ends elsewhere: the mask leaves them out.
+    """
 
     is_sliding = False
 
-    def __init__(self, slots: Slots) -> None:
+    def __init__(self, slots: Slots, window: int | None) -> None:
         super().__init__()
-        self.slots = slots
+        self.slots, self.window = slots, window
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: there is room before a pass begins."""
@@ -89,24 +93,21 @@ class _Layer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    def take(self, keys: torch.Tensor, values: torch.Tensor, slot: int) -> None:
-        """Keep keys and values ``(heads, T, D)`` of a newcomer."""
+    def take(self, keys: torch.Tensor, values: torch.Tensor, *, slot: int, length: int) -> None:
+        """Keep the newest keys and values ``(heads, T, D)`` of a newcomer with ``length`` tokens."""
         self.keys = self._with_room(self.keys, keys, slot)
         self.values = self._with_room(self.values, values, slot)
-        self.keys[slot, :, : keys.shape[1]] = keys
-        self.values[slot, :, : values.shape[1]] = values
+        self.keys[slot, :, length - keys.shape[1] : length] = keys
+        self.values[slot, :, length - values.shape[1] : length] = values
 
     def _with_room(self, held: torch.Tensor | None, new: torch.Tensor, slot: int) -> torch.Tensor:
-        """``held`` with at least ``slot + 1`` slots of at least as many places as the newcomer's tokens, and room for more."""
+        """``held`` with a slot and places for the newcomer, and some slots more."""
         slots, places = (0, 0) if held is None else (held.shape[0], held.shape[2])
-        wanted = max(self.slots.room, new.shape[1] + 1)
-        if slot < slots and wanted <= places:
-            assert held is not None
+        if held is not None and slot < slots and self.slots.room <= places:
             return held
-        slots, places = max(slots, 2 * slot, slot + 1), max(places, wanted)
-        grown = new.new_zeros(slots, new.shape[0], places, new.shape[2])
+        grown = new.new_zeros(max(slots, 2 * slot, 1), new.shape[0], max(places, self.slots.room), new.shape[2])
         if held is not None:
-            grown[: held.shape[0], :, : held.shape[2]] = held
+            grown[:slots, :, :places] = held
         return grown
 
 
@@ -114,59 +115,75 @@ class Slots:
     """A cache for passes over one new token of each row, whose rows come and go.
 
     Args:
-        layers: How many layers keep keys and values.
+        like: The cache of a pass over prompts: how many layers keep keys and values, and over which window.
         device: Where masks and positions are wanted.
+        dtype: Of masks, where attention adds them; None where it asks which places count.
     """
 
-    def __init__(self, layers: int, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, like: Any, *, device: torch.device, dtype: torch.dtype | None) -> None:
+        self.device, self.dtype = device, dtype
         self.lengths: list[int] = []
-        self.room = 0
-        self.width = 0
-        self.layers = [_Layer(self) for _ in range(layers)]
+        self.room = self.width = 0
+        self.layers = [_Layer(self, getattr(layer, "sliding_window", None)) for layer in like.layers]
+        self.windows = {layer.window for layer in self.layers}
         self.cache = Cache(layers=[*self.layers])
         self.numbers = self.places = torch.empty(0, dtype=torch.long)
 
-    def join(self, cache: Any, row: int, *, padding: int, more: int) -> None:
+    def join(self, cache: Any, row: int, *, length: int, more: int) -> None:
         """Take a row of another cache into the next slot.
 
         Args:
-            cache: Of the pass over the newcomers' prompts.
+            cache: Of the pass over the newcomers' prompts, padded on the left.
             row: Its number there.
-            padding: How many of its first places are padding.
-            more: How many tokens it may come to have behind its prompt.
+            length: How many tokens it has.
+            more: How many it may come to have behind them.
         """
-        slot = len(self.lengths)
-        self.room = max(self.room, cache.layers[0].keys.shape[2] - padding + more)
+        self.room = max(self.room, length + more)
         for layer, other in zip(self.layers, cache.layers, strict=True):
-            layer.take(other.keys[row, :, padding:], other.values[row, :, padding:], slot)
-        self.lengths.append(cache.layers[0].keys.shape[2] - padding)
+            first = max(0, other.keys.shape[2] - length)
+            keys, values = other.keys[row, :, first:], other.values[row, :, first:]
+            layer.take(keys, values, slot=len(self.lengths), length=length)
+        self.lengths.append(length)
 
     def leave(self, slot: int) -> None:
-        """Free a slot: the last one's tokens move into it."""
-        last = len(self.lengths) - 1
+        """Free a slot: what the last one holds moves into it."""
+        length = self.lengths.pop()
+        last = len(self.lengths)
         if slot != last:
-            length = self.lengths[last]
+            self.lengths[slot] = length
             for layer in self.layers:
                 assert layer.keys is not None and layer.values is not None
                 layer.keys[slot, :, :length] = layer.keys[last, :, :length]
                 layer.values[slot, :, :length] = layer.values[last, :, :length]
-            self.lengths[slot] = self.lengths[last]
-        self.lengths.pop()
         if not self.lengths:  # nothing is kept that a long request once needed
             self.room = 0
             for layer in self.layers:
                 layer.keys = layer.values = None
 
-    def begin(self) -> dict[str, torch.Tensor]:
-        """Prepare a pass over one token of each row; what the model has to be given."""
+    def begin(self) -> dict[str, Any]:
+        """Prepare a pass over one token of each row; what the model has to be given besides the tokens."""
         lengths = torch.tensor(self.lengths)
         self.width = int(lengths.max()) + 1
-        mask = (torch.arange(self.width) <= lengths[:, None]).long()
         self.numbers = torch.arange(len(lengths), device=self.device)
         self.places = lengths.to(self.device)
         self.lengths = [length + 1 for length in self.lengths]
-        return {"attention_mask": mask.to(self.device), "position_ids": self.places[:, None]}
+        back = lengths[:, None] - torch.arange(self.width)
+        masks = {window: (back >= 0) & (back < (window or self.width)) for window in self.windows}
+        mask: Any = masks.get(None)
+        if self.windows == {None}:
+            mask = mask.long().to(self.device)
+        else:
+            made = {window: self._drawn_up(kept) for window, kept in masks.items()}
+            kinds = {"sliding_attention" if window else "full_attention": each for window, each in made.items()}
+            mask = kinds if len(kinds) > 1 else next(iter(kinds.values()))
+        return {"attention_mask": mask, "position_ids": self.places[:, None]}
+
+    def _drawn_up(self, kept: torch.Tensor) -> torch.Tensor:
+        """A mask as the model would have made it, ``(B, 1, 1, places)``: one by which it does not ask about windows any more."""
+        mask = kept[:, None, None].to(self.device)
+        if self.dtype is None:
+            return mask
+        return torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, torch.finfo(self.dtype).min)
 
 
 def _over_prompts(model: Any, input_ids: torch.Tensor, generation_config: Any = None, **model_kwargs: Any) -> Any:
@@ -265,7 +282,8 @@ class BatchSession(Session):
             full = EngineError("the device's memory is full: serve fewer at once")
             ended = {ticket for ticket, result in out if not isinstance(result, Result) or result.done}
             concerned = dict.fromkeys([ticket for ticket, _ in newcomers] + [seat.ticket for seat in self._seats])
-            out += [(ticket, error if isinstance(error, AffectlensError) else full) for ticket in concerned if ticket not in ended]
+            known = error if isinstance(error, AffectlensError) else full
+            out += [(ticket, known) for ticket in concerned if ticket not in ended]
             self._leave([seat.ticket for seat in self._seats])
         return out
 
@@ -316,7 +334,7 @@ class BatchSession(Session):
     def _join(self, newcomers: Sequence[tuple[int, Row]], out: Came) -> None:
         hf, rows = self._hf, [row for _, row in newcomers]
         replies = [Reply(row, row.request.sampling or Sampling()) for row in rows]
-        starts, width = starts_of(rows), max(map(len, rows))
+        starts = starts_of(rows)
         prompts = Prompts(rows, starts, hf.device)
         now = Pass(*Course(hf, rows).prompt(starts), prompts.recorders)
         with torch.inference_mode(), Taps(hf.blocks, now.layers) as taps:
@@ -324,9 +342,11 @@ class BatchSession(Session):
             made = begin(hf, replies, _over_prompts)
         now.confirm()
         seen = prompts.take()
-        self._slots = self._slots or Slots(len(made.past_key_values.layers), hf.device)
+        if self._slots is None:
+            adds = hf.model.config.get_text_config(decoder=True)._attn_implementation == "eager"
+            self._slots = Slots(made.past_key_values, device=hf.device, dtype=hf.model.dtype if adds else None)
         for n, ((ticket, row), reply) in enumerate(zip(newcomers, replies, strict=True)):
-            self._slots.join(made.past_key_values, n, padding=width - len(row), more=reply.sampling.max_tokens + 1)
+            self._slots.join(made.past_key_values, n, length=len(row), more=reply.sampling.max_tokens + 1)
             own = {r: seen[n, r] for r in range(len(row.request.readouts)) if (n, r) in seen}
             self._seats.append(_Seat(ticket, reply, own))
         self._changed = True
@@ -417,9 +437,10 @@ def _longest(row: Row) -> int:
 
 
 def can_share(engine: HFEngine) -> bool:
-    """Whether every layer of the model's cache keeps all keys and values and nothing else."""
-    row = Row(0, Request("A", sampling=Sampling(max_tokens=1)), engine.layout(Request("A")))
+    """Whether what the layers of the model's cache keep are keys and values, of all tokens or of one window."""
+    row = Row(0, Request("A"), engine.layout(Request("A")))
     with torch.inference_mode():
         made = begin(engine, [Reply(row, Sampling(max_tokens=1))], _over_prompts)
     layers = getattr(made.past_key_values, "layers", None) or [None]
-    return all(type(layer) is DynamicLayer for layer in layers)
+    windows = {getattr(layer, "sliding_window", None) for layer in layers} - {None}
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers) and len(windows) < 2
