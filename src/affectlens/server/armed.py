@@ -149,7 +149,9 @@ class Armed:
             actions = next((each.actions for each in self._stored if each.name == parse(text).name), ())
         (made,) = self.policies([{"when": text, "actions": actions}])
         if any(made.rule.name == each.rule.name for each in self._base.policies):
-            raise Standing(f"the rules file has a rule {made.rule.name!r}: give this one a name of its own in front, with a colon")
+            raise Standing(
+                f"the rules file has a rule {made.rule.name!r}: give this one a name of its own in front, with a colon"
+            )
         saved = self._store.save_rule(text, [_plain(each) for each in made.actions], armed)
         return self._row(str(saved.id))
 

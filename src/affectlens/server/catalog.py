@@ -14,6 +14,7 @@ from affectlens.concepts import Concept, ConceptSet
 from affectlens.errors import AffectlensError, MismatchError, UnknownName
 from affectlens.report import Report
 from affectlens.server.service import Service
+from affectlens.space import RATED, principal_components
 
 NEIGHBOURS, LENS, PASSAGES = 12, 12, 10
 """Of an emotion: neighbours, words of the lens on either side, and passages."""
@@ -38,7 +39,7 @@ class Catalog:
         return {concept.name: concept for concept in self._concepts}
 
     def emotions(self) -> dict[str, Any]:
-        """All emotions: human ratings and cluster where they are known, the safe range where it was measured."""
+        """All emotions: valence and arousal (``rated`` by people, or read from the vectors), cluster, safe range."""
         vectors = self._service.vectors
         return {
             "object": "list",
@@ -49,14 +50,33 @@ class Catalog:
             "data": [self._row(name) for name in vectors.names],
         }
 
+    @cached_property
+    def _places(self) -> dict[str, tuple[float, float]]:
+        """Valence and arousal: human ratings, and for the others what their vectors say.
+
+        That is a regression of the ratings on the first principal components of the vectors, a component for each three rated
+        emotions, five at most.
+        """
+        names = self._service.vectors.names
+        rated = {name: (r.pleasure, r.arousal) for name in names if (c := self._known.get(name)) and (r := c.rating)}
+        if len(rated) < RATED or len(rated) == len(names):
+            return rated
+        coordinates, _ = principal_components(self._service.vectors.at(), min(5, len(rated) // 3))
+        design = np.column_stack([np.ones(len(names)), coordinates])
+        own = [names.index(name) for name in rated]
+        weights = np.linalg.lstsq(design[own], np.array(list(rated.values())), rcond=None)[0]
+        read = np.clip(design @ weights, -1, 1).round(3).tolist()
+        return {name: rated.get(name, (v, a)) for name, (v, a) in zip(names, read, strict=True)}
+
     def _row(self, name: str) -> dict[str, Any]:
         concept = self._known.get(name)
-        rating = concept.rating if concept else None
+        valence, arousal = self._places.get(name, (None, None))
         safe = self._service.dials.safe(name)
         return {
             "id": name,
-            "valence": rating.pleasure if rating else None,
-            "arousal": rating.arousal if rating else None,
+            "valence": valence,
+            "arousal": arousal,
+            "rated": bool(concept and concept.rating),
             "safe": list(safe) if safe else None,
             "watched": name in self._service.watched,
             "cluster": concept.cluster if concept else None,

@@ -7,18 +7,23 @@ happens; the application gets it whole.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import secrets
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from affectlens.server.keys import Keyring
-from affectlens.server.settings import LONGEST_ERROR, Settings
+from affectlens.server.problems import failure
+from affectlens.server.settings import Settings
 
-OPEN = ("/health", "/ready")
+LOG = logging.getLogger("affectlens.server")
+
+OPEN = ("/", "/plotly.min.js", "/health", "/ready")
 """Paths that need no key: for whoever watches the process. The dashboard's files hold no data and need none either."""
 
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -69,16 +74,6 @@ class Refused(Exception):
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
-def failure(
-    status: int, message: str, *, kind: str, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None
-) -> JSONResponse:
-    """An error in OpenAI's shape."""
-    said = message if len(message) <= LONGEST_ERROR else message[:LONGEST_ERROR] + "…"
-    said = said.encode("utf-8", "replace").decode()
-    error = {"message": said, "type": kind, "param": param, "code": code}
-    return JSONResponse({"error": error}, status_code=status, headers=headers)
-
-
 class Guard:
     """The application with everything before it that it should not have to think of.
 
@@ -86,10 +81,11 @@ class Guard:
         app: What answers.
         settings: Limits, and where the server listens.
         keys: Who may ask; none for everybody, which is for loopback only.
+        broken: Told of a request that failed by a fault of the application.
     """
 
-    def __init__(self, app: ASGIApp, *, settings: Settings, keys: Keyring) -> None:
-        self._app, self._settings, self._keys = app, settings, keys
+    def __init__(self, app: ASGIApp, *, settings: Settings, keys: Keyring, broken: Callable[[Request], None]) -> None:
+        self._app, self._settings, self._keys, self._broken = app, settings, keys, broken
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -98,19 +94,26 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        send = _with_headers(send, f"req-{secrets.token_hex(8)}")
+        answer = _Answer(send, f"req-{secrets.token_hex(8)}")
         headers = Headers(scope=scope)
         try:
             self._check_where(scope, headers)
             scope.setdefault("state", {})["key"] = self._check_key(scope, headers)
             body = await self._body(scope, headers, receive)
         except Refused as error:
-            answer = failure(error.status, str(error), kind=error.kind, code=error.code, headers=error.headers)
-            await answer(scope, receive, send)
+            said = failure(error.status, str(error), kind=error.kind, code=error.code, headers=error.headers)
+            await said(scope, receive, answer)
             return
         except _Left:
             return
-        await self._app(scope, _again(body, receive), send)
+        try:
+            await self._app(scope, _again(body, receive), answer)
+        except Exception:
+            LOG.exception("%s %s failed", scope["method"], scope["path"])
+            self._broken(Request(scope))
+            if answer.begun:
+                raise
+            await failure(500, "the server failed: its log has the reason", kind="server_error")(scope, receive, answer)
 
     def _check_where(self, scope: Scope, headers: Headers) -> None:
         """Refuse what a web page elsewhere makes a browser send: by another name for this machine, or from another origin."""
@@ -125,29 +128,41 @@ class Guard:
             raise Refused(400, "the Host header is no host: send HOST:PORT") from None
         # With keys a page elsewhere has nothing to send; without them only this machine's own names are its names.
         if not len(self._keys) and name.lower() not in {*LOCAL, self._settings.host.lower()}:
-            raise Refused(421, f"this server answers as localhost, not as {name[:80]!r}: call it by that name, or start it with --api-keys")
+            raise Refused(
+                421, f"this server answers as localhost, not as {name[:80]!r}: call it by that name, or start it with --api-keys"
+            )
         origin = headers.get("origin")
         if scope["method"] in ("GET", "HEAD", "OPTIONS") or origin is None:
             return
         theirs = urlsplit(origin)
         try:
-            same = (theirs.hostname or "").lower() == name.lower() and _port(theirs.port, theirs.scheme) == _port(port, theirs.scheme)
+            same = (theirs.hostname or "").lower() == name.lower() and _port(theirs.port, theirs.scheme) == _port(
+                port, theirs.scheme
+            )
         except ValueError:
             same = False
         if not same:
-            raise Refused(403, f"requests of web pages at {origin[:80]!r} are not taken: call the API from a program", kind="permission_error")
+            raise Refused(
+                403,
+                f"requests of web pages at {origin[:80]!r} are not taken: call the API from a program",
+                kind="permission_error",
+            )
 
     def _check_key(self, scope: Scope, headers: Headers) -> str:
         """The name of the key that is presented, or nothing where none is needed."""
         path = scope["path"]
-        if not len(self._keys) or path in OPEN or path == "/" or path.startswith("/dashboard/"):
+        if not len(self._keys) or path in OPEN or path.startswith("/dashboard/"):
             return ""
         scheme, _, presented = headers.get("authorization", "").partition(" ")
         key = self._keys.find(presented.strip() if scheme.lower() == "bearer" else "")
         if key is None:
             wanted = "send one as Authorization: Bearer KEY" if not presented else "it is not among those of this server"
             raise Refused(
-                401, f"an API key is needed: {wanted}", kind="authentication_error", code="invalid_api_key", WWW_Authenticate="Bearer"
+                401,
+                f"an API key is needed: {wanted}",
+                kind="authentication_error",
+                code="invalid_api_key",
+                WWW_Authenticate="Bearer",
             )
         if (wait := self._keys.spend(key)) > 0:
             seconds = math.ceil(wait)
@@ -160,7 +175,9 @@ class Guard:
     async def _body(self, scope: Scope, headers: Headers, receive: Receive) -> bytes:
         """The body, whole."""
         most = self._settings.max_body
-        too_much = Refused(413, f"the body is larger than {most} bytes: send less at once", code="body_too_large", Connection="close")
+        too_much = Refused(
+            413, f"the body is larger than {most} bytes: send less at once", code="body_too_large", Connection="close"
+        )
         length = headers.get("content-length")
         if length is not None and (not length.isascii() or not length.isdigit() or int(length[:20]) > most):
             raise too_much
@@ -207,17 +224,17 @@ def _again(body: bytes, receive: Receive) -> Receive:
     return next_message
 
 
-def _with_headers(send: Send, request: str) -> Send:
-    """Answers with the headers of :data:`SECURITY` and the id of the request."""
+class _Answer:
+    """An answer with the headers of :data:`SECURITY` and the id of its request."""
 
-    async def answer(message: Message) -> None:
+    def __init__(self, send: Send, request: str) -> None:
+        self._send, self._request, self.begun = send, request, False
+
+    async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            self.begun = True
             headers = MutableHeaders(scope=message)
             for name, value in SECURITY.items():
                 headers.setdefault(name, value)
-            headers["X-Request-Id"] = request
-            if "server" in headers:
-                del headers["server"]
-        await send(message)
-
-    return answer
+            headers["X-Request-Id"] = self._request
+        await self._send(message)

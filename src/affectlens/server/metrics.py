@@ -23,8 +23,9 @@ from affectlens.server.records import Record
 from affectlens.server.writer import Status
 
 KINDS = ("chat", "completion", "score")
-OUTCOMES = ("stop", "length", "stopped", "read", "cancelled", "timeout", "error", "busy", "refused")
-"""How a request can end: as its reply does, or by a caller who hung up, the time limit, a fault, a full queue, a bad request."""
+OUTCOMES = ("stop", "length", "stopped", "timeout", "shutdown", "read", "cancelled", "error", "busy", "refused")
+"""How a request can end: as its reply does (by the time limit and a shutdown, too), or by a caller who hung up, a fault, a full
+queue, a bad request."""
 
 SPEAKERS = ("assistant", "user")
 ROLLING = 20

@@ -7,6 +7,8 @@ Nothing is silently ignored. A field of OpenAI's that cannot be honoured here is
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
@@ -23,6 +25,7 @@ MOST = 10.0
 Words = Annotated[str, StringConstraints(max_length=LONGEST_WORDS)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=100)]
 Strength = Annotated[float, Field(ge=-MOST, le=MOST, allow_inf_nan=False)]
+StopText = Annotated[str, StringConstraints(max_length=500)]
 RuleText = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 
 
@@ -109,7 +112,9 @@ def _refuse(field: str, *harmless: Any) -> Any:
         said = " or ".join(json.dumps(each) for each in harmless)
         raise ValueError(f"{field} is not supported here: leave it out{f', or give {said}' if said else ''}")
 
-    return Annotated[Any, BeforeValidator(check), Field(default=None, description="Not supported: only values that change nothing.")]
+    return Annotated[
+        Any, BeforeValidator(check), Field(default=None, description="Not supported: only values that change nothing.")
+    ]
 
 
 class Asking(Ours):
@@ -117,7 +122,7 @@ class Asking(Ours):
 
     model: Name
     n: int | None = Field(default=None, ge=1, le=128)
-    stop: Annotated[str, StringConstraints(max_length=500)] | list[Annotated[str, StringConstraints(max_length=500)]] | None = None
+    stop: StopText | list[StopText] | None = None
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -305,3 +310,50 @@ class AcknowledgeRequest(Plain):
     """``POST /v1/alerts/{id}/acknowledge``."""
 
     note: Annotated[str, StringConstraints(max_length=2000)] = ""
+
+
+# ── what is wrong with a request ──
+
+
+def place_of(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str | None]:
+    """What is wrong in words, and where, from pydantic's errors.
+
+    Of several it is the one that lies deepest: alternatives that were not meant fail earlier than the one that was.
+
+    Args:
+        errors: Each with ``loc``, ``type``, ``msg`` and perhaps ``ctx``.
+        body: What was sent: pydantic's places also name the alternatives that it tried, the body does not.
+
+    Example:
+        >>> place_of([{"loc": ("body", "n"), "type": "x", "msg": "Input should be a valid integer"}], {"n": "a"})
+        ('n: Input should be a valid integer', 'n')
+    """
+    found = []
+    for error in errors:
+        where, *loc = error["loc"]
+        path = _path(loc, body) if where == "body" else [str(part) for part in loc]
+        message = str(error["msg"]).removeprefix("Value error, ")
+        if error["type"] == "unknown_field":
+            path = [*path, str(error["ctx"]["name"])]
+        elif error["type"].startswith("json"):
+            return f"the body is no JSON ({str(error.get('ctx', {}).get('error', message))[:200]}): send a JSON object", None
+        elif not path and where == "body" and error["type"] != "value_error":
+            message = f"the body is wrong ({message}): send a JSON object" if not isinstance(body, dict) else message
+        elif not path and (word := message.split(" ")[0]).isidentifier() and isinstance(body, dict) and word in body:
+            path = [word]
+        found.append((len(path), ".".join(path), message))
+    _, param, message = max(found, key=lambda each: each[0])
+    said = message if not param or re.search(rf"\b{re.escape(param.split('.')[-1])}\b", message) else f"{param}: {message}"
+    return said, param or None
+
+
+def _path(loc: Sequence[Any], body: Any) -> list[str]:
+    """A place in the body, without the names of alternatives."""
+    path: list[str] = []
+    for number, part in enumerate(loc):
+        if part in (body if isinstance(body, dict) else range(len(body)) if isinstance(body, list) else ()):
+            body = body[part]
+        elif not (number == len(loc) - 1 and isinstance(body, dict) and isinstance(part, str) and part.isidentifier()):
+            continue
+        path.append(str(part)[:60])
+    return path

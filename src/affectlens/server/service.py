@@ -6,8 +6,8 @@
         for choice in call.choices:
             for event in service.reply(call, choice, place): ...
 
-Every choice of a call is a reply of its own: it has its seed, its trace and its record. A reply ends with :class:`Ended` after its
-record is in the store, or after it has become clear that the store does not answer; what then waits is written when it does.
+Every choice of a call is a reply of its own: it has its seed, its trace and its record. A reply ends with :class:`Ended` after
+its record is in the store, or after it has become clear that the store does not answer; what then waits is written when it does.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -31,17 +31,30 @@ from affectlens.baseline import vectors_id
 from affectlens.concepts import SHOWCASE
 from affectlens.conversations import Conversation, joined
 from affectlens.engine import Chat, Request, Sampling, Steering
-from affectlens.errors import AffectlensError, Busy, EngineError
+from affectlens.errors import AffectlensError, EngineError
 from affectlens.monitor import Monitor, Stream, Token
 from affectlens.server.armed import Armed
-from affectlens.server.dials import Bias, Dials
+from affectlens.server.calls import (
+    Began,
+    Call,
+    Choice,
+    Ended,
+    Event,
+    Metrics,
+    Said,
+    Telemetry,
+    WrongField,
+    alert_data,
+    field,
+)
+from affectlens.server.dials import Dials
 from affectlens.server.records import Record, asked
 from affectlens.server.replay import model_data
 from affectlens.server.schemas import Asking, ChatRequest, Readings, ScoreRequest
 from affectlens.server.settings import Settings
 from affectlens.server.shared import Place, SharedEngine
 from affectlens.server.store import Store
-from affectlens.traces import Alert, Trace
+from affectlens.traces import Trace
 
 LOG = logging.getLogger("affectlens.server")
 
@@ -50,124 +63,6 @@ CLOSING = 15.0
 
 STANDING_OUT = 5
 """Emotions of a summary that stand out."""
-
-
-class Metrics(Protocol):
-    """Counts what happens; :class:`affectlens.server.metrics.Metrics` is one. Called from the threads of replies."""
-
-    def reply(self, record: Record) -> None:
-        """A reply has ended, or a text was scored."""
-
-    def first_token(self, seconds: float) -> None:
-        """A reply has begun, so long after it was asked for."""
-
-    def ended(self, kind: str, outcome: str) -> None:
-        """A call ended without a record: ``cancelled``, ``timeout``, ``error``, ``busy`` or ``refused``."""
-
-    def add_rule(self, name: str) -> None:
-        """A rule is watched from now on."""
-
-    def exposition(self, accept: str = "") -> tuple[bytes, str]:
-        """What ``/metrics`` answers, and its content type."""
-
-
-class Telemetry(Protocol):
-    """Tells others of replies; :class:`affectlens.server.telemetry.Telemetry` is one."""
-
-    def reply(self, record: Record, headers: Mapping[str, str] | None = None) -> None:
-        """A reply has ended; ``headers`` of its request may make it part of the caller's trace."""
-
-    def close(self) -> None:
-        """Send what is left."""
-
-
-# ── a call ──
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One reply of a call.
-
-    Args:
-        index: Its number in the answer.
-        id: Of its trace.
-        prompt: What it answers.
-        seed: Of its draws.
-        steered: False for the unsteered reply of a comparison.
-    """
-
-    index: int
-    id: str
-    prompt: str | Chat
-    seed: int
-    steered: bool = True
-
-
-@dataclass(frozen=True)
-class Call:
-    """What is asked for, checked and with every default filled in.
-
-    Args:
-        id: Of the whole answer, and of its first trace.
-        created: UTC.
-        kind: ``chat`` or ``completion``.
-        key: Name of the API key.
-        headers: Those of the request that make it part of a trace of the caller's.
-        choices: Its replies.
-        sampling: Of all; the seed is each choice's own, and ``max_tokens`` counts where ``limit`` is one.
-        limit: Most tokens of a reply; None for as many as there is room for.
-        bias: What is steered.
-        readings: Which scores the caller wants; None for none.
-        names: Their emotions, or those that are watched.
-        monitor: With the rules that are armed and the caller's own.
-        compare: Whether the second choice is the unsteered reply.
-    """
-
-    id: str
-    created: datetime
-    kind: str
-    key: str
-    headers: Mapping[str, str]
-    choices: tuple[Choice, ...]
-    sampling: Sampling
-    limit: int | None
-    bias: Bias
-    readings: Readings | None
-    names: tuple[str, ...]
-    monitor: Monitor
-    compare: bool = False
-
-
-# ── what happens while it is answered ──
-
-
-@dataclass(frozen=True)
-class Began:
-    """A reply begins. ``prompt`` has the scores of what was said before, where they were asked for."""
-
-    choice: Choice
-    prompt: tuple[dict[str, Any], ...] | None = None
-
-
-@dataclass(frozen=True)
-class Said:
-    """A token. ``row`` is what was read at it: position, text, role and scores; None where no scores are due."""
-
-    choice: Choice
-    token: Token
-    row: dict[str, Any] | None
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A reply has ended and is kept. ``summary`` states the emotions of its words, read by the untouched model."""
-
-    choice: Choice
-    record: Record
-    summary: dict[str, Any]
-
-
-Event = Began | Said | Ended
 
 
 class Service:
@@ -219,15 +114,19 @@ class Service:
         self._streams: dict[str, Stream] = {}
         self.draining = False
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What every answer says of the model and of readings."""
+        model = {"model": self.model, "system_fingerprint": f"fp_{self.engine.info.fingerprint}"}
+        return {**model, "layer": self.vectors.layer, "unit": "z"}
+
     # ── checking ──
 
     def call(self, request: Asking, *, key: str = "", headers: Mapping[str, str] | None = None) -> Call:
         """A call from a request of one of OpenAI's endpoints.
 
         Raises:
-            UnknownName: Another model, or an emotion that does not exist; names the nearest ones.
-            RuleError: A rule is none; shows the column.
-            EngineError: It wants more than the server allows.
+            WrongField: It names what does not exist, has a rule that is none, or wants more than the server allows.
         """
         chat = isinstance(request, ChatRequest)
         prompts: Sequence[str | Chat] = (
@@ -235,16 +134,21 @@ class Service:
         )
         n = 2 if request.compare else request.n or 1
         if n * len(prompts) > (most := min(self.settings.max_choices, self.settings.concurrency)):
-            raise EngineError(f"{n * len(prompts)} replies to one call are more than the {most} allowed here: lower n")
+            raise WrongField(
+                EngineError(f"{n * len(prompts)} replies to one call are more than the {most} allowed here: lower n"), "n"
+            )
         limit: int | None = request.limit if chat else request.max_tokens or 16  # type: ignore[attr-defined]
         if limit is not None and limit > self.settings.max_tokens:
-            raise EngineError(
-                f"max_tokens is {limit}, more than the {self.settings.max_tokens} allowed here: lower it, or leave it out"
-            )
-        readings, names = self._readings(request.readings)
-        bias = self.dials.bias(request.emotion_bias)
-        rules = [each if isinstance(each, str) else each.model_dump() for each in request.rules]
-        policies = self.armed.policies(rules)
+            most = self.settings.max_tokens
+            problem = EngineError(f"max_tokens is {limit}, more than the {most} allowed here: lower it, or leave it out")
+            raise WrongField(problem, "max_tokens")
+        with field("readings"):
+            readings, names = self._readings(request.readings)
+        with field("emotion_bias"):
+            bias = self.dials.bias(request.emotion_bias)
+        with field("rules"):
+            rules = [each if isinstance(each, str) else each.model_dump() for each in request.rules]
+            policies = self.armed.policies(rules)
         monitor = self.armed.monitor
         id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
         # OpenAI takes any 64 bits; without a seed each call draws its own, and says which.
@@ -272,7 +176,7 @@ class Service:
         watching = monitor.joined(policies) if policies else monitor
         return Call(
             id, datetime.now(UTC), "chat" if chat else "completion", key, headers or {}, choices, sampling, limit, bias, readings,
-            names, watching, request.compare,
+            names, watching, request.compare, not chat and bool(request.echo),  # type: ignore[attr-defined]
         )  # fmt: skip
 
     def _readings(self, given: Readings | bool) -> tuple[Readings | None, tuple[str, ...]]:
@@ -327,9 +231,7 @@ class Service:
             self.listener("reply", {**facts, "kind": call.kind, "model": self.model, "steering": dict(used)})
             yield Began(choice, prompt)
             for token in stream:
-                if first is None:
-                    first = time.monotonic() - place.since
-                    self.metrics.first_token(first)
+                first = time.monotonic() - place.since if first is None else first
                 read = bool(np.isfinite(token.scores).any())
                 due = readings is not None and (token.role == "monitor" or (read and number % readings.every == 0))
                 number += read
@@ -361,10 +263,11 @@ class Service:
         """Every token of a text or a conversation in z, with the alerts of the rules that are armed; no action acts.
 
         Raises:
-            UnknownName: An emotion does not exist.
+            WrongField: An emotion does not exist.
             EngineError: It does not fit the model.
         """
-        names = self.vectors.names if request.emotions is None else self.names(request.emotions)
+        with field("emotions"):
+            names = self.vectors.names if request.emotions is None else self.names(request.emotions)
         id, created = f"score-{secrets.token_hex(12)}", datetime.now(UTC)
         if request.text is not None:
             what: str | Conversation = request.text
@@ -496,11 +399,6 @@ def model_name(id: str) -> str:
     return path.rsplit("/", 1)[-1] if path.startswith(("/", ".", "~")) else path
 
 
-def alert_data(alert: Alert) -> dict[str, Any]:
-    """An alert as plain data."""
-    return {**vars(alert), "scores": dict(alert.scores)}
-
-
 def _row(token: Token, columns: Mapping[str, int]) -> dict[str, Any]:
     scores = {name: _number(token.scores[column]) for name, column in columns.items()}
     return {"token": token.position, "text": token.text, "role": token.role, "scores": scores}
@@ -526,4 +424,4 @@ def _number(value: float) -> float | None:
 def _logprobs(request: Asking) -> int | None:
     if isinstance(request, ChatRequest):
         return (request.top_logprobs or 0) if request.logprobs else None
-    return request.logprobs  # type: ignore[attr-defined,no-any-return]
+    return request.logprobs  # type: ignore[attr-defined]

@@ -11,9 +11,6 @@ from dataclasses import dataclass
 
 from affectlens.errors import FormatError
 
-LONGEST_ERROR = 2000
-"""Characters of an error's message that are sent."""
-
 
 @dataclass(frozen=True)
 class Settings:

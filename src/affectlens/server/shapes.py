@@ -1,6 +1,6 @@
 """What a reply looks like in OpenAI's shapes, with what affectlens adds.
 
-A stream is one :class:`Reply` for each choice; each makes its own chunks, so that choices can be mixed in the order in which their
+There is one :class:`Reply` for each choice; each makes its own chunks, so that choices can be mixed in the order in which their
 tokens come. Ours stands under ``affectlens``: readings and alerts in the chunk of their token, what was steered and a summary in
 the chunk with the ``finish_reason``, and all of it in a plain answer.
 """
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from affectlens.engine import Logprob
-from affectlens.server.service import Began, Call, Choice, Ended, Event, Said, alert_data
+from affectlens.server.calls import Began, Call, Choice, Ended, Event, Said, alert_data
 
 FINISHED = {"stop": "stop", "length": "length", "stopped": "content_filter", "timeout": "length", "shutdown": "length"}
 """OpenAI's word for each way to end; ours stands in ``affectlens.finish``."""
@@ -41,14 +41,14 @@ class Reply:
         choice: Which of its replies.
         vocabulary: The text of each token.
         facts: ``model``, ``system_fingerprint``, and what is said of readings: ``layer`` and ``unit``.
-        echo: What stands before the reply of a legacy completion.
     """
 
-    def __init__(self, call: Call, choice: Choice, *, vocabulary: Sequence[str], facts: dict[str, Any], echo: str = "") -> None:
-        self._call, self._choice, self._vocabulary, self._echo = call, choice, vocabulary, echo
+    def __init__(self, call: Call, choice: Choice, *, vocabulary: Sequence[str], facts: dict[str, Any]) -> None:
+        self._call, self._choice, self._vocabulary = call, choice, vocabulary
+        self._echo = call.echo(choice)
         self._chat = call.kind == "chat"
         self._reading = {key: facts[key] for key in ("layer", "unit")}
-        self._head = {
+        self.head = {
             "id": call.id,
             "object": ("chat.completion" if self._chat else "text_completion") + (".chunk" if self._chat else ""),
             "created": int(call.created.timestamp()),
@@ -58,7 +58,7 @@ class Reply:
         self._waiting: list[Logprob] = []
         self._likely: list[Logprob] = []
         self._rows: list[dict[str, Any]] = []
-        self._offset = len(echo)
+        self._offset = len(self._echo)
         self.prompt: tuple[dict[str, Any], ...] | None = None
         self.ended: Ended | None = None
 
@@ -101,7 +101,7 @@ class Reply:
             "finish_reason": finish,
             **({"affectlens": unsteered} if unsteered else {}),
         }
-        return {**self._head, "choices": [choice], **({"affectlens": {**ours, **unsteered}} if ours is not None else {})}
+        return {**self.head, "choices": [choice], **({"affectlens": {**ours, **unsteered}} if ours is not None else {})}
 
     def _take(self, event: Said) -> list[Logprob]:
         """Log-probabilities that can be told: those of tokens whose text is still held back wait, and are told with it."""
@@ -194,22 +194,23 @@ class Reply:
     def _one(self, token: int, value: float) -> dict[str, Any]:
         text = self._vocabulary[token]
         # A token that is a part of a character has no text of its own.
-        return {"token": text, "logprob": max(value, LEAST), "bytes": None if "\ufffd" in text else list(text.encode("utf-8", "replace"))}
+        return {
+            "token": text,
+            "logprob": max(value, LEAST),
+            "bytes": None if "\ufffd" in text else list(text.encode("utf-8", "replace")),
+        }
 
 
-def whole(call: Call, replies: Sequence[Reply], facts: dict[str, Any]) -> dict[str, Any]:
+def whole(call: Call, replies: Sequence[Reply]) -> dict[str, Any]:
     """A plain answer of all choices of a call."""
-    first = replies[0].ours()
-    return {
-        "id": call.id,
-        "object": "chat.completion" if call.kind == "chat" else "text_completion",
-        "created": int(call.created.timestamp()),
-        "model": facts["model"],
-        "system_fingerprint": facts["system_fingerprint"],
-        "choices": [reply.choice() for reply in replies],
-        "usage": usage(call, replies),
-        "affectlens": first,
-    }
+    head = {**replies[0].head, "object": "chat.completion" if call.kind == "chat" else "text_completion"}
+    choices = [reply.choice() for reply in replies]
+    return {**head, "choices": choices, "usage": usage(call, replies), "affectlens": replies[0].ours()}
+
+
+def usage_chunk(call: Call, replies: Sequence[Reply]) -> dict[str, Any]:
+    """The last chunk of a stream that was asked for its usage."""
+    return {**replies[0].head, "choices": [], "usage": usage(call, replies)}
 
 
 def usage(call: Call, replies: Sequence[Reply]) -> dict[str, int]:
