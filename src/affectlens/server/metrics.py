@@ -10,6 +10,7 @@ caller writes becomes a label. Rules that a caller brought along are counted tog
 
 from __future__ import annotations
 
+import importlib.metadata
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -63,6 +64,8 @@ class Metrics:
         self._lock = threading.Lock()
         self._latest: deque[tuple[np.ndarray, int]] = deque(maxlen=ROLLING)
         ProcessCollector(registry=registry)
+        build = Gauge("affectlens_build_info", "The version that runs; always 1.", ["version"], registry=registry)
+        build.labels(importlib.metadata.version("affectlens")).set(1)
         self._requests = Counter("affectlens_requests", "Requests that have ended.", ["kind", "outcome"], registry=registry)
         self._seconds = Histogram(
             "affectlens_request_seconds", "From a request to its last token.", ["kind"], buckets=SECONDS, registry=registry

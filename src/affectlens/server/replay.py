@@ -12,7 +12,7 @@ almost equally likely, the words may part there. Replay says how many shared its
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from affectlens.baseline import Baseline, vectors_id
 from affectlens.engine import Engine, ModelInfo
-from affectlens.errors import FormatError, MismatchError
+from affectlens.errors import MismatchError
 from affectlens.monitor import Monitor
 from affectlens.server.records import Asked, Record
 from affectlens.traces import Trace
@@ -135,7 +135,7 @@ def replay(record: Record, engine: Engine, vectors: ConceptVectors, *, baseline:
         vectors = vectors.with_layer(layer)
     changes = check(record, engine.info, vectors)
     if baseline is None and record.request.get("baseline"):
-        baseline = Baseline.from_data(record.request["baseline"], f"the baseline of {record.id}")
+        baseline = Baseline.of(record.request["baseline"], f"the baseline of {record.id}")
     monitor = Monitor(vectors, baseline, rules=asked.policies, gap=record.trace.visible is not None)
     if asked.sampling is None:
         text, finish, trace = "", "read", monitor.score(engine, asked.prompt, id=record.trace.id)
@@ -213,15 +213,3 @@ def _numbers(then: Trace, now: Trace) -> tuple[str, float]:
             f"{int(differs.sum()):,} of {differs.size:,} scores differ, by {excess:.2g} at most"
         ), excess
     return "", 0.0
-
-
-def find(records: Mapping[str, Record] | Iterator[Record], id: str) -> Record:
-    """The record of an id among those of a file.
-
-    Raises:
-        FormatError: It is not among them.
-    """
-    for record in records.values() if isinstance(records, Mapping) else records:
-        if record.id == id:
-            return record
-    raise FormatError(f"there is no record {id!r}: search for it in the dashboard, or export it")

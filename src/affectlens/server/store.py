@@ -4,8 +4,8 @@
     store.put(record).result()                         # committed, and safe from a power cut
     store.search(emotion="desperate", above=3)
 
-One thread writes (:mod:`affectlens.server.writer`); readers have connections of their own, and neither waits for the other. What a
-record is and what is left of it where texts are not kept: :mod:`affectlens.server.records`.
+One thread writes (:mod:`affectlens.server.writer`); readers have connections of their own, and neither waits for the other.
+What a record is and what is left of it where texts are not kept: :mod:`affectlens.server.records`.
 """
 
 from __future__ import annotations
