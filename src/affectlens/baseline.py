@@ -232,17 +232,17 @@ class Baseline:
         }
         return replace(self, names=tuple(names), other_names=tuple(other), spreads=spreads)
 
-    def data(self) -> dict[str, Any]:
-        """It as plain data for JSON; :meth:`of` reads it back."""
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: what :meth:`save` writes."""
         spreads = {
-            name: {key: v.tolist() if isinstance(v, np.ndarray) else v for key, v in vars(spread).items()}
+            name: {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in vars(spread).items()}
             for name, spread in self.spreads.items()
         }
         return {"format": FORMAT, "kind": "affectlens-baseline", **vars(self), "spreads": spreads}
 
     def save(self, file: str | Path) -> Path:
         """Write it as JSON, atomically."""
-        write_json(file, self.data())
+        write_json(file, self.as_dict())
         return Path(file)
 
     @classmethod
@@ -256,7 +256,7 @@ class Baseline:
 
     @classmethod
     def of(cls, data: Any, where: str = "this") -> Baseline:
-        """From plain data, as :meth:`data` gives it.
+        """From plain data, as :meth:`as_dict` gives it.
 
         Args:
             data: The data.

@@ -24,8 +24,9 @@ from affectlens.server.records import Record
 from affectlens.server.writer import Status
 
 KINDS = ("chat", "completion", "score")
-OUTCOMES = ("stop", "length", "stopped", "read", "cancelled", "timeout", "error", "busy", "refused")
-"""How a request can end: as its reply does, or by a caller who hung up, the time limit, a fault, a full queue, a bad request."""
+OUTCOMES = ("stop", "length", "stopped", "timeout", "shutdown", "read", "cancelled", "error", "busy", "refused")
+"""How a request can end: as its reply does (by the time limit and a shutdown, too), or by a caller who hung up, a fault, a full
+queue, a bad request."""
 
 SPEAKERS = ("assistant", "user")
 ROLLING = 20
@@ -129,9 +130,9 @@ class Metrics:
         """Count a reply that has ended, or a text that was scored."""
         self.ended(record.kind, record.finish)
         self._seconds.labels(record.kind).observe(record.timing.get("total", 0.0))
-        for name, histogram in (("queued", self._queued), ("first_token", self._first)):
-            if (seconds := record.timing.get(name)) is not None:
-                histogram.observe(seconds)
+        self._queued.observe(record.timing.get("queued", 0.0))
+        if record.usage.get("completion_tokens", 0):
+            self._first.observe(record.timing.get("first_token", 0.0))
         self._tokens.labels("prompt").inc(record.usage.get("prompt_tokens", 0))
         self._tokens.labels("generated").inc(record.usage.get("completion_tokens", 0))
         for alert in record.trace.alerts:

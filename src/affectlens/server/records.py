@@ -118,7 +118,7 @@ def asked(
         steering: The caller's.
         policies: The rules that watched. Of their actions those that change the reply count; nobody is told again.
         vectors: Where the vectors are, and their content hash: ``{"path": …, "id": vectors_id(vectors), "layer": …}``.
-        baseline: The plain data of the baseline, as :meth:`affectlens.baseline.Baseline.save` writes it.
+        baseline: The plain data of the baseline: :meth:`affectlens.baseline.Baseline.as_dict`.
 
     Example:
         >>> asked((("user", "Hi"),), sampling=Sampling(max_tokens=5, seed=3))["sampling"]["seed"]

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from affectlens.baseline import Baseline, vectors_id
 from affectlens.engine import Engine, ModelInfo
-from affectlens.errors import MismatchError
+from affectlens.errors import FormatError, MismatchError
 from affectlens.monitor import Monitor
 from affectlens.server.records import Asked, Record
 from affectlens.traces import Trace
@@ -31,6 +31,9 @@ PACKAGES = ("affectlens", "torch", "transformers", "numpy")
 
 ROUNDING = 1e-3
 """Scores in z that differ by less than this have been rounded differently."""
+
+CUT = ("timeout", "shutdown")
+"""Ends that came from outside: the reply is made again up to there."""
 
 _TABLES = ("scores", "steered", "visible", "gap", "other")
 
@@ -140,12 +143,15 @@ def replay(record: Record, engine: Engine, vectors: ConceptVectors, *, baseline:
     if asked.sampling is None:
         text, finish, trace = "", "read", monitor.score(engine, asked.prompt, id=record.trace.id)
     else:
-        given = {"steering": asked.steering} if asked.steering.terms else {}
-        stream = monitor.stream(engine, asked.prompt, sampling=asked.sampling, prefill=asked.prefill, id=record.trace.id, **given)
+        given: dict[str, Any] = {"steering": asked.steering} if asked.steering.terms else {}
+        if cut := record.finish in CUT:
+            given["sampling"] = replace(asked.sampling, max_tokens=max(1, record.usage["completion_tokens"]))
+        given = {"sampling": asked.sampling, "prefill": asked.prefill, "id": record.trace.id, **given}
+        stream = monitor.stream(engine, asked.prompt, **given)
         for _ in stream:
             pass
         assert stream.trace is not None
-        text, finish, trace = stream.text, stream.finish, stream.trace
+        text, finish, trace = stream.text, record.finish if cut else stream.finish, stream.trace
     words = next(_words(record, text, finish, trace), "")
     numbers, excess = ("", 0.0) if words else _numbers(record.trace, trace)
     verdict: Verdict = "same"
@@ -213,3 +219,28 @@ def _numbers(then: Trace, now: Trace) -> tuple[str, float]:
             f"{int(differs.sum()):,} of {differs.size:,} scores differ, by {excess:.2g} at most"
         ), excess
     return "", 0.0
+
+
+def find(source: str, id: str) -> Record:
+    """A record by its id.
+
+    Args:
+        source: The address of a store, or a file that was exported as JSONL.
+        id: Of the record.
+
+    Raises:
+        FormatError: It is not there.
+        StoreError: There is no such store.
+    """
+    from affectlens.server.export import read_jsonl
+
+    if source.endswith((".jsonl", ".json")):
+        record = next((each for each in read_jsonl(source) if each.id == id), None)
+    else:
+        from affectlens.server.store import Store
+
+        with Store(source, new=False) as store:
+            record = store.get(id)
+    if record is None:
+        raise FormatError(f"{source} has no reply {id!r}: its id is what a client gets as id, and what the dashboard shows")
+    return record
