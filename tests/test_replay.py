@@ -164,7 +164,7 @@ def test_the_first_difference_is_named(serve: Serve, vectors: ConceptVectors) ->
             record, trace=replace(trace, scores=scores)
         ),
         "scores differ, by 1 at most": replace(record, trace=replace(trace, scores=far)),
-        "gap were not read": replace(record, trace=replace(trace, visible=trace.scores)),
+        "its steered scores were read then": replace(record, trace=replace(trace, steered=trace.scores)),
     }
     for said, other in changed.items():
         found = replay(other, ENGINE, vectors)

@@ -110,8 +110,8 @@ def _columns(values: np.ndarray, names: Sequence[str]) -> dict[str, list[float |
 
 
 def _table(columns: dict[str, list[float | None]], names: Sequence[str], size: int, dtype: np.dtype[Any]) -> np.ndarray:
-    if set(columns) != set(names):
-        raise ValueError("the scores are of other concepts")
+    if set(columns) != set(names) or any(len(column) != size for column in columns.values()):
+        raise ValueError("its scores are of other concepts, or of another number of tokens")
     table = np.empty((size, len(names)), dtype)
     for i, name in enumerate(names):
         table[:, i] = [np.nan if value is None else value for value in columns[name]]

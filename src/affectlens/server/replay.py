@@ -205,7 +205,7 @@ def _numbers(then: Trace, now: Trace) -> tuple[str, float]:
         if was is None and is_ is None:
             continue
         if was is None or is_ is None or was.shape != is_.shape:
-            return f"{name} {'were' if is_ is None else 'were not'} read", np.inf
+            return f"its {name} scores were {'read' if is_ is None else 'not read'} then", np.inf
         differs = (was != is_) & ~(np.isnan(was) & np.isnan(is_))
         if not differs.any():
             continue
