@@ -1,7 +1,8 @@
-"""The store on SQLite and on a real PostgreSQL: nothing that was acknowledged is lost, and nothing that must not be kept is kept."""
+"""The store on SQLite and on a real PostgreSQL: nothing acknowledged is lost, and nothing is kept that must not be."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -286,10 +287,8 @@ def _raw(url: str, folder: Path, request: pytest.FixtureRequest) -> list[bytes]:
             for row in connection.execute(sql(f"select * from {table.name}")):
                 for value in row:
                     data = value if isinstance(value, bytes) else str(value).encode()
-                    try:
+                    with contextlib.suppress(zlib.error):
                         data = zlib.decompress(data)
-                    except zlib.error:
-                        pass
                     blobs.append(data)
     if url.startswith("sqlite"):
         # While it is open: the log has not been moved into the database yet.
@@ -414,7 +413,7 @@ def test_postgresql_stops_and_comes_back(caplog: pytest.LogCaptureFixture) -> No
             assert not any(future.done() for future in futures)
             with pytest.raises(StoreError, match="cannot be read"):
                 store.search()
-            with pytest.raises(StoreError, match="cannot be written|did not answer"):
+            with pytest.raises(StoreError, match=r"cannot be written|did not answer"):
                 store.mute("panic", NOON)
             assert 0 < store.status().lag < 60
             own.start()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, func, select
+from sqlalchemy import Connection, Engine, create_engine, event, func, inspect, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
@@ -27,19 +27,25 @@ class Database:
 
     Args:
         address: ``sqlite:///FILE``, the path of a file, or ``postgresql://USER@HOST/DATABASE``.
+        new: Whether to begin where there is nothing yet.
 
     Raises:
         StoreError: It cannot be opened, or a later version wrote it.
         MissingExtra: There is no driver for it.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, new: bool = True) -> None:
         self.url = _url(address)
         self.sqlite = self.url.get_backend_name() == "sqlite"
         self._file: tuple[int, int] | None = None
+        nothing = f"there is no store in {self}: name that of a server, or a file that was exported as jsonl"
+        if self.sqlite and not new and not Path(self.url.database or "").exists():
+            raise StoreError(nothing)
         try:
             self._writer, self._readers = self._connect(writer=True), self._connect(writer=False)
             with self.transaction() as connection:
+                if not new and not inspect(connection).has_table(tables.REVISION):
+                    raise StoreError(nothing)
                 tables.migrate(connection)
         except ModuleNotFoundError as error:
             raise MissingExtra(error.name or "psycopg", "serve") from None

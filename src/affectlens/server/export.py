@@ -1,7 +1,7 @@
 """Records for others: as JSONL that loses nothing, as scores for Langfuse, as a page that needs no network.
 
-The JSONL is readable (each concept with its score at each token, under its name) and still exact: numbers are written with as many
-digits as tell them apart from every other float32, so :func:`read_jsonl` gives back the same bits, and ``affectlens replay`` can
+The JSONL is readable (each concept with its score at each token, under its name) and still exact: numbers have as many digits as
+tell them apart from every other float32, so :func:`read_jsonl` gives back the same bits, and ``affectlens replay`` can
 run from it.
 """
 
@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 
 from affectlens import browse
-from affectlens.engine import Layout
 from affectlens.errors import FormatError, UnknownName
-from affectlens.server.records import Record, alert_from
+from affectlens.server.records import Record, alert_from, layout_from
 from affectlens.traces import Trace
 
 FORMAT = 1
@@ -86,18 +85,14 @@ def _record(line: str, where: str) -> Record:
         data = json.loads(line)
         if data["affectlens"] != "record" or data["format"] != FORMAT:
             raise ValueError("another kind or format")
-        layout, facts = data["layout"], dict(data["trace"])
-        tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in layout.items()}
-        tuples["offsets"] = tuple((int(a), int(b)) for a, b in layout["offsets"])
-        tuples["turns"] = tuple((str(role), int(a), int(b)) for role, a, b in layout["turns"])
+        layout, facts = layout_from(data["layout"]), dict(data["trace"])
         dtypes, names, others = facts.pop("dtypes"), tuple(facts.pop("names")), tuple(facts.pop("other_names"))
-        size = len(tuples["ids"])
-        tables = {
-            name: _table(data[name], others if name == "other" else names, size, np.dtype(dtype))
+        tables: dict[str, Any] = {
+            name: _table(data[name], others if name == "other" else names, len(layout), np.dtype(dtype))
             for name, dtype in dtypes.items()
         }
         alerts = tuple(alert_from(json.dumps(alert)) for alert in data["alerts"])
-        trace = Trace(layout=Layout(**tuples), names=names, other_names=others, alerts=alerts, **facts, **tables)
+        trace = Trace(layout=layout, names=names, other_names=others, alerts=alerts, **facts, **tables)
         fields = {
             name: data[name] for name in ("id", "kind", "key", "model", "request", "text", "finish", "usage", "timing", "company")
         }
@@ -115,8 +110,8 @@ def _columns(values: np.ndarray, names: Sequence[str]) -> dict[str, list[float |
 
 
 def _table(columns: dict[str, list[float | None]], names: Sequence[str], size: int, dtype: np.dtype[Any]) -> np.ndarray:
-    if set(columns) != set(names):
-        raise ValueError("the scores are of other concepts")
+    if set(columns) != set(names) or any(len(column) != size for column in columns.values()):
+        raise ValueError("its scores are of other concepts, or of another number of tokens")
     table = np.empty((size, len(names)), dtype)
     for i, name in enumerate(names):
         table[:, i] = [np.nan if value is None else value for value in columns[name]]

@@ -10,6 +10,7 @@ caller writes becomes a label. Rules that a caller brought along are counted tog
 
 from __future__ import annotations
 
+import importlib.metadata
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -64,6 +65,8 @@ class Metrics:
         self._lock = threading.Lock()
         self._latest: deque[tuple[np.ndarray, int]] = deque(maxlen=ROLLING)
         ProcessCollector(registry=registry)
+        build = Gauge("affectlens_build_info", "The version that runs; always 1.", ["version"], registry=registry)
+        build.labels(importlib.metadata.version("affectlens")).set(1)
         self._requests = Counter("affectlens_requests", "Requests that have ended.", ["kind", "outcome"], registry=registry)
         self._seconds = Histogram(
             "affectlens_request_seconds", "From a request to its last token.", ["kind"], buckets=SECONDS, registry=registry
@@ -127,9 +130,9 @@ class Metrics:
         """Count a reply that has ended, or a text that was scored."""
         self.ended(record.kind, record.finish)
         self._seconds.labels(record.kind).observe(record.timing.get("total", 0.0))
-        for name, histogram in (("queued", self._queued), ("first_token", self._first)):
-            if (seconds := record.timing.get(name)) is not None:
-                histogram.observe(seconds)
+        self._queued.observe(record.timing.get("queued", 0.0))
+        if record.usage.get("completion_tokens", 0):
+            self._first.observe(record.timing.get("first_token", 0.0))
         self._tokens.labels("prompt").inc(record.usage.get("prompt_tokens", 0))
         self._tokens.labels("generated").inc(record.usage.get("completion_tokens", 0))
         for alert in record.trace.alerts:

@@ -118,7 +118,7 @@ def asked(
         steering: The caller's.
         policies: The rules that watched. Of their actions those that change the reply count; nobody is told again.
         vectors: Where the vectors are, and their content hash: ``{"path": …, "id": vectors_id(vectors), "layer": …}``.
-        baseline: The plain data of the baseline, as :meth:`affectlens.baseline.Baseline.save` writes it.
+        baseline: The plain data of the baseline: :meth:`affectlens.baseline.Baseline.as_dict`.
 
     Example:
         >>> asked((("user", "Hi"),), sampling=Sampling(max_tokens=5, seed=3))["sampling"]["seed"]
@@ -380,11 +380,8 @@ def decode(row: Mapping[str, Any], parts: Mapping[str, bytes], alerts: Sequence[
             size = int(np.prod(shape)) * np.dtype(kind).itemsize
             tables[name] = _unshuffled(raw[start : start + size], np.dtype(kind), shape)
             start += size
-        layout: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in body["layout"].items()}
-        layout["offsets"] = tuple((a, b) for a, b in layout["offsets"])
-        layout["turns"] = tuple((role, a, b) for role, a, b in layout["turns"])
         trace = Trace(
-            layout=Layout(**layout),
+            layout=layout_from(body["layout"]),
             names=tuple(own["names"]),
             other_names=tuple(own["other_names"]),
             alerts=tuple(alerts),
@@ -407,6 +404,14 @@ def decode(row: Mapping[str, Any], parts: Mapping[str, bytes], alerts: Sequence[
         trace=trace,
         company=row["company"],
     )
+
+
+def layout_from(data: Mapping[str, Any]) -> Layout:
+    """A layout from plain data: the fields of one, with lists for tuples."""
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    values["offsets"] = tuple((int(a), int(b)) for a, b in data["offsets"])
+    values["turns"] = tuple((str(role), int(a), int(b)) for role, a, b in data["turns"])
+    return Layout(**values)
 
 
 def shared(data: bytes) -> Any:

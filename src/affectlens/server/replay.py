@@ -12,8 +12,8 @@ almost equally likely, the words may part there. Replay says how many shared its
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -31,6 +31,9 @@ PACKAGES = ("affectlens", "torch", "transformers", "numpy")
 
 ROUNDING = 1e-3
 """Scores in z that differ by less than this have been rounded differently."""
+
+CUT = ("timeout", "shutdown")
+"""Ends that came from outside: the reply is made again up to there."""
 
 _TABLES = ("scores", "steered", "visible", "gap", "other")
 
@@ -135,17 +138,20 @@ def replay(record: Record, engine: Engine, vectors: ConceptVectors, *, baseline:
         vectors = vectors.with_layer(layer)
     changes = check(record, engine.info, vectors)
     if baseline is None and record.request.get("baseline"):
-        baseline = Baseline.from_data(record.request["baseline"], f"the baseline of {record.id}")
+        baseline = Baseline.of(record.request["baseline"], f"the baseline of {record.id}")
     monitor = Monitor(vectors, baseline, rules=asked.policies, gap=record.trace.visible is not None)
     if asked.sampling is None:
         text, finish, trace = "", "read", monitor.score(engine, asked.prompt, id=record.trace.id)
     else:
-        given = {"steering": asked.steering} if asked.steering.terms else {}
-        stream = monitor.stream(engine, asked.prompt, sampling=asked.sampling, prefill=asked.prefill, id=record.trace.id, **given)
+        given: dict[str, Any] = {"steering": asked.steering} if asked.steering.terms else {}
+        if cut := record.finish in CUT:
+            given["sampling"] = replace(asked.sampling, max_tokens=max(1, record.usage["completion_tokens"]))
+        given = {"sampling": asked.sampling, "prefill": asked.prefill, "id": record.trace.id, **given}
+        stream = monitor.stream(engine, asked.prompt, **given)
         for _ in stream:
             pass
         assert stream.trace is not None
-        text, finish, trace = stream.text, stream.finish, stream.trace
+        text, finish, trace = stream.text, record.finish if cut else stream.finish, stream.trace
     words = next(_words(record, text, finish, trace), "")
     numbers, excess = ("", 0.0) if words else _numbers(record.trace, trace)
     verdict: Verdict = "same"
@@ -199,7 +205,7 @@ def _numbers(then: Trace, now: Trace) -> tuple[str, float]:
         if was is None and is_ is None:
             continue
         if was is None or is_ is None or was.shape != is_.shape:
-            return f"{name} {'were' if is_ is None else 'were not'} read", np.inf
+            return f"its {name} scores were {'read' if is_ is None else 'not read'} then", np.inf
         differs = (was != is_) & ~(np.isnan(was) & np.isnan(is_))
         if not differs.any():
             continue
@@ -215,13 +221,26 @@ def _numbers(then: Trace, now: Trace) -> tuple[str, float]:
     return "", 0.0
 
 
-def find(records: Mapping[str, Record] | Iterator[Record], id: str) -> Record:
-    """The record of an id among those of a file.
+def find(source: str, id: str) -> Record:
+    """A record by its id.
+
+    Args:
+        source: The address of a store, or a file that was exported as JSONL.
+        id: Of the record.
 
     Raises:
-        FormatError: It is not among them.
+        FormatError: It is not there.
+        StoreError: There is no such store.
     """
-    for record in records.values() if isinstance(records, Mapping) else records:
-        if record.id == id:
-            return record
-    raise FormatError(f"there is no record {id!r}: search for it in the dashboard, or export it")
+    from affectlens.server.export import read_jsonl
+
+    if source.endswith((".jsonl", ".json")):
+        record = next((each for each in read_jsonl(source) if each.id == id), None)
+    else:
+        from affectlens.server.store import Store
+
+        with Store(source, new=False) as store:
+            record = store.get(id)
+    if record is None:
+        raise FormatError(f"{source} has no reply {id!r}: its id is what a client gets as id, and what the dashboard shows")
+    return record

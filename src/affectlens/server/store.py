@@ -4,8 +4,8 @@
     store.put(record).result()                         # committed, and safe from a power cut
     store.search(emotion="desperate", above=3)
 
-One thread writes (:mod:`affectlens.server.writer`); readers have connections of their own, and neither waits for the other. What a
-record is and what is left of it where texts are not kept: :mod:`affectlens.server.records`.
+One thread writes (:mod:`affectlens.server.writer`); readers have connections of their own, and neither waits for the other.
+What a record is and what is left of it where texts are not kept: :mod:`affectlens.server.records`.
 """
 
 from __future__ import annotations
@@ -129,6 +129,7 @@ class Store:
         text: What is kept of texts: ``full``, ``hash`` or ``none``.
         max_age: Delete records that are older.
         max_bytes: Delete the oldest records when all take more.
+        new: Whether to begin a store where there is none.
 
     Raises:
         StoreError: The database cannot be opened, or a later version wrote it.
@@ -141,13 +142,21 @@ class Store:
         ((), True)
     """
 
-    def __init__(self, url: str, *, text: Text = "full", max_age: timedelta | None = None, max_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        text: Text = "full",
+        max_age: timedelta | None = None,
+        max_bytes: int | None = None,
+        new: bool = True,
+    ) -> None:
         if text not in ("full", "hash", "none"):
             raise StoreError(f"the store cannot keep texts as {text!r}: use full, hash or none")
         if (max_age is not None and max_age <= timedelta(0)) or (max_bytes is not None and max_bytes < 2**20):
             raise StoreError("the store would keep nothing: give an age above 0, and a megabyte or more")
         self.text = text
-        self._database = Database(url)
+        self._database = Database(url, new=new)
         with self._database.transaction() as connection:
             self._secret = self._own_secret(connection)
         self._names: dict[str, list[str]] = {}

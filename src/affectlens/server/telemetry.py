@@ -1,7 +1,7 @@
 """OpenTelemetry: a span for every reply, and an event for what was read in it, in the conventions for generative AI.
 
 Off unless it is configured: :meth:`Telemetry.configured` looks for an address in OpenTelemetry's own environment variables
-(``OTEL_EXPORTER_OTLP_ENDPOINT``), which also set everything else. A span has numbers, names and settings; what was said is in none.
+(``OTEL_EXPORTER_OTLP_ENDPOINT``), which also set everything else. A span has numbers, names and settings, and no words.
 
 Spans carry the attributes of ``gen_ai.*``. Readings are ``gen_ai.evaluation.result`` events, that is log records with a name,
 tied to the span: the peak and the mean of each watched emotion, and each alarm.
