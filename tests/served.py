@@ -96,6 +96,7 @@ def serving(
     **settings: Any,
 ) -> Iterator[Running]:
     """Serve the toy until the block ends."""
+    folder.mkdir(exist_ok=True)
     chosen = Settings(port=0, **{"drain": 1.0, **settings})
     shared = SharedEngine(engine or ToyEngine(), live=chosen.concurrency, queue=chosen.queue, deadline=chosen.time_limit)
     monitor = Monitor(vectors or toy_vectors(), toy_baseline(), rules=rules)

@@ -22,7 +22,7 @@ from affectlens.server.calls import Call, Choice
 from affectlens.server.outlet import EventStream, Outlet, gone
 from affectlens.server.problems import Hung, NotThere, error_of, meaning
 from affectlens.server.schemas import Asking, ChatRequest, CompletionRequest, ScoreRequest, TryRequest
-from affectlens.server.service import Service
+from affectlens.server.service import CLOSING, Service
 from affectlens.server.shared import Cancelled, Place
 
 LOG = logging.getLogger("affectlens.server")
@@ -107,7 +107,8 @@ class Answering:
     async def _admitted(self, place: Place, leaving: asyncio.Future[None]) -> None:
         """Wait until a place has come to the front of the queue."""
         ready = asyncio.wrap_future(place.ready)
-        await asyncio.wait({ready, leaving}, timeout=max(0.0, place.left), return_when=asyncio.FIRST_COMPLETED)
+        patience = max(0.0, place.left - CLOSING)  # the rest of its time is for a reply that has begun
+        await asyncio.wait({ready, leaving}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
         if leaving.done():
             raise Hung
         if not ready.done():

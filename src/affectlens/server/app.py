@@ -35,6 +35,7 @@ from affectlens.server.outlet import Events, listen
 from affectlens.server.problems import SAID, SHAPE, Hung, failure, meaning
 from affectlens.server.schemas import place_of
 from affectlens.server.service import CLOSING, Service
+from affectlens.server.settings import Settings
 from affectlens.server.shared import Cancelled
 
 DASHBOARD = files("affectlens") / "server" / "dashboard"
@@ -72,11 +73,7 @@ def create_app(
         >>> app = create_app(service)                         # doctest: +SKIP
     """
     settings = service.settings
-    if not settings.loopback and not keys:
-        raise AffectlensError(
-            f"{settings.host} can be reached from other machines: name a file of keys with --api-keys (affectlens keys new makes "
-            "one), or listen on 127.0.0.1"
-        )
+    refuse_open(settings, keys)
     events = Events(buffer=settings.buffer, stall=settings.stall, heartbeat=settings.heartbeat, most=settings.listeners)
     service.listener, service.listening = events.tell, lambda: len(events) > 0
     workers = ThreadPoolExecutor(2 * settings.concurrency + 4, thread_name_prefix="affectlens reply")
@@ -107,6 +104,22 @@ def create_app(
     _documented(app)
     app.add_middleware(Guard, settings=settings, keys=Keyring(keys), broken=broken)
     return app
+
+
+def refuse_open(settings: Settings, keys: tuple[Key, ...]) -> None:
+    """Refuse to answer other machines without asking for a key.
+
+    Raises:
+        AffectlensError: There is none.
+
+    Example:
+        >>> refuse_open(Settings(), ())
+    """
+    if not settings.loopback and not keys:
+        raise AffectlensError(
+            f"{settings.host} can be reached from other machines: name a file of keys with --api-keys (affectlens keys new makes "
+            "one), or listen on 127.0.0.1"
+        )
 
 
 # ── errors ──

@@ -331,7 +331,7 @@ def place_of(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str |
     found = []
     for error in errors:
         where, *loc = error["loc"]
-        path = _path(loc, body) if where == "body" else [str(part) for part in loc]
+        path = _path(loc, body, missing=error["type"] == "missing") if where == "body" else [str(part) for part in loc]
         message = str(error["msg"]).removeprefix("Value error, ")
         if error["type"] == "unknown_field":
             path = [*path, str(error["ctx"]["name"])]
@@ -347,13 +347,13 @@ def place_of(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str |
     return said, param or None
 
 
-def _path(loc: Sequence[Any], body: Any) -> list[str]:
-    """A place in the body, without the names of alternatives."""
+def _path(loc: Sequence[Any], body: Any, *, missing: bool) -> list[str]:
+    """A place in the body, without the names of alternatives; what is missing is not in the body."""
     path: list[str] = []
     for number, part in enumerate(loc):
         if part in (body if isinstance(body, dict) else range(len(body)) if isinstance(body, list) else ()):
             body = body[part]
-        elif not (number == len(loc) - 1 and isinstance(body, dict) and isinstance(part, str) and part.isidentifier()):
+        elif not (missing and number == len(loc) - 1):
             continue
         path.append(str(part)[:60])
     return path

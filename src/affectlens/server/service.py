@@ -55,6 +55,7 @@ from affectlens.server.settings import Settings
 from affectlens.server.shared import Place, SharedEngine
 from affectlens.server.store import Store
 from affectlens.traces import Trace
+from affectlens.vectors import ConceptVectors
 
 LOG = logging.getLogger("affectlens.server")
 
@@ -102,8 +103,7 @@ class Service:
         self.created = datetime.now(UTC)
         for name in settings.watched:
             self.vectors.index(name)
-        shown = [name for name in SHOWCASE if name in self.vectors] or list(self.vectors.names[:12])
-        self.watched = settings.watched or tuple(shown)
+        self.watched = settings.watched or self.shown(self.vectors)
         self.listener: Callable[[str, dict[str, Any]], None] = lambda event, data: None
         """Told of what happens, for ``/v1/events``: the name of an event and its data."""
         self.listening: Callable[[], bool] = lambda: False
@@ -113,6 +113,11 @@ class Service:
         self._lock = threading.Lock()
         self._streams: dict[str, Stream] = {}
         self.draining = False
+
+    @staticmethod
+    def shown(vectors: ConceptVectors) -> tuple[str, ...]:
+        """The emotions that are watched where nobody says which: those of the paper's figures, or the first twelve."""
+        return tuple(name for name in SHOWCASE if name in vectors) or vectors.names[:12]
 
     @property
     def facts(self) -> dict[str, Any]:
