@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Callable
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
@@ -141,6 +142,11 @@ def _errors(app: FastAPI, service: Service) -> Callable[[Request], None]:
         message, param = place_of(error.errors(), error.body)
         return failure(400, message, param=param)
 
+    @app.exception_handler(UnicodeEncodeError)
+    async def half(request: Request, _: UnicodeEncodeError) -> Response:
+        counted(request, "refused")
+        return failure(400, "the body holds half a character (a lone surrogate): send whole ones")
+
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> Response:
         said = {404: "there is no such path: see /openapi.json", 405: "this path does not take this method: see /openapi.json"}
@@ -266,17 +272,26 @@ def run(app: FastAPI, *, ready: Callable[[str], None] = lambda address: None) ->
     settings = service.settings
 
     class Server(uvicorn.Server):
-        """Begins to drain at the signal: what uvicorn itself does comes after the last reply."""
+        """Begins to drain at the signal; what uvicorn itself does at the end comes after the last reply."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            # Its own way raises the signal again at the end, as if the process had been killed by it.
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, self.handle_exit, number, None)
+            try:
+                yield
+            finally:
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    loop.remove_signal_handler(number)
 
         def handle_exit(self, sig: int, frame: Any) -> None:
-            loop.call_soon_threadsafe(begin)
             super().handle_exit(sig, frame)
-
-    def begin() -> None:
-        if not service.draining:
-            service.draining = True
-            app.state.events.close()
-            app.state.draining = loop.run_in_executor(None, service.drain, settings.drain)
+            if not service.draining:
+                service.draining = True
+                app.state.events.close()
+                app.state.ending = asyncio.get_running_loop().run_in_executor(None, service.drain, settings.drain)
 
     config = uvicorn.Config(
         app,
@@ -294,11 +309,8 @@ def run(app: FastAPI, *, ready: Callable[[str], None] = lambda address: None) ->
             f"cannot listen on {settings.host}:{settings.port} ({error.strerror or error}): choose another --port or --host"
         ) from None
     host, port = listening.getsockname()[:2]
-    loop: asyncio.AbstractEventLoop
 
     async def serve() -> None:
-        nonlocal loop
-        loop = asyncio.get_running_loop()
         ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
         await Server(config).serve(sockets=[listening])
 

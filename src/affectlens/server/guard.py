@@ -120,10 +120,9 @@ class Guard:
         hosts = headers.getlist("host")
         if len(hosts) != 1:
             raise Refused(400, "a request has one Host header: send it")
-        host = urlsplit(f"//{hosts[0]}")
         try:
-            name = host.hostname or ""
-            port = host.port
+            host = urlsplit(f"//{hosts[0]}")
+            name, port = host.hostname or "", host.port
         except ValueError:
             raise Refused(400, "the Host header is no host: send HOST:PORT") from None
         # With keys a page elsewhere has nothing to send; without them only this machine's own names are its names.
@@ -134,8 +133,8 @@ class Guard:
         origin = headers.get("origin")
         if scope["method"] in ("GET", "HEAD", "OPTIONS") or origin is None:
             return
-        theirs = urlsplit(origin)
         try:
+            theirs = urlsplit(origin)
             same = (theirs.hostname or "").lower() == name.lower() and _port(theirs.port, theirs.scheme) == _port(
                 port, theirs.scheme
             )
