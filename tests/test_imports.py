@@ -58,7 +58,9 @@ ENGINES = tuple(name for name in MODULES if name.startswith("engines."))
 STUDIES = tuple(name for name in MODULES if name.startswith("studies."))
 AUDIT = tuple(name for name in MODULES if name.startswith("audit."))
 CURATION = tuple(name for name in MODULES if name.startswith("curation."))
-HEAVY = ("torch", "transformers", "accelerate", "safetensors", "pandas", "pyarrow", "plotly", "scipy", "sklearn", "rich", "gguf")
+SERVER = tuple(name for name in MODULES if name == "server" or name.startswith("server."))
+HEAVY = ("torch", "transformers", "accelerate", "safetensors", "pandas", "pyarrow", "plotly", "scipy", "sklearn", "rich", "gguf",
+         "fastapi", "starlette", "uvicorn", "pydantic", "sqlalchemy", "alembic", "prometheus_client", "opentelemetry")  # fmt: skip
 VAGUE = ("utils", "util", "helpers", "helper", "common", "manager", "factory", "misc", "base", "core")
 
 
@@ -102,7 +104,7 @@ def ours(module: str, *, lazy: bool = True, typing: bool = False) -> set[str]:
 
 def test_the_rings_are_complete() -> None:
     """A new module has to be put into a ring, or nothing guards it."""
-    known = {*SEAM, "errors", "engines", *NOUNS, *VERBS, *DOORS, *ENGINES, *STUDIES, *AUDIT, *CURATION}
+    known = {*SEAM, "errors", "engines", *NOUNS, *VERBS, *DOORS, *ENGINES, *STUDIES, *AUDIT, *CURATION, *SERVER}
     assert set(MODULES) == known
 
 
@@ -130,6 +132,15 @@ def test_nouns_import_nouns(noun: str) -> None:
 def test_verbs_import_no_backend_and_no_door(verb: str) -> None:
     doors = {"report", "browse"} if verb in ("pipeline", "curation") else set()  # these jobs end in a report and a page
     assert ours(verb, typing=True) & {"engines", *ENGINES, *DOORS} <= doors
+
+
+@pytest.mark.parametrize("module", SERVER)
+def test_the_server_imports_no_backend(module: str) -> None:
+    assert ours(module, typing=True) & {"engines", *ENGINES, "cli"} == set()
+
+
+def test_only_the_command_line_imports_the_server() -> None:
+    assert [name for name in MODULES if name not in SERVER and ours(name) & {*SERVER}] == ["cli"]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
