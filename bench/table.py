@@ -579,8 +579,8 @@ def store(result: dict[str, Any]) -> str:
     packages = result["provenance"]["packages"]
     lines = [
         f"{result['records']:,} made-up records of {result['tokens']} tokens with {result['emotions']} emotions each; affectlens "
-        f"{packages['affectlens']}, {result['provenance']['cpus']} cores at a load of {result['load']:.1f}, {result['date'][:10]}. "
-        "Milliseconds, the median and the 95th percentile.",
+        f"{packages['affectlens']}, {result['provenance']['cpus']} cores at a load of {result['load']:.1f}, {result['date'][:10]}"
+        ". Milliseconds, the median and the 95th percentile.",
         "",
         f"| question, a page of 50 | {' | '.join(names[kind] for kind in kinds)} |",
         f"|---|{'---|' * len(kinds)}",
