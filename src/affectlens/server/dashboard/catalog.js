@@ -9,7 +9,11 @@ export const catalog = {
 };
 
 const watchers = new Set();
-export const onCatalog = (watcher) => { watchers.add(watcher); };
+/** `watcher()` is called when there is news, and at once if something is known already. */
+export function onCatalog(watcher) {
+  watchers.add(watcher);
+  if (catalog.names.length) watcher();
+}
 const changed = () => watchers.forEach((watcher) => watcher());
 
 export async function loadCatalog() {

@@ -217,7 +217,7 @@ export class Timeline {
       const other = front && this.beside ? this.beside.means("inner", name) : null;
       if (other) { // the unsteered reply, from where the steered one begins
         const start = conversation.spoken.findIndex((i) => conversation.turn[i] === this.besideTurn);
-        const last = this.beside.turns().at(-1);
+        const last = this.beside.turns().find((one) => one.turn === this.besideTurn);
         pen.setLineDash(DASHES[1]);
         pen.lineWidth = 1.4;
         pen.globalAlpha = 0.8;

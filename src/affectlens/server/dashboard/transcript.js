@@ -170,14 +170,14 @@ export class Transcript {
         view.summarise(this.view);
       }
       this.note(view, turn);
-      if (this.beside.has(turn)) this.pair(view, this.beside.get(turn));
+      if (this.beside.has(turn)) this.pair(view, this.beside.get(turn), turn);
     }
   }
 
   /** The unsteered reply in a second column of the same turn. */
-  pair(view, other) {
+  pair(view, other, turn) {
     if (!view.other) {
-      const last = other.turns().at(-1);
+      const last = other.turns().find((one) => one.turn === turn);
       if (!last) return;
       view.other = new Turn(other, last, this, "without steering");
       view.node.querySelector("h3").textContent = `${view.role}, steered`;
