@@ -137,7 +137,7 @@ function searching(host) {
       make("b", { dir: "auto" }, one.title || "(text is not kept)"),
       make("span", { class: "facts" }, time(one.created), make("span", {}, one.kind), make("span", {}, one.model), make("span", {}, count(one.tokens, "token")),
         one.finish === "stopped" && make("span", { class: "warn" }, "stopped by a rule"), one.steering && Object.keys(one.steering).length ? make("span", {}, `steered: ${steering(one.steering)}`) : null)),
-    make("span", { class: "top" }, (one.top ?? []).slice(0, 3).map((entry) => make("span", {}, [entry].flat()[0]))),
+    make("span", { class: "reads" }, (one.top ?? []).slice(0, 3).map((entry) => make("span", {}, [entry].flat()[0]))),
     make("span", { class: "peaks" }, peaks.map(([name, z]) => make("span", { class: `peak ${level(z, 6)}`, title: `highest token of ${name}` }, make("span", {}, name), make("b", {}, signed(z, 1))))),
     make("span", { class: "count" }, one.alerts ? make("span", { class: "flagged" }, icon("flag"), count(one.alerts, "alert")) : ""));
   }

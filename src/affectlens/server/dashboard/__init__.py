@@ -1,0 +1,92 @@
+"""The dashboard: the static files beside this module, as they are, and Plotly's script out of its own package.
+
+There is no build step and nothing is loaded from elsewhere. The page talks to the HTTP interface like any other client; its files
+hold no data, so they are served without a key, and the page asks for one when the interface wants it.
+
+``index.html`` is the frame, ``main.js`` its pages (``live.js``, ``history.js``, ``alerts.js``, ``map.js``, ``studies.js``). They are made
+of ``reader.js`` (a conversation with all that is read in it: ``transcript.js``, ``timeline.js``, ``circumplex.js``), ``dials.js`` and
+``figure.js``; below stand ``conversation.js`` (tokens and columns of numbers), ``catalog.js``, ``traffic.js``, ``api.js`` and ``dom.js``.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+from importlib.resources import files
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""The Content-Security-Policy of the page. Images from data are the heat maps of Plotly, whose style rules stand in ours."""
+
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "Cache-Control": "no-cache",  # kept, and asked for again by its hash
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+
+TYPES = {
+    ".css": "text/css; charset=utf-8",
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+
+
+def router() -> APIRouter:
+    """The routes of the dashboard: ``/``, ``/dashboard/FILE`` and ``/plotly.min.js``.
+
+    Example:
+        >>> [route.path for route in router().routes]
+        ['/', '/dashboard/{name}', '/plotly.min.js']
+    """
+    return APIRouter(
+        routes=[
+            Route("/", lambda request: _answer(request, "index.html")),
+            Route("/dashboard/{name}", lambda request: _answer(request, request.path_params["name"])),
+            Route("/plotly.min.js", lambda request: _answer(request, "plotly.min.js")),
+        ]
+    )
+
+
+def _answer(request: Request, name: str) -> Response:
+    found = _file(name)
+    if found is None:
+        return Response("there is no such file\n", 404, HEADERS, "text/plain")
+    body, packed, tag, kind = found
+    headers = {**HEADERS, "ETag": tag, "Vary": "Accept-Encoding"}
+    if request.headers.get("if-none-match") == tag:
+        return Response(None, 304, headers)
+    if "gzip" in request.headers.get("accept-encoding", ""):
+        return Response(packed, 200, {**headers, "Content-Encoding": "gzip"}, kind)
+    return Response(body, 200, headers, kind)
+
+
+@functools.cache
+def _names() -> frozenset[str]:
+    return frozenset(each.name for each in files(__package__).iterdir() if each.name.endswith(tuple(TYPES)))
+
+
+def _file(name: str) -> tuple[bytes, bytes, str, str] | None:
+    """Bytes, the same compressed, their tag and their type; only of the names that are there, so that no path leads out."""
+    return _read(name) if name == "plotly.min.js" or name in _names() else None
+
+
+@functools.cache
+def _read(name: str) -> tuple[bytes, bytes, str, str]:
+    path = files("plotly") / "package_data" / name if name == "plotly.min.js" else files(__package__) / name
+    body = path.read_bytes()
+    kind = TYPES[name[name.rindex(".") :]]
+    return body, gzip.compress(body, 6, mtime=0), f'"{hashlib.sha256(body).hexdigest()[:32]}"', kind
