@@ -207,7 +207,7 @@ class Fake:
         self.rules: list[dict[str, Any]] = [] if empty else [
             self.rule("cornered: desperate > 3 for 6 tokens until < 1", source="file", expected=[2.1, 0.6, 5.4], actions=[{"do": "log"}]),
             self.rule("mean(afraid, 20) > 1.6 cooldown 40 tokens", expected=[11.8, 6.9, 19.2]),
-            self.rule("not calm: calm < -2.4 for 4 tokens", armed=False),
+            self.rule("restless: calm < -2.4 for 4 tokens", armed=False),
         ]  # fmt: skip
 
     def rule(self, text: str, *, armed: bool = True, source: str = "dashboard", expected: Any = None, actions: Any = ()) -> dict[str, Any]:

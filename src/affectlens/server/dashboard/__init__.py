@@ -5,7 +5,7 @@ hold no data, so they are served without a key, and the page asks for one when t
 
 ``index.html`` is the frame, ``main.js`` its pages (``live.js``, ``history.js``, ``alerts.js``, ``map.js``, ``studies.js``). They are made
 of ``reader.js`` (a conversation with all that is read in it: ``transcript.js``, ``timeline.js``, ``circumplex.js``), ``dials.js`` and
-``figure.js``; below stand ``conversation.js`` (tokens and columns of numbers), ``catalog.js``, ``traffic.js``, ``api.js`` and ``dom.js``.
+``figures.js``; below stand ``conversation.js`` (tokens and columns of numbers), ``catalog.js``, ``traffic.js``, ``api.js`` and ``dom.js``.
 """
 
 from __future__ import annotations
@@ -21,20 +21,25 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; frame-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""The Content-Security-Policy of the page. Images from data are the heat maps of Plotly, whose style rules stand in ours."""
+"""The Content-Security-Policy of the page."""
+
+FIGURES = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
+)
+"""The policy of ``figures.html``, the document in the page that holds the figures of studies: Plotly writes style attributes and
+draws heat maps as images from data. Nothing else stands in it, and it cannot connect to anything."""
 
 HEADERS = {
-    "Content-Security-Policy": POLICY,
     "Cache-Control": "no-cache",  # kept, and asked for again by its hash
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
 }
 
 TYPES = {
@@ -66,7 +71,9 @@ def _answer(request: Request, name: str) -> Response:
     if found is None:
         return Response("there is no such file\n", 404, HEADERS, "text/plain")
     body, packed, tag, kind = found
-    headers = {**HEADERS, "ETag": tag, "Vary": "Accept-Encoding"}
+    framed = name == "figures.html"
+    policy = {"Content-Security-Policy": FIGURES if framed else POLICY, "X-Frame-Options": "SAMEORIGIN" if framed else "DENY"}
+    headers = {**HEADERS, **policy, "ETag": tag, "Vary": "Accept-Encoding"}
     if request.headers.get("if-none-match") == tag:
         return Response(None, 304, headers)
     if "gzip" in request.headers.get("accept-encoding", ""):

@@ -84,20 +84,7 @@ export class Circumplex {
     for (const share of [0.5, 1]) { pen.beginPath(); pen.arc(cx, cy, r * share, 0, 7); pen.stroke(); }
     pen.strokeStyle = colour("--axis");
     pen.beginPath(); pen.moveTo(cx - r, cy); pen.lineTo(cx + r, cy); pen.moveTo(cx, cy - r); pen.lineTo(cx, cy + r); pen.stroke();
-    pen.font = `11px ${font}`;
-    pen.fillStyle = colour("--quiet");
-    pen.textBaseline = "middle";
-    pen.textAlign = "center";
-    const [upper, lower] = [cy - r - 9, cy + r + 9];
-    pen.fillText("stirred up", cx, upper);
-    pen.fillText("drowsy", cx, lower);
-    this.taken = [[cx - 30, upper - 7, 60, 14], [cx - 22, lower - 7, 44, 14]];
-    pen.textAlign = "left";
-    pen.fillText("unpleasant", Math.max(2, cx - r + 2), cy + 9);
-    pen.textAlign = "right";
-    pen.fillText("pleasant", Math.min(width - 2, cx + r - 2), cy + 9);
-    this.taken.push([Math.max(2, cx - r), cy + 2, 60, 14], [Math.min(width, cx + r) - 48, cy + 2, 48, 14]);
-
+    this.taken = [];
     // Dots: red above, blue below baseline, the stronger the larger.
     const dots = [...this.places].map(([name, place]) => [name, ...this.at(place), this.values(name)]);
     dots.sort((a, b) => Math.abs(a[3] || 0) - Math.abs(b[3] || 0));
@@ -130,10 +117,23 @@ export class Circumplex {
       this.taken.push([here[0] - 6, here[1] - 6, 12, 12]);
     }
 
+    pen.font = `11px ${font}`;
+    pen.textBaseline = "middle";
+    pen.textAlign = "left";
+    pen.lineWidth = 3;
+    pen.lineJoin = "round";
+    pen.strokeStyle = colour("--panel");
+    pen.fillStyle = colour("--quiet");
+    for (const [words, x, y, side] of [["stirred up", cx, cy - r - 9, 0.5], ["drowsy", cx, cy + r + 9, 0.5], ["unpleasant", Math.max(2, cx - r), cy + 10, 0], ["pleasant", Math.min(width - 2, cx + r), cy + 10, 1]]) {
+      const wide = pen.measureText(words).width, left = x - side * wide;
+      pen.strokeText(words, left, y);
+      pen.fillText(words, left, y);
+      this.taken.push([left, y - 7, wide, 14]);
+    }
+
     // Names: the chosen one and the pointed one always, the others where there is room.
     this.written = [];
     const size = this.dense ? 11 : 11.5;
-    pen.textAlign = "left";
     const first = [this.hovered, this.selected].filter(Boolean);
     const rest = this.dense ? dots.map(([name]) => name).reverse() : [];
     for (const name of new Set([...first, ...this.names, ...this.named, ...rest])) {

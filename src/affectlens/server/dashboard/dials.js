@@ -23,8 +23,8 @@ export class Dials {
     this.reset = button("Reset", () => { this.strengths.forEach((_, name) => this.strengths.set(name, 0)); this.build(); this.onchange(); }, { kind: "ghost small" });
     this.budget = make("div", { class: "budget" });
     this.node = make("section", { class: "panel steer", "aria-label": "Steering" },
-      make("header", {}, make("h2", {}, "Steer"), make("span", { class: "quiet" }, "strength in residual norms"), make("div", { class: "spring" }), this.reset),
-      this.rows, make("footer", {}, this.add.node, this.budget));
+      make("header", {}, make("h2", {}, "Steer"), make("span", { class: "quiet" }, "strength in residual norms"), make("div", { class: "spring" }), this.budget, this.reset, this.add.node),
+      this.rows);
     onCatalog(() => this.catalogChanged());
   }
 
@@ -88,7 +88,7 @@ export class Dials {
     const node = make("li", { data: { name } }, make("span", { class: "name" }, name), track, value,
       button(`Remove the dial of ${name}`, () => { this.strengths.delete(name); this.build(); this.onchange(); this.add.field.focus(); }, { sign: "cross", words: false, kind: "ghost tiny" }), said);
     if (!safe && !catalog.unsafe) said.textContent = "no safe range was measured: run affectlens calibrate, or start the server with --allow-unsafe";
-    Object.assign(node, { slider, value, zone, track, end });
+    node.parts = { slider, value, track, end };
     return node;
   }
 
@@ -96,21 +96,21 @@ export class Dials {
   mark() {
     let used = 0;
     for (const node of this.rows.children) {
-      const { name } = node.dataset, strength = this.strengths.get(name), { end } = node;
+      const { name } = node.dataset, strength = this.strengths.get(name), { slider, value, track, end } = node.parts;
       const at = (number) => `${(50 + (50 * Math.max(-end, Math.min(end, number))) / end).toFixed(2)}%`;
       const safe = catalog.emotion.get(name)?.safe;
       const [low, high] = catalog.unsafe ? safe ?? [0, 0] : this.limits(name);
-      node.value.textContent = signed(strength, 3);
-      node.track.style.setProperty("--low", at(low));
-      node.track.style.setProperty("--high", at(high));
-      node.track.style.setProperty("--from", strength < 0 ? at(strength) : "50%");
-      node.track.style.setProperty("--to", strength < 0 ? "50%" : at(strength));
+      value.textContent = signed(strength, 3);
+      track.style.setProperty("--low", at(low));
+      track.style.setProperty("--high", at(high));
+      track.style.setProperty("--from", strength < 0 ? at(strength) : "50%");
+      track.style.setProperty("--to", strength < 0 ? "50%" : at(strength));
       const own = share(name, strength);
       node.classList.toggle("beyond", own > 1 + 1e-9);
       node.classList.toggle("plus", strength > 0);
       node.classList.toggle("minus", strength < 0);
-      node.track.title = safe ? `safe from ${signed(safe[0], 3)} to ${signed(safe[1], 3)}` : "no safe range was measured";
-      node.slider.setAttribute("aria-valuetext", `${signed(strength, 3)}, ${node.track.title}`);
+      track.title = safe ? `safe from ${signed(safe[0], 3)} to ${signed(safe[1], 3)}` : "no safe range was measured";
+      slider.setAttribute("aria-valuetext", `${signed(strength, 3)}, ${track.title}`);
       used += own;
     }
     this.reset.hidden = used === 0;

@@ -40,15 +40,15 @@ export function history() {
 function searching(host) {
   const chosen = new Map(); // those that are to be compared
   const form = make("form", { class: "filters", role: "search", onsubmit: (event) => { event.preventDefault(); apply(); }, onchange: () => apply() });
-  const input = (name, label, type, more = {}) => make("label", { class: "labelled" }, make("span", {}, label), make("input", { class: "field", type, name, ...more }));
-  const words = input("q", "Words", "search", { placeholder: "in prompt or reply" });
+  const input = (name, label, type, kind, more = {}) => make("label", { class: `labelled ${kind}` }, make("span", {}, label), make("input", { class: "field", type, name, ...more }));
+  const words = input("q", "Words", "search", "grow", { placeholder: "in prompt or reply" });
   const emotion = make("select", { class: "field", name: "emotion" });
   const alert = make("select", { class: "field", name: "alert" });
   const above = make("input", { class: "field", type: "number", name: "above", step: "0.5", placeholder: "any", "aria-label": "Peak above, in z" });
-  const clear = button("Clear", () => { form.reset(); apply(); }, { kind: "ghost small" });
+  const clear = button("Clear", () => { form.reset(); apply(); }, { kind: "ghost" });
   form.append(words, make("label", { class: "labelled" }, make("span", {}, "Emotion"), emotion), make("label", { class: "labelled short" }, make("span", {}, "Peak above"), above),
-    make("label", { class: "labelled" }, make("span", {}, "Alert"), alert), input("since", "Since", "datetime-local"), input("until", "Until", "datetime-local"),
-    make("div", { class: "row" }, make("button", { class: "button", type: "submit" }, icon("search"), make("span", {}, "Search")), clear));
+    make("label", { class: "labelled" }, make("span", {}, "Alert"), alert), input("since", "Since", "datetime-local", "when"), input("until", "Until", "datetime-local", "when"),
+    make("button", { class: "hidden", type: "submit", tabindex: -1 }, "Search"), clear);
   words.addEventListener("input", settled(() => apply(), 350));
   onCatalog(() => {
     const [was, had] = [emotion.value, alert.value];
@@ -82,6 +82,7 @@ function searching(host) {
   function apply() {
     const { since, until, ...rest } = Object.fromEntries(new FormData(form));
     const next = query("#/history", { ...rest, since, until });
+    clear.hidden = next === "#/history";
     if (location.hash !== next) window.history.replaceState(null, "", next);
     load(true);
   }
@@ -150,15 +151,13 @@ function searching(host) {
   return {
     show(params) {
       const wished = [...form.elements].filter((each) => each.name);
-      const same = wished.every((each) => each.value === (params.get(each.name) ?? ""));
       wished.forEach((each) => { each.value = params.get(each.name) ?? ""; });
+      clear.hidden = wished.every((each) => each.value === "");
       if (params.get("with")) {
         chosen.set(params.get("with"), { id: params.get("with") });
         tell();
       }
-      if (!same || !place.dataset.loaded) load(true);
-      else load(true); // a conversation may have come since
-      place.dataset.loaded = "yes";
+      load(true); // also when nothing was changed: conversations may have come since
     },
   };
 }
@@ -182,12 +181,12 @@ async function single(host, id) {
     const scroller = make("div", { class: "scroller", tabindex: 0, role: "region", "aria-label": "Conversation" });
     const reader = new Reader({ scroller, label: "Stored conversation" });
     const parts = [make("a", { class: "backlink", href: "#/history" }, icon("back"), make("span", {}, "History")),
-      make("header", { class: "pagehead" }, make("h1", { tabindex: -1, dir: "auto" }, titled(conversation) || id), make("div", { class: "spring" }),
+      make("header", { class: "pagehead" }, make("h1", { tabindex: -1, dir: "auto" }, titled(conversation) || id),
         make("a", { class: "button", href: query("#/history", { with: id }) }, icon("columns"), make("span", {}, "Compare with…")),
         hasKey() ? button("Page", () => download(`/v1/traces/${encodeURIComponent(id)}/page`, `${id}.html`).catch(complain), { sign: "page", title: "One self-contained file that needs no network" })
           : make("a", { class: "button", href: `/v1/traces/${encodeURIComponent(id)}/page`, target: "_blank", rel: "noopener", title: "One self-contained file that needs no network" }, icon("page"), make("span", {}, "Page")),
         button("JSON", () => download(`/v1/traces/${encodeURIComponent(id)}`, `${id}.json`).catch(complain), { sign: "save" })),
-      make("div", { class: "main" }, reader.bar, scroller),
+      make("div", { class: "board" }, reader.bar, scroller),
       make("div", { class: "side" }, reader.timelinePanel, make("div", { class: "two" }, reader.planePanel, reader.topPanel), alertPanel(conversation, reader), facts(trace))];
     reader.show(conversation);
     view = { at: (token) => { if (token !== null) requestAnimationFrame(() => { const i = conversation.find(Number(token)); if (i >= 0) { reader.transcript.reveal(i); reader.held = i; reader.refresh(); } }); } };
@@ -243,6 +242,8 @@ async function comparison(host, first, second) {
     const differences = make("section", { class: "panel", "aria-label": "Largest differences" });
     sides.forEach(({ reader, conversation }) => reader.show(conversation));
     b.reader.set({ names: a.reader.names, name: a.reader.view.name }, false);
+    a.reader.timeline.peer = b.reader.timeline;
+    b.reader.timeline.peer = a.reader.timeline;
     fillDifferences(differences, a, b, (name) => a.reader.watch(name));
     view = { at() {} };
     return make("div", { class: "versus" }, make("a", { class: "backlink", href: "#/history" }, icon("back"), make("span", {}, "History")),

@@ -76,7 +76,7 @@ export function live() {
   fired.append(noAlert);
 
   const side = make("div", { class: "side" }, reader.timelinePanel, make("div", { class: "two" }, reader.planePanel, reader.topPanel), dials.node, make("div", { class: "two" }, firedPanel, flightPanel));
-  const talk = make("div", { class: "main" }, reader.bar, following, scroller, status, composer);
+  const talk = make("div", { class: "board" }, reader.bar, following, scroller, status, composer);
   const node = make("section", { class: "page live" }, head, talk, side);
   // On a phone there is room for one of the three.
   const narrow = choice("Part of the page", [["talk", "Talk"], ["readings", "Readings"], ["steer", "Steer"]], "talk", (part) => { node.dataset.part = part; });
@@ -179,7 +179,7 @@ export function live() {
         if (!aside) reply += part?.delta?.content ?? "";
         if (piece || ours?.scores) {
           into.push({ text: piece, role: ours?.role ?? "assistant", scores: ours?.scores, token: ours?.token });
-          tokens += 1;
+          if (!aside) tokens += 1;
           if (tokens === 1) say(make("span", { class: "dots" }, "Generating"));
         }
         for (const alert of ours?.alerts ?? []) {

@@ -20,7 +20,7 @@ export function map() {
   const detail = make("aside", { class: "about", "aria-label": "About the chosen emotion" });
   const tally = make("span", { class: "quiet" });
   const node = make("section", { class: "page map" }, make("header", { class: "pagehead" }, make("h1", { tabindex: -1 }, "Map"), tally, make("div", { class: "spring" }), find, set.node),
-    make("div", { class: "main" }, planeHost, clusters), make("div", { class: "side" }, detail));
+    make("div", { class: "board" }, planeHost, clusters), make("div", { class: "side" }, detail));
   const plane = new Circumplex(planeHost, { label: "All emotions in the plane of valence and arousal; the view Clusters lists them as buttons", onpick: go });
   const note = make("p", { class: "quiet planenote" });
   planeHost.append(note);
@@ -97,7 +97,7 @@ function about(facts) {
       make("a", { class: "button", href: `#/live?steer=${encodeURIComponent(facts.id)}` }, icon("dials"), make("span", {}, "Steer with it")),
       make("a", { class: "button ghost", href: `#/history?emotion=${encodeURIComponent(facts.id)}&above=3` }, "Peaks in History")),
     make("h3", {}, "Safe range of steering"), safe(facts.safe),
-    make("h3", {}, "Neighbours"), neighbours.length ? make("ol", { class: "bars links" }, neighbours.slice(0, 10).map(([name, cosine]) => bar(name, cosine, far))) : make("p", { class: "quiet" }, "none known"),
+    make("h3", {}, "Neighbours"), neighbours.length ? make("ol", { class: "bars links" }, [...neighbours.filter(([, cosine]) => cosine >= 0).slice(0, 8), ...neighbours.filter(([, cosine]) => cosine < 0).slice(-3)].map(([name, cosine]) => bar(name, cosine, far))) : make("p", { class: "quiet" }, "none known"),
     make("h3", {}, "Lens: words that it promotes, and that it suppresses"), lens(facts.lens),
     make("h3", {}, "Strongest passages in stored conversations"), passages(facts)];
 }

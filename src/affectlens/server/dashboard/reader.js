@@ -6,7 +6,7 @@ import { catalog, thresholds, onCatalog } from "./catalog.js";
 import { Transcript, legend, showTip } from "./transcript.js";
 import { Timeline } from "./timeline.js";
 import { Circumplex, placesOf } from "./circumplex.js";
-import { Conversation } from "./conversation.js";
+import { Conversation, STRETCH } from "./conversation.js";
 
 const KINDS = [["inner", "Inner"], ["visible", "Visible"], ["gap", "Gap"], ["steered", "Steered"]];
 const EXPLAINED = {
@@ -16,11 +16,11 @@ const EXPLAINED = {
   steered: "read while the model was steered",
 };
 
-const STRONGEST = 9;
+const STRONGEST = 7;
 
 export class Reader {
   /** `compact` has no circumplex and no list; `scroller` is what the words scroll in; `empty` stands there without a conversation. */
-  constructor({ compact = false, scroller, onview = () => {}, height = 190, label = "Conversation" }) {
+  constructor({ compact = false, scroller, onview = () => {}, height = 172, label = "Conversation" }) {
     this.compact = compact;
     this.onview = onview;
     this.conversation = new Conversation();
@@ -44,9 +44,10 @@ export class Reader {
       onpick: (conversation, i) => { if (conversation === this.conversation) this.hold(i); },
     });
     this.timelinePanel = make("section", { class: "panel", "aria-label": `${label}: timeline` });
+    this.key = make("span", { class: "quiet" });
     this.rangePlace = make("div");
     this.rangePlace.append(choice("Part of the conversation", [["0", "All"], ["300", "Latest 300"]], "0", (value) => this.timeline.set({ latest: Number(value) })));
-    this.timelinePanel.append(make("header", {}, make("h2", {}, "Timeline"), make("span", { class: "quiet" }, "mean over 15 tokens, z"), make("div", { class: "spring" }), this.rangePlace));
+    this.timelinePanel.append(make("header", {}, make("h2", {}, "Timeline"), this.key, make("div", { class: "spring" }), this.rangePlace));
     this.timeline = new Timeline(this.timelinePanel, { height,
       oncursor: (i) => { this.pointed(i); },
       onpick: (i) => { this.transcript.reveal(i); this.hold(i); } });
@@ -143,6 +144,7 @@ export class Reader {
     const lines = kind === "inner" || kind === "steered" ? thresholds(catalog.rules, this.names) : [];
     const [besideTurn, beside] = [...(this.beside ?? [])].at(-1) ?? [null, null];
     this.timeline.set({ conversation: this.conversation, names: this.names, kind, name, lines, beside, besideTurn });
+    this.key.textContent = [`mean over ${STRETCH} tokens, ${unit}`, kind === "inner" && this.conversation.has("visible") && "dotted: words alone", beside && "dashed: unsteered"].filter(Boolean).join(" · ");
     this.rangePlace.hidden = this.conversation.spoken.length < 400;
     this.drawPlane();
     this.list();
@@ -214,24 +216,25 @@ export class Reader {
     this.updateChips();
     this.drawPlane();
     const chosen = this.hovered ?? this.held;
-    this.when.textContent = chosen === null ? (here < 0 ? "" : `latest ${Math.min(15, conversation.spoken.length)} tokens`) : `up to token ${conversation.positions[chosen]}`;
+    this.when.textContent = chosen === null ? (here < 0 ? "" : `latest ${Math.min(STRETCH, conversation.spoken.length)} tokens`) : `up to token ${conversation.positions[chosen]}`;
     const ranked = here >= 0 ? conversation.ranked(here, { kind: conversation.has(this.view.kind) ? this.view.kind : "inner" }) : [];
     const shown = ranked.length > STRONGEST + 3 ? [...ranked.slice(0, STRONGEST), ...ranked.slice(-3)] : ranked;
     if (!shown.length) {
       this.rows.replaceChildren(make("li", { class: "quiet none" }, conversation.length ? "Nothing was read here." : "What reads highest and lowest will stand here."));
       return;
     }
-    if (this.rows.children.length !== shown.length || !this.rows.firstChild.bar) {
+    if (this.rows.children.length !== shown.length || !this.rows.firstChild.parts) {
       this.rows.replaceChildren(...shown.map((_, n) => {
         const [name, bar, value] = [make("button", { type: "button", class: "link" }), make("i"), make("b")];
         const row = make("li", { class: n === STRONGEST ? "gap" : "" }, name, make("span", { class: "bar" }, bar), value);
         name.addEventListener("click", () => this.watch(name.textContent));
-        return Object.assign(row, { name, bar, value });
+        row.parts = { name, bar, value };
+        return row;
       }));
     }
     const scale = this.view.scale;
     shown.forEach(([name, z], n) => {
-      const row = this.rows.children[n];
+      const row = this.rows.children[n].parts;
       if (row.name.textContent !== name) { row.name.textContent = name; row.name.title = `Watch ${name}`; }
       row.value.textContent = signed(z, scale < 1 ? 3 : 1);
       row.bar.className = z > 0 ? "up" : "down";

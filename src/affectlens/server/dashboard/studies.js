@@ -2,7 +2,7 @@
 
 import { make, icon, time, count, blank, filled, drawn, choice } from "./dom.js";
 import { get } from "./api.js";
-import { figure } from "./figure.js";
+import { figures } from "./figures.js";
 
 const VERDICTS = ["holds", "weak", "fails", "untestable"];
 const path = (...ids) => `#/studies/${ids.map(encodeURIComponent).join("/")}`;
@@ -50,13 +50,12 @@ function opened(host, id, otherId) {
     let verdict = "all";
     const fill = () => place.replaceChildren(findings(run, other, (finding) => verdict === "all" || (verdict === "differs" ? differs(finding, other) : finding.verdict === verdict)));
     fill();
-    const figures = run.figures ?? [];
     return [make("a", { class: "backlink", href: "#/studies" }, icon("back"), make("span", {}, "Studies")),
       make("header", { class: "pagehead" }, make("h1", { tabindex: -1 }, run.title ?? run.model), make("div", { class: "spring" }), make("label", { class: "labelled inline" }, make("span", {}, "Beside"), against)),
       run.summary && make("p", { class: "lead" }, run.summary),
       make("div", { class: other ? "tallies" : "" }, other && make("h3", {}, run.model), tally(counts(run)), other && make("h3", {}, name(run, other)), other && tally(counts(other))),
       make("div", { class: "row tools" }, choice("Which findings", [["all", "All"], ...VERDICTS.map((each) => [each, each]), ...(other ? [["differs", "verdicts differ"]] : [])], "all", (value) => { verdict = value; fill(); })),
-      place, figures.length ? make("h2", {}, `Figures of ${run.model}`) : "", make("div", { class: "figures" }, figures.map((one) => figure(id, one)))].filter(Boolean);
+      place, ...(run.figures?.length ? [make("h2", {}, `Figures of ${run.model}`), figures(id, run.figures)] : [])].filter(Boolean);
   }, { rows: 10 });
 }
 

@@ -4,12 +4,12 @@
 
 import { make, framed, colour, series, signed, onTheme } from "./dom.js";
 
-const [LEFT, RIGHT, TOP, BOTTOM] = [42, 10, 26, 18];
+const [LEFT, RIGHT, TOP, BOTTOM] = [42, 10, 33, 18];
 const DASHES = [[], [6, 3], [2, 2.5], [8, 3, 2, 3]];
 
 export class Timeline {
   /** `oncursor(i)` is told which token is pointed at, null for none; `onpick(i)` which one was chosen. */
-  constructor(host, { oncursor = () => {}, onpick = () => {}, height = 190 } = {}) {
+  constructor(host, { oncursor = () => {}, onpick = () => {}, height = 172 } = {}) {
     Object.assign(this, { host, oncursor, onpick, names: [], kind: "inner", lines: [], cursor: null, latest: 0, name: "" });
     this.canvas = make("canvas", { "aria-hidden": "true" });
     this.slider = make("div", { class: "timeline", tabindex: 0, role: "slider", "aria-label": "Timeline of the readings: arrow keys go from token to token, Enter shows the token",
@@ -80,6 +80,23 @@ export class Timeline {
     this.draw();
   }
 
+  /** Lowest and highest of what is drawn, thresholds among it. */
+  extent() {
+    const { conversation, kind } = this, [from, to] = this.range;
+    let [low, high] = [-1, 1];
+    for (const line of this.lines) [low, high] = [Math.min(low, line.value), Math.max(high, line.value)];
+    const stride = Math.max(1, Math.floor((to - from) / 2000));
+    for (const name of this.names) {
+      const means = conversation?.means(kind, name);
+      for (let n = from; means && n < to; n += stride) {
+        const value = means[conversation.spoken[n]];
+        if (value < low) low = value;
+        if (value > high) high = value;
+      }
+    }
+    return [low, high];
+  }
+
   paint() {
     const { canvas, conversation, names, kind } = this;
     const width = this.slider.clientWidth, height = this.slider.clientHeight;
@@ -99,21 +116,9 @@ export class Timeline {
     const steps = Math.max(this.least - 1, to - from - 1);
     const x = (n) => LEFT + ((right - LEFT) * (n - from)) / steps;
 
-    // The scale: whole standard deviations, wide enough for the thresholds.
-    const sources = [kind, ...(kind === "inner" && conversation?.has("visible") ? ["visible"] : [])];
-    let [low, high] = [-1, 1];
-    for (const line of this.lines) [low, high] = [Math.min(low, line.value), Math.max(high, line.value)];
+    let [low, high] = this.extent();
+    if (this.peer) [low, high] = [Math.min(low, this.peer.extent()[0]), Math.max(high, this.peer.extent()[1])]; // two that are compared share a scale
     const stride = Math.max(1, Math.floor((to - from) / (2 * width)));
-    for (const name of names) {
-      for (const source of sources) {
-        const means = conversation?.means(source, name);
-        for (let n = from; means && n < to; n += stride) {
-          const value = means[conversation.spoken[n]];
-          if (value < low) low = value;
-          if (value > high) high = value;
-        }
-      }
-    }
     const z = (conversation?.unit ?? "z") === "z";
     const tick = z ? (high - low > 9 ? 4 : high - low > 4.5 ? 2 : 1) : (high - low) / 4;
     if (z) [low, high] = [Math.floor((low - 0.15) / tick) * tick, Math.ceil((high + 0.15) / tick) * tick];
@@ -132,7 +137,7 @@ export class Timeline {
     // Who speaks: a lane for each of the two.
     pen.textAlign = "left";
     for (const [lane, role] of ["user", "assistant"].entries()) {
-      const top = 3 + 9 * lane;
+      const top = 4 + 12 * lane;
       pen.fillStyle = colour("--grid");
       pen.fillRect(LEFT, top + 2, right - LEFT, 2);
       pen.fillStyle = colour(role === "user" ? "--quiet" : "--ink");
@@ -145,7 +150,7 @@ export class Timeline {
       }
       pen.fillStyle = colour("--quiet");
       pen.textAlign = "right";
-      pen.fillText(role === "user" ? "user" : "reply", LEFT - 6, top + 3.5);
+      pen.fillText(role === "user" ? "user" : "reply", LEFT - 6, top + 3);
     }
 
     // Thresholds of rules, in the colour of their emotion.
@@ -154,7 +159,7 @@ export class Timeline {
     for (const line of this.lines) {
       const n = names.indexOf(line.name);
       if (n < 0) continue;
-      const at = y(line.value);
+      const at = Math.round(y(line.value)) + 0.5;
       pen.setLineDash([4, 4]);
       pen.strokeStyle = colour(series(n));
       pen.globalAlpha = line.armed ? 0.9 : 0.45;
@@ -165,7 +170,11 @@ export class Timeline {
       let place = at - 7;
       while (said.some((other) => Math.abs(other - place) < 11)) place += 12;
       said.push(place);
+      pen.lineWidth = 3;
+      pen.strokeStyle = colour("--panel");
+      pen.strokeText(words, right - 2, place);
       pen.fillText(words, right - 2, place);
+      pen.lineWidth = 1;
       pen.globalAlpha = 1;
     }
 
