@@ -11,6 +11,7 @@ const [NARROW, NEUTRAL] = [480, "#fbfbfa"];
 function dressed({ data, layout: given }, width) {
   const layout = structuredClone(given), narrow = width < NARROW;
   const [ink, quiet, rule, paper] = ["--ink", "--quiet", "--grid", "--panel"].map(colour);
+  layout.width = width;
   layout.paper_bgcolor = layout.plot_bgcolor = "rgba(0,0,0,0)";
   layout.template ??= {};
   const base = (layout.template.layout ??= {});

@@ -46,8 +46,9 @@ function searching(host) {
   const alert = make("select", { class: "field", name: "alert" });
   const above = make("input", { class: "field", type: "number", name: "above", step: "0.5", placeholder: "any", "aria-label": "Peak above, in z" });
   const clear = button("Clear", () => { form.reset(); apply(); }, { kind: "ghost" });
-  form.append(words, make("label", { class: "labelled" }, make("span", {}, "Emotion"), emotion), make("label", { class: "labelled short" }, make("span", {}, "Peak above"), above),
-    make("label", { class: "labelled" }, make("span", {}, "Alert"), alert), input("since", "Since", "datetime-local", "when"), input("until", "Until", "datetime-local", "when"),
+  const unfold = button("Filters", () => unfold.setAttribute("aria-expanded", form.classList.toggle("all")), { kind: "unfold", "aria-expanded": "false" }); // on a phone
+  form.append(words, unfold, make("label", { class: "labelled fold" }, make("span", {}, "Emotion"), emotion), make("label", { class: "labelled short fold" }, make("span", {}, "Peak above"), above),
+    make("label", { class: "labelled fold" }, make("span", {}, "Alert"), alert), input("since", "Since", "datetime-local", "when fold"), input("until", "Until", "datetime-local", "when fold"),
     make("button", { class: "hidden", type: "submit", tabindex: -1 }, "Search"), clear);
   words.addEventListener("input", settled(() => apply(), 350));
   onCatalog(() => {

@@ -73,6 +73,7 @@ function number(value, low, high) {
 const interval = (one) => one ? [make("b", {}, number(one.value, one.low, one.high), one.unit ?? ""), make("span", { class: "quiet" }, ` [${number(one.low, one.low, one.high)}, ${number(one.high, one.low, one.high)}]`)] : "–";
 const chance = (one) => one ? `${number(one.value, one.low, one.high)} [${number(one.low, one.low, one.high)}, ${number(one.high, one.low, one.high)}]` : "–";
 const p = (one) => (one?.p === null || one?.p === undefined ? "–" : one.p < 0.001 ? "< 0.001" : one.p.toPrecision(2));
+const cell = (label, value) => make("td", { class: `number${value === "–" ? " none" : ""}`, "data-label": label }, value);
 const chip = (verdict) => make("span", { class: `verdict ${verdict}` }, verdict);
 
 /** Interval, the band of chance, and the other run, on one line. */
@@ -101,9 +102,9 @@ function findings(run, other, wanted) {
     const its = other && same(finding, other), { estimate } = finding;
     return make("tr", {}, make("td", { class: "claim" }, make("details", {}, make("summary", {}, finding.claim), finding.note && make("p", {}, finding.note), make("p", {}, make("b", {}, "Rule. "), finding.rule),
       finding.null && make("p", {}, make("b", {}, "Null. "), `${finding.null.kind}, ${finding.null.draws} draws`))),
-    make("td", { class: "number", "data-label": "Published" }, finding.published ?? "–"), make("td", { class: "number", "data-label": other ? run.model : "Here" }, interval(estimate)), make("td", { class: "picture" }, picture(finding, its)),
-    make("td", { class: "number", "data-label": other ? name(run, other) : "Chance" }, other ? interval(its?.estimate) : chance(finding.null)), make("td", { class: "number", "data-label": "p" }, p(finding.null)),
-    other ? null : make("td", { class: "number", "data-label": "n" }, estimate ? estimate.n.toLocaleString("en").replaceAll(",", "\u202f") : "–"),
+    cell("Published", finding.published ?? "–"), cell(other ? run.model : "Here", interval(estimate)), make("td", { class: "picture" }, picture(finding, its)),
+    other ? cell(name(run, other), interval(its?.estimate)) : cell("Chance", chance(finding.null)), cell("p", p(finding.null)),
+    other ? null : cell("n", estimate ? estimate.n.toLocaleString("en").replaceAll(",", "\u202f") : "–"),
     make("td", { "data-label": "Verdict" }, chip(finding.verdict), other && its && its.verdict !== finding.verdict ? [" ", chip(its.verdict)] : null));
   };
   return make("div", { class: "scrollx", tabindex: 0, role: "region", "aria-label": "Findings" }, make("table", { class: "findings" },
