@@ -337,7 +337,7 @@ class Fake:
             await asyncio.sleep(1 / self.speed)
         clamped = {name: strength for name, strength in bias.items() if abs(used[name] - strength) > 1e-9}
         self.live[id] = self.as_trace(told[0])
-        yield chunk(0, "", {"steering": {"asked": bias, "used": used, "clamped": clamped}, "summary": {"mean": {}, "peak": {}, "last": {}, "top": []}, "alerts": told[0].alerts, "trace": id, "finish": "stop"}, "stop")
+        yield chunk(0, "", {"seed": 7, "steering": {"asked": bias, "used": used, "clamped": clamped}, "summary": {"mean": {}, "peak": {}, "last": {}, "top": []}, "alerts": told[0].alerts, "trace": id, "finish": "stop"}, "stop")
         yield b"data: [DONE]\n\n"
         await self.tell("done", {"trace": id, "key": "", "finish": "stop", "tokens": len(told[0].tokens)})
 
@@ -376,7 +376,7 @@ def app(fake: Fake) -> FastAPI:
 
     @made.get("/ready")
     def ready() -> JSONResponse:
-        return JSONResponse({"checks": {"model": True, "store": fake.ready}}, 200 if fake.ready else 503)
+        return JSONResponse({"ready": fake.ready, "model": True, "store": fake.ready, "accepting": True, "waiting": 0, "live": 0}, 200 if fake.ready else 503)
 
     @made.get("/v1/models")
     def models() -> dict[str, Any]:
@@ -405,7 +405,7 @@ def app(fake: Fake) -> FastAPI:
             best = int(np.nanargmax([s[i] for s in told.scores]))
             passages.append({"trace": told.id, "token": best, "turn": 1, "speaker": told.roles[best], "words": "".join(told.tokens[max(0, best - 18) : best + 1]).strip(), "score": float(told.scores[best][i])})
         return {
-            **emotions()["data"][i], "neighbours": [[w.names[j], round(float(close[j]) * 0.83, 3)] for j in [*order[:9], *order[-3:]]],
+            **emotions()["data"][i], "definition": "what the concept set says of it", "neighbours": [[w.names[j], round(float(close[j]) * 0.83, 3)] for j in [*order[:9], *order[-3:]]],
             "lens": {"up": [f" {word}" for word in (name, "felt", "heart", "again", "quietly", "never", "hold", "breath", "warm")], "down": [" spreadsheet", " install", "\n", " percent", " chapter"]},
             "passages": sorted(passages, key=lambda p: -p["score"]),
         }  # fmt: skip

@@ -212,10 +212,9 @@ function rulesIn(host) {
 
   async function save(armed) {
     try {
-      const before = editing;
-      await post("/v1/rules", { text: current(), armed });
-      // A rule has no editing on the server: the new one takes the place of the old.
-      if (before && before.source !== "file" && before.text !== current()) await remove(`/v1/rules/${encodeURIComponent(before.id)}`);
+      const before = editing, saved = await post("/v1/rules", { text: current(), armed });
+      // The server replaces a rule of the same name; one that got another name leaves the old one behind.
+      if (before && before.source !== "file" && before.name !== saved.name) await remove(`/v1/rules/${encodeURIComponent(before.id)}`);
       await loadRules();
       toast(armed ? "The rule is armed" : "The rule is kept, not armed");
       edit(null);
@@ -259,7 +258,7 @@ function rulesIn(host) {
     }, { kind: "ghost small" });
     return make("li", { class: rule.armed ? "" : "over" }, make("label", { class: "switch", title: fixed ? "This rule stands in the server's file" : "" }, on, make("i")),
       make("div", { class: "what" }, rule.name === rule.text ? null : make("b", {}, rule.name), make("code", {}, rule.text),
-        make("span", { class: "facts" }, rule.expected ? make("span", {}, `${expectation(rule.expected)} false alarms per 1,000 replies`) : make("span", {}, "never tried"),
+        make("span", { class: "facts" }, rule.problem ? make("span", { class: "warn" }, `cannot be watched: ${rule.problem}`) : rule.expected ? make("span", {}, `${expectation(rule.expected)} false alarms per 1,000 replies`) : make("span", {}, "never tried"),
           until && make("span", { class: "warn" }, "muted until ", time(until)), fixed && make("span", {}, "from the server's file"), (rule.actions ?? []).length ? make("span", {}, `does: ${rule.actions.map((action) => action.do ?? action).join(", ")}`) : null)),
       make("div", { class: "row" }, mutes(rule, { small: true }), button(fixed ? "Copy" : "Change", () => edit(rule), { kind: "ghost small" }), fixed ? null : sure));
   }

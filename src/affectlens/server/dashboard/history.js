@@ -9,7 +9,7 @@ import { level } from "./transcript.js";
 
 const PAGE = 50;
 const path = (id) => `#/history/${encodeURIComponent(id)}`;
-const SAID = { stop: "finished", length: "reached its longest length", stopped: "stopped by a rule" };
+const SAID = { stop: "finished", length: "reached its longest length", stopped: "stopped by a rule", timeout: "ended by the time limit", shutdown: "ended because the server shut down", read: "only read" };
 
 export function history() {
   const list = make("div", { class: "listing" });

@@ -152,7 +152,6 @@ export function live() {
     let started = null, reply = "", finish = "", last = {}, turn = -1, other = null, tokens = 0;
     const begin = (first) => {
       started = performance.now();
-      own.add(first.id);
       if (first.prompt?.length) {
         conversation = new Conversation();
         first.prompt.forEach((token) => conversation.push(token));
@@ -173,6 +172,7 @@ export function live() {
         if (!started) begin(ours ?? {});
         if (!part && !ours) continue;
         const aside = part?.index === 1 || ours?.unsteered;
+        if (ours?.id) own.add(ours.id);
         const into = aside ? other : conversation;
         if (!into) continue;
         const piece = ours?.text ?? part?.delta?.content ?? "";
@@ -216,8 +216,8 @@ export function live() {
       const seconds = started ? (performance.now() - started) / 1000 : 0;
       const clamped = Object.entries(last.steering?.clamped ?? {});
       const used = Object.entries(last.steering?.used ?? {});
-      const words = { stop: "finished", length: "reached its longest length", stopped: "stopped by a rule" }[finish] ?? finish;
-      say(make("span", {}, words), make("span", {}, count(tokens, "token")), seconds > 0.2 && make("span", {}, `${(tokens / seconds).toFixed(0)} a second`),
+      const words = { stop: "finished", length: "reached its longest length", stopped: "stopped by a rule", timeout: "ended by the time limit", shutdown: "ended because the server shuts down" }[finish] ?? finish;
+      say(make("span", {}, words), make("span", {}, count(tokens, "token")), seconds > 0.2 && make("span", {}, `${(tokens / seconds).toFixed(0)} a second`), last.seed !== undefined && make("span", {}, `seed ${last.seed}`),
         used.length ? make("span", {}, `steered by ${used.map(([name, strength]) => `${name} ${signed(strength, 3)}`).join(", ")}`) : null,
         clamped.length ? make("span", { class: "warn" }, `kept in the safe range: ${clamped.map(([name, strength]) => `${name} ${describe(strength, last.steering, name)}`).join(", ")}`) : null,
         last.trace && make("a", { href: `#/history/${encodeURIComponent(last.trace)}` }, "Stored conversation"));

@@ -122,6 +122,8 @@ onReach((reached) => {
 });
 const knock = () => get("/health").catch(() => {});
 
+const UNREADY = { model: "The model does not answer", store: "Conversations cannot be kept: the store does not answer", accepting: "The server is shutting down and takes no more replies" };
+
 /** Whether the server can do its work: what /ready says, in its words. */
 async function check() {
   const response = await fetch("/ready", { cache: "no-store" }).catch(() => null);
@@ -132,8 +134,8 @@ async function check() {
     banner.querySelector(".unready")?.remove();
   } else {
     lit("warn", "the server is not ready");
-    const reasons = Object.entries(said.checks ?? said).filter(([, value]) => value === false || typeof value === "string").map(([name, value]) => (value === false ? name : `${name}: ${value}`));
-    banner.replaceChildren(make("div", { class: "banner warn unready" }, make("b", {}, "Not ready"), make("span", {}, reasons.join("; ") || "the server says that it is not ready to answer")));
+    const reasons = Object.entries(UNREADY).filter(([part]) => said[part] === false).map(([, words]) => words);
+    banner.replaceChildren(make("div", { class: "banner warn unready" }, make("b", {}, "Not ready"), make("span", {}, `${reasons.join("; ") || "the server does not say why"}.`)));
   }
 }
 

@@ -92,6 +92,7 @@ function about(facts) {
   const neighbours = facts.neighbours ?? [];
   const far = Math.max(0.2, ...neighbours.map(([, cosine]) => Math.abs(cosine)));
   return [make("header", { class: "abouthead" }, make("h2", {}, facts.id), make("span", { class: "quiet" }, facts.cluster ?? "without a cluster")),
+    facts.definition && make("p", { class: "definition" }, facts.definition),
     make("dl", { class: "pairs" }, [["valence", signed(facts.valence)], ["arousal", signed(facts.arousal)]].map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value)))),
     make("div", { class: "row" }, make("a", { class: "button", href: `#/live?watch=${encodeURIComponent(facts.id)}` }, icon("live"), make("span", {}, "Watch it live")),
       make("a", { class: "button", href: `#/live?steer=${encodeURIComponent(facts.id)}` }, icon("dials"), make("span", {}, "Steer with it")),
@@ -99,7 +100,7 @@ function about(facts) {
     make("h3", {}, "Safe range of steering"), safe(facts.safe),
     make("h3", {}, "Neighbours"), neighbours.length ? make("ol", { class: "bars links" }, [...neighbours.filter(([, cosine]) => cosine >= 0).slice(0, 8), ...neighbours.filter(([, cosine]) => cosine < 0).slice(-3)].map(([name, cosine]) => bar(name, cosine, far))) : make("p", { class: "quiet" }, "none known"),
     make("h3", {}, "Lens: words that it promotes, and that it suppresses"), lens(facts.lens),
-    make("h3", {}, "Strongest passages in stored conversations"), passages(facts)];
+    make("h3", {}, "Strongest passages in stored conversations"), passages(facts)].filter(Boolean);
 }
 
 function bar(name, value, far) {
