@@ -13,6 +13,7 @@ import json
 import re
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -326,15 +327,21 @@ class Fake:
         said = [(piece, (mood[0], mood[1], mood[2])) for text, *mood in answer for piece in pieces(text)]
         if self.long:
             said = [said[i % len(said)] for i in range(self.long)]
+        # Made before it is sent, so that the page is measured and not this.
+        made = []
         for piece, mood in said:
             for index, one in enumerate(told):
                 fired = one.add(piece, "assistant", mood)
                 i = len(one.tokens) - 1
                 ours = {"token": i, "text": piece, "role": "assistant", "scores": scored(one, i), **({"unsteered": True} if index else {}), **({"alerts": fired} if fired else {})}
-                yield chunk(index, piece, ours)
-                for alert in fired if not index else ():
-                    await self.tell("alert", {**alert, "key": ""})
-            await asyncio.sleep(1 / self.speed)
+                made.append((index, chunk(index, piece, ours), fired))
+        due = time.monotonic()
+        for index, piece_of_stream, fired in made:
+            yield piece_of_stream
+            for alert in fired if not index else ():
+                await self.tell("alert", {**alert, "key": ""})
+            due += 1 / self.speed / len(told)
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
         clamped = {name: strength for name, strength in bias.items() if abs(used[name] - strength) > 1e-9}
         self.live[id] = self.as_trace(told[0])
         yield chunk(0, "", {"seed": 7, "steering": {"asked": bias, "used": used, "clamped": clamped}, "summary": {"mean": {}, "peak": {}, "last": {}, "top": []}, "alerts": told[0].alerts, "trace": id, "finish": "stop"}, "stop")
@@ -609,7 +616,7 @@ class Running:
 
     def __init__(self, fake: Fake, port: int = 0) -> None:
         self.fake = fake
-        self.server = uvicorn.Server(uvicorn.Config(app(fake), port=port, log_level="warning", timeout_graceful_shutdown=1))
+        self.server = uvicorn.Server(uvicorn.Config(app(fake), port=port, log_level="critical"))
         self.thread = threading.Thread(target=self.server.run, daemon=True)
 
     def __enter__(self) -> str:
@@ -619,7 +626,7 @@ class Running:
         return f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
 
     def __exit__(self, *_: object) -> None:
-        self.server.should_exit = True
+        self.server.should_exit = self.server.force_exit = True  # those who follow the events never leave
         self.thread.join(10)
 
 

@@ -183,7 +183,7 @@ def test_nothing_in_the_files_makes_markup_or_asks_elsewhere() -> None:
         assert not elsewhere, f"{file.name}: {elsewhere}"
         assert not re.search(r"\sstyle=|\son\w+=\"|<style", text) or file.suffix != ".html", f"{file.name} has inline style or script"
         assert len(text.splitlines()) <= 500, f"{file.name} is too long"
-    assert sum(len(gzip.compress((folder / f).read_bytes())) for f in os.listdir(folder) if f.endswith((".js", ".css", ".html"))) < 60_000
+    assert sum(len(gzip.compress((folder / f).read_bytes())) for f in os.listdir(folder) if f.endswith((".js", ".css", ".html"))) < 80_000
 
 
 def test_it_is_there_within_a_second(window: Open) -> None:
@@ -262,6 +262,7 @@ def test_tour(window: Open, size: tuple[int, int], scheme: str) -> None:
     expect(page.locator(".findings tbody tr").first).to_be_visible()
     own.picture("studies")
     page.goto(f"{own.url}/#/studies/smollm2-135m")
+    expect(page.locator(".tallies")).to_have_count(0)
     page.locator("iframe.figures").scroll_into_view_if_needed()
     figures = page.frame_locator("iframe.figures").locator(".plot.done")
     expect(figures.first).to_be_visible()
@@ -531,7 +532,7 @@ def test_a_hundred_tokens_a_second_with_171_emotions(window: Open) -> None:
     rate = int(re.search(r"(\d+) a second", status.inner_text())[1])
     late = frames[int(0.95 * len(frames))]
     print(f"{rate} tokens a second, {len(frames)} frames, median {frames[len(frames) // 2]:.0f} ms, 95 % within {late:.0f} ms")
-    assert rate > 60, "the reply was slowed down"
+    assert rate > 80, "the reply was slowed down"
     assert frames[len(frames) // 2] < 40 and late < 120
     assert page.locator(".turn.assistant .words").evaluate("node => node.textContent.length") > 2000
 
@@ -541,7 +542,7 @@ def test_a_long_conversation_is_virtual(window: Open) -> None:
     own = window()
     page = own.go("#/history/chatcmpl-long")
     expect(page.locator(".opened .turn").first).to_be_visible()
-    scroller = page.get_by_role("region", name="Conversation")
+    scroller = page.get_by_role("region", name="Conversation", exact=True)
     page.wait_for_timeout(400)
     spans = "() => document.querySelectorAll('.opened .run > span').length"
     assert 100 < page.evaluate(spans) < 4000
@@ -588,7 +589,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(window: Open) -> None:
     own = window(Fake(key="secret-1"))
     own.expected = {401}
     page = own.go()
-    field = page.get_by_label("API key")
+    field = page.get_by_role("textbox", name="API key")
     expect(field).to_be_focused()
     field.fill("wrong")
     field.press("Enter")
@@ -717,9 +718,10 @@ def test_search_filter_page_and_compare(window: Open, size: tuple[int, int]) -> 
     if size == NARROW:
         page.get_by_role("button", name="Filters").click()
     page.get_by_label("Words").fill("")
-    page.get_by_label("Emotion").select_option("desperate")
+    page.get_by_label("Emotion", exact=True).select_option("desperate")
     page.get_by_label("Peak above").fill("4.5")
     page.get_by_label("Peak above").press("Enter")
+    expect(rows).not_to_have_count(50)
     expect(rows.first).to_contain_text("deadline")
     found = rows.count()
     assert 0 < found < 20
@@ -761,7 +763,7 @@ def test_one_conversation_has_everything(window: Open) -> None:
         page.get_by_role("button", name="JSON").click()
     assert json.loads(Path(saved.value.path()).read_text(encoding="utf-8"))["id"] == "chatcmpl-0000"
     with page.context.expect_page() as other:
-        page.get_by_role("link", name="Page").click()
+        page.get_by_role("link", name="Page", exact=True).click()
     assert other.value.title() == "page"
     page.get_by_role("link", name="Compare with…").click()
     expect(page.locator(".selection")).to_contain_text("One chosen")
@@ -794,7 +796,7 @@ def test_inbox(window: Open, size: tuple[int, int]) -> None:
     cards = page.locator(".card")
     expect(cards.first).to_be_visible()
     n = cards.count()
-    badge = page.locator("nav .badge")
+    badge = page.locator("nav .badge:not([hidden])")
     expect(badge).to_have_text(str(n))
     first = cards.first
     expect(first.locator("mark")).to_be_visible()
@@ -812,7 +814,7 @@ def test_inbox(window: Open, size: tuple[int, int]) -> None:
     expect(cards).to_have_count(1)
     expect(cards.first).to_contain_text("spoke with the team")
     page.get_by_label("State").select_option("")
-    page.get_by_label("Rule").select_option("cornered")
+    page.get_by_label("Rule of the alerts").select_option("cornered")
     expect(cards.first).to_contain_text("cornered")
     cards.first.locator("summary").click()
     page.get_by_role("button", name="for an hour").click()
@@ -826,10 +828,10 @@ def test_alerts_come_in_wherever_one_is(window: Open) -> None:
     own = window()
     page = own.go("#/map")
     page.wait_for_timeout(300)
-    before = int(page.locator("nav .badge").inner_text())
+    before = int(page.locator("nav .badge:not([hidden])").inner_text())
     page.request.post(f"{own.url}/fake/traffic", data={"number": 0, "key": "bot"})
     expect(page.locator(".toast.alert").first).to_contain_text("fired", timeout=15_000)
-    assert int(page.locator("nav .badge").inner_text()) > before
+    assert int(page.locator("nav .badge:not([hidden])").inner_text()) > before
     page.locator(".toast.alert a").first.click()
     own.expected = {404}
     page.goto(f"{own.url}/#/alerts")
@@ -933,7 +935,7 @@ def test_map(window: Open, size: tuple[int, int]) -> None:
     expect(page.locator(".chip[aria-checked='true']")).to_contain_text(name)
     page.goto(f"{own.url}/#/map/calm")
     page.get_by_role("link", name="Peaks in History").click()
-    expect(page.get_by_label("Emotion")).to_have_value("calm")
+    expect(page.get_by_label("Emotion", exact=True)).to_have_value("calm")
 
 
 @pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])

@@ -1,6 +1,6 @@
 // Alerts: what fired and in which passage; which rules are armed; a rule is tried before it is armed.
 
-import { make, button, icon, tabs, signed, plain, time, blank, filled, count, toast, announce } from "./dom.js";
+import { make, button, icon, tabs, signed, plain, time, blank, filled, menu, count, toast, announce } from "./dom.js";
 import { get, post, remove, query } from "./api.js";
 import { catalog, loadRules, onCatalog } from "./catalog.js";
 import { onTraffic } from "./traffic.js";
@@ -29,8 +29,8 @@ export function alerts() {
 // ── the inbox ──
 
 function inboxIn(host) {
-  const state = make("select", { class: "field", name: "state", onchange: () => load() }, make("option", { value: "open" }, "open"), make("option", { value: "acknowledged" }, "acknowledged"), make("option", { value: "" }, "all"));
-  const rule = make("select", { class: "field", name: "rule", onchange: () => load() });
+  const state = make("select", { class: "field", name: "state", "aria-label": "State", onchange: () => load() }, make("option", { value: "open" }, "open"), make("option", { value: "acknowledged" }, "acknowledged"), make("option", { value: "" }, "all"));
+  const rule = make("select", { class: "field", name: "rule", "aria-label": "Rule of the alerts", onchange: () => load() });
   onCatalog(() => {
     const had = rule.value;
     rule.replaceChildren(make("option", { value: "" }, "every rule"), ...catalog.rules.map((one) => make("option", { value: one.name }, one.name)));
@@ -82,7 +82,7 @@ function inboxIn(host) {
     const begin = button("Acknowledge", () => { write.hidden = false; note.focus(); }, { sign: "check", kind: "small" });
     const own = catalog.rules.find((one) => one.name === alert.rule);
     const actions = make("div", { class: "row" }, alert.state === "acknowledged" ? make("span", { class: "pill ok" }, icon("check"), "acknowledged") : begin,
-      own && mutes(own, { small: true }), make("a", { class: "button ghost small", href: `#/history/${encodeURIComponent(alert.trace)}?token=${alert.token}` }, "Open at the token"));
+      own && mutes(own), make("a", { class: "button ghost small", href: `#/history/${encodeURIComponent(alert.trace)}?token=${alert.token}` }, "Open at the token"));
     const node = make("li", { class: `card${alert.state === "acknowledged" ? " over" : ""}` },
       make("header", {}, icon("flag"), make("h3", {}, alert.rule), alert.rule === alert.text ? null : make("code", {}, alert.text), make("div", { class: "spring" }), time(alert.created)),
       make("blockquote", { dir: "auto" }, passage(alert.words)),
@@ -119,10 +119,9 @@ function passage(words = "") {
 const expectation = ([value, low, high]) => `${plain(value, value < 10 ? 1 : 0)} [${plain(low, low < 10 ? 1 : 0)}, ${plain(high, high < 10 ? 1 : 0)}]`;
 
 /** Mute a rule for a while. */
-function mutes(rule, { small = false } = {}) {
+function mutes(rule) {
   const until = rule.muted_until && new Date(rule.muted_until) > new Date() ? rule.muted_until : null;
   const mute = async (minutes) => {
-    menu.open = false;
     try {
       await post(`/v1/rules/${encodeURIComponent(rule.id)}/mute`, { minutes });
       await loadRules();
@@ -131,15 +130,9 @@ function mutes(rule, { small = false } = {}) {
       toast(error.message, { kind: "bad" });
     }
   };
-  const menu = make("details", { class: "menu" }, make("summary", { class: `button ghost${small ? " small" : ""}` }, icon("mute"), make("span", {}, until ? "Muted" : "Mute rule")),
-    make("div", {}, [[60, "for an hour"], [480, "for eight hours"], [1440, "for a day"], ...(until ? [[0, "not any more"]] : [])].map(([minutes, words]) => button(words, () => mute(minutes), { kind: "ghost" }))));
-  return menu;
+  const waits = [[60, "for an hour"], [480, "for eight hours"], [1440, "for a day"], ...(until ? [[0, "not any more"]] : [])];
+  return menu(until ? "Muted" : "Mute rule", "mute", "ghost small", waits.map(([minutes, words]) => [words, () => mute(minutes)]));
 }
-document.addEventListener("click", (event) => { document.querySelectorAll("details.menu[open]").forEach((menu) => { if (!menu.contains(event.target)) menu.open = false; }); });
-document.addEventListener("keydown", (event) => {
-  const menu = event.key === "Escape" && event.target.closest?.("details.menu[open]");
-  if (menu) { menu.open = false; menu.querySelector("summary").focus(); }
-});
 
 // ── the rules ──
 
@@ -260,7 +253,7 @@ function rulesIn(host) {
       make("div", { class: "what" }, rule.name === rule.text ? null : make("b", {}, rule.name), make("code", {}, rule.text),
         make("span", { class: "facts" }, rule.problem ? make("span", { class: "warn" }, `cannot be watched: ${rule.problem}`) : rule.expected ? make("span", {}, `${expectation(rule.expected)} false alarms per 1,000 replies`) : make("span", {}, "never tried"),
           until && make("span", { class: "warn" }, "muted until ", time(until)), fixed && make("span", {}, "from the server's file"), (rule.actions ?? []).length ? make("span", {}, `does: ${rule.actions.map((action) => action.do ?? action).join(", ")}`) : null)),
-      make("div", { class: "row" }, mutes(rule, { small: true }), button(fixed ? "Copy" : "Change", () => edit(rule), { kind: "ghost small" }), fixed ? null : sure));
+      make("div", { class: "row" }, mutes(rule), button(fixed ? "Copy" : "Change", () => edit(rule), { kind: "ghost small" }), fixed ? null : sure));
   }
   onCatalog(() => list.replaceChildren(...(catalog.rules.length ? catalog.rules.map(row) : [make("li", { class: "none quiet" }, "There is no rule yet.")])));
 }

@@ -185,6 +185,26 @@ export function picker(label, names, onpick, { placeholder = label } = {}) {
   return { node: make("span", { class: "picking" }, field, list), field, offer };
 }
 
+/** A button that opens a short list of things to do: [words, action]. It opens upwards where there is no room below. */
+export function menu(words, sign, kind, entries) {
+  const list = make("div", {}, entries.map(([said, action]) => button(said, () => { node.open = false; action(); }, { kind: "ghost" })));
+  const node = make("details", { class: "menu", ontoggle: () => {
+    node.classList.remove("above");
+    if (node.open) node.classList.toggle("above", list.getBoundingClientRect().bottom > innerHeight - 60);
+  } }, make("summary", { class: `button ${kind}` }, icon(sign), make("span", {}, words)), list);
+  return node;
+}
+const OPEN = "details:is(.menu, .options)[open]";
+document.addEventListener("click", (event) => {
+  for (const open of document.querySelectorAll(OPEN)) if (!open.contains(event.target)) open.open = false;
+});
+document.addEventListener("keydown", (event) => {
+  const open = event.key === "Escape" && event.target.closest?.(OPEN);
+  if (!open) return;
+  open.open = false;
+  open.querySelector("summary").focus();
+});
+
 /** What stands where something will be: the reason, and what to do. */
 export const blank = (title, text, ...more) =>
   make("div", { class: "blank" }, make("h2", {}, title), text && make("p", {}, text), ...more);

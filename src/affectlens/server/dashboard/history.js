@@ -1,6 +1,6 @@
 // History: find stored conversations, open one with all that is read in it, put two side by side, take them away as files.
 
-import { make, button, icon, count, signed, plain, time, blank, filled, settled, toast } from "./dom.js";
+import { make, button, icon, count, signed, plain, time, blank, filled, menu, settled, toast } from "./dom.js";
 import { get, query, download, hasKey } from "./api.js";
 import { catalog, onCatalog } from "./catalog.js";
 import { Conversation } from "./conversation.js";
@@ -42,8 +42,8 @@ function searching(host) {
   const form = make("form", { class: "filters", role: "search", onsubmit: (event) => { event.preventDefault(); apply(); }, onchange: () => apply() });
   const input = (name, label, type, kind, more = {}) => make("label", { class: `labelled ${kind}` }, make("span", {}, label), make("input", { class: "field", type, name, ...more }));
   const words = input("q", "Words", "search", "grow", { placeholder: "in prompt or reply" });
-  const emotion = make("select", { class: "field", name: "emotion" });
-  const alert = make("select", { class: "field", name: "alert" });
+  const emotion = make("select", { class: "field", name: "emotion", "aria-label": "Emotion" });
+  const alert = make("select", { class: "field", name: "alert", "aria-label": "Alert" });
   const above = make("input", { class: "field", type: "number", name: "above", step: "0.5", placeholder: "any", "aria-label": "Peak above, in z" });
   const clear = button("Clear", () => { form.reset(); apply(); }, { kind: "ghost" });
   const unfold = button("Filters", () => unfold.setAttribute("aria-expanded", form.classList.toggle("all")), { kind: "unfold", "aria-expanded": "false" }); // on a phone
@@ -65,8 +65,7 @@ function searching(host) {
   const together = button("Compare", () => { location.hash = `${path([...chosen.keys()][0])}/${encodeURIComponent([...chosen.keys()][1])}`; }, { sign: "columns", kind: "main" });
   const unselect = button("Clear selection", () => { chosen.clear(); host.querySelectorAll(".results input").forEach((box) => { box.checked = false; }); tell(); }, { kind: "ghost small" });
   const bar = make("div", { class: "selection", role: "status" });
-  const files = make("details", { class: "menu" }, make("summary", { class: "button" }, icon("save"), make("span", {}, "Export")), make("div", {},
-    button("All as JSONL", () => save("jsonl", "affectlens-traces.jsonl"), { kind: "ghost" }), button("For Langfuse, JSONL", () => save("langfuse", "affectlens-langfuse.jsonl"), { kind: "ghost" })));
+  const files = menu("Export", "save", "", [["All as JSONL", () => save("jsonl", "affectlens-traces.jsonl")], ["For Langfuse, JSONL", () => save("langfuse", "affectlens-langfuse.jsonl")]]);
   host.append(make("header", { class: "pagehead" }, make("h1", { tabindex: -1 }, "History"), make("div", { class: "spring" }), files), form, bar, place, make("div", { class: "centre" }, more));
 
   const instant = (text) => (text ? new Date(text).toISOString() : "");
@@ -75,7 +74,6 @@ function searching(host) {
     return { ...given, since: instant(given.since), until: instant(given.until) };
   };
   function save(format, name) {
-    files.open = false;
     const { since, until } = values();
     download(query("/v1/traces/export", { format, since, until }), name).catch((error) => toast(error.message, { kind: "bad" }));
   }
@@ -154,6 +152,7 @@ function searching(host) {
       const wished = [...form.elements].filter((each) => each.name);
       wished.forEach((each) => { each.value = params.get(each.name) ?? ""; });
       clear.hidden = wished.every((each) => each.value === "");
+      if (wished.some((each) => each.name !== "q" && each.value)) unfold.setAttribute("aria-expanded", form.classList.toggle("all", true));
       if (params.get("with")) {
         chosen.set(params.get("with"), { id: params.get("with") });
         tell();

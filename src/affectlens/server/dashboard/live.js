@@ -340,9 +340,9 @@ export function live() {
     show(parts, params) {
       const steer = params.get("steer");
       if (steer && catalog.emotion.has(steer)) {
-        dials.set(steer, dials.strengths.get(steer) ?? 0);
         node.dataset.part = "steer";
         narrow.querySelectorAll("input").forEach((input) => { input.checked = input.value === "steer"; });
+        dials.set(steer, dials.strengths.get(steer) ?? 0);
       }
       const watch = params.get("watch");
       if (watch && catalog.emotion.has(watch)) reader.watch(watch);
