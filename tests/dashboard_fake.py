@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from affectlens.concepts import ConceptSet
@@ -321,9 +321,7 @@ class Fake:
             plain = {"id": id, "object": "chat.completion.chunk", "created": 1, "model": MODEL, "choices": [{"index": index, "delta": {"content": text} if text else {}, "finish_reason": finish}]}
             return f"data: {json.dumps(plain if ours is None else {**plain, 'affectlens': ours})}\n\n".encode()
 
-        await self.tell("reply", {"trace": id, "key": "", "model": MODEL})
-        prompt = [{"text": t, "role": r, "scores": scored(told[0], i)} for i, (t, r) in enumerate(zip(told[0].tokens, told[0].roles, strict=True))]
-        yield chunk(0, "", {"id": id, "layer": 20, "unit": "z", "emotions": list(names), "steering": used, "prompt": prompt})
+        asked_for = len(told[0].tokens)
         said = [(piece, (mood[0], mood[1], mood[2])) for text, *mood in answer for piece in pieces(text)]
         if self.long:
             said = [said[i % len(said)] for i in range(self.long)]
@@ -335,6 +333,9 @@ class Fake:
                 i = len(one.tokens) - 1
                 ours = {"token": i, "text": piece, "role": "assistant", "scores": scored(one, i), **({"unsteered": True} if index else {}), **({"alerts": fired} if fired else {})}
                 made.append((index, chunk(index, piece, ours), fired))
+        await self.tell("reply", {"trace": id, "key": "", "model": MODEL})
+        prompt = [{"text": t, "role": r, "scores": scored(told[0], i)} for i, (t, r) in enumerate(zip(told[0].tokens[:asked_for], told[0].roles[:asked_for], strict=True))]
+        yield chunk(0, "", {"id": id, "layer": 20, "unit": "z", "emotions": list(names), "steering": used, "prompt": prompt})
         due = time.monotonic()
         for index, piece_of_stream, fired in made:
             yield piece_of_stream
@@ -354,6 +355,14 @@ def SAFE(name: str) -> tuple[float, float]:
     return (-half, round(half * 1.2, 3))
 
 
+class Refused(Exception):
+    """An answer that says no."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 def app(fake: Fake) -> FastAPI:
     made = FastAPI()
     made.include_router(router())
@@ -362,16 +371,19 @@ def app(fake: Fake) -> FastAPI:
         headers = {"Retry-After": "2"} if status == 429 else {}
         return JSONResponse({"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None, **more}}, status, headers)
 
-    @made.middleware("http")
-    async def guarded(request: Request, call_next: Any) -> Response:
+    async def guarded(request: Request) -> None:
         path = request.url.path
         if path.startswith("/v1/"):
             if fake.key and request.headers.get("authorization") != f"Bearer {fake.key}":
-                return problem(401, "the API key is missing or wrong: send Authorization: Bearer KEY")
+                raise Refused(401, "the API key is missing or wrong: send Authorization: Bearer KEY")
             if fake.broken and path.startswith(fake.broken):
-                return problem(500, "something broke in the server; its log says what")
-        answer: Response = await call_next(request)
-        return answer
+                raise Refused(500, "something broke in the server; its log says what")
+
+    made.router.dependencies.append(Depends(guarded))
+
+    @made.exception_handler(Refused)
+    async def no(request: Request, error: Refused) -> JSONResponse:
+        return problem(error.status, str(error))
 
     @made.exception_handler(AffectlensError)
     async def refused(request: Request, error: AffectlensError) -> JSONResponse:
