@@ -201,6 +201,7 @@ class Fake:
         self.busy = 0  # how many of the next replies are refused
         self.broken = ""  # paths that begin so answer 500
         self.long = 0  # replies of so many tokens
+        self.sent = 0.0  # when the last token of a reply went out
         self.asked: list[dict[str, Any]] = []
         self.listeners: list[asyncio.Queue[tuple[str, dict[str, Any]]]] = []
         self.notes: dict[str, str] = {}
@@ -343,6 +344,7 @@ class Fake:
                 await self.tell("alert", {**alert, "key": ""})
             due += 1 / self.speed / len(told)
             await asyncio.sleep(max(0.0, due - time.monotonic()))
+        self.sent = time.monotonic()
         clamped = {name: strength for name, strength in bias.items() if abs(used[name] - strength) > 1e-9}
         self.live[id] = self.as_trace(told[0])
         yield chunk(0, "", {"seed": 7, "steering": {"asked": bias, "used": used, "clamped": clamped}, "summary": {"mean": {}, "peak": {}, "last": {}, "top": []}, "alerts": told[0].alerts, "trace": id, "finish": "stop"}, "stop")
@@ -547,7 +549,7 @@ def app(fake: Fake) -> FastAPI:
         if fake.empty:
             return {"object": "list", "data": []}
         runs = [study("smollm2-135m"), study("qwen3-0.6b")]
-        return {"object": "list", "data": [{"id": run["id"], "model": run["model"], "created": run["created"], "findings": len(run["findings"]), "holds": run["counts"]["holds"]} for run in runs]}
+        return {"object": "list", "data": [{"id": run["id"], "model": run["model"], "created": run["created"], "findings": len(run["findings"]), "holds": run["counts"]["holds"], "counts": run["counts"]} for run in runs]}
 
     @made.get("/v1/studies/{id}")
     def one_study(id: str) -> Any:

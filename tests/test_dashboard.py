@@ -375,7 +375,7 @@ def test_dials_end_at_the_safe_range(window: Open) -> None:
     page.keyboard.press("Home")
     left = page.locator(".dials li").nth(1).locator("output").inner_text()
     assert left == "−0.035"
-    expect(page.locator(".budget")).to_contain_text("% of the safe range")
+    expect(page.locator(".budget")).to_contain_text("% of safe range")
     ask(page)
     finished(page)
     assert fake.asked[0]["emotion_bias"] == {"calm": 0.055, "desperate": -0.035}
@@ -515,25 +515,35 @@ def test_other_replies_can_be_followed(window: Open) -> None:
 
 
 def test_a_hundred_tokens_a_second_with_171_emotions(window: Open) -> None:
-    """Frames keep coming while a long reply arrives at full speed."""
+    """While a long reply arrives at full speed frames keep coming, the page works for a fraction of the time, and it is never behind."""
     fake = Fake(speed=100)
     fake.long = 500
     own = window(fake)
     page = own.go()
+    session = page.context.new_cdp_session(page)
+    session.send("Performance.enable")
     page.evaluate(
         "() => { window.frames_ = []; let last = performance.now();"
         " const tick = (now) => { window.frames_.push(now - last); last = now; requestAnimationFrame(tick); }; requestAnimationFrame(tick); }"
     )
+
+    def worked() -> float:
+        found = {metric["name"]: metric["value"] for metric in session.send("Performance.getMetrics")["metrics"]}
+        return sum(found[name] for name in ("ScriptDuration", "LayoutDuration", "RecalcStyleDuration"))
+
     ask(page)
-    expect(page.locator(".turn.assistant .run > span").nth(50)).to_be_visible()
+    tokens = page.locator(".turn.assistant .run > span")
+    expect(tokens.nth(50)).to_be_visible(timeout=20_000)
     page.evaluate("window.frames_.length = 0")
-    status = finished(page)
+    before, shown = worked(), tokens.count()
+    finished(page)
+    behind = time.monotonic() - fake.sent
+    work = (worked() - before) / (500 - shown) * 100
     frames = sorted(page.evaluate("window.frames_"))
-    rate = int(re.search(r"(\d+) a second", status.inner_text())[1])
-    late = frames[int(0.95 * len(frames))]
-    print(f"{rate} tokens a second, {len(frames)} frames, median {frames[len(frames) // 2]:.0f} ms, 95 % within {late:.0f} ms")
-    assert rate > 80, "the reply was slowed down"
-    assert frames[len(frames) // 2] < 40 and late < 120
+    middle, late = frames[len(frames) // 2], frames[int(0.95 * len(frames))]
+    print(f"frames: median {middle:.0f} ms, 95 % within {late:.0f} ms; {work:.2f} s of work for 100 tokens; {behind:.2f} s behind")
+    assert middle < 50 and late < 150
+    assert work < 0.6 and behind < 1.5
     assert page.locator(".turn.assistant .words").evaluate("node => node.textContent.length") > 2000
 
 

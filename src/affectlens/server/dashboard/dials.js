@@ -23,7 +23,7 @@ export class Dials {
     this.reset = button("Reset", () => { this.strengths.forEach((_, name) => this.strengths.set(name, 0)); this.build(); this.onchange(); }, { kind: "ghost small" });
     this.budget = make("div", { class: "budget" });
     this.node = make("section", { class: "panel steer", "aria-label": "Steering" },
-      make("header", {}, make("h2", {}, "Steer"), make("span", { class: "quiet" }, "strength in residual norms"), make("div", { class: "spring" }), this.budget, this.reset, this.add.node),
+      make("header", {}, make("h2", {}, "Steer"), make("span", { class: "quiet" }, "in residual norms"), make("div", { class: "spring" }), this.budget, this.reset, this.add.node),
       this.rows);
     onCatalog(() => this.catalogChanged());
   }
@@ -117,6 +117,6 @@ export class Dials {
     const percent = Math.round(100 * used);
     this.budget.replaceChildren(...(used === 0 ? [make("span", { class: "quiet" }, "nothing is added")]
       : [make("span", { class: "meter", vars: { "--share": String(Math.min(1, used)) } }), make("span", { class: used > 1 + 1e-9 ? "warn" : "quiet" },
-        Number.isFinite(used) ? (used > 1 + 1e-9 ? `${plain(used, 1)} times the safe range` : `${percent} % of the safe range`) : "beyond any safe range")]));
+        Number.isFinite(used) ? (used > 1 + 1e-9 ? `${plain(used, 1)} times the safe range` : `${percent} % of safe range`) : "beyond any safe range")]));
   }
 }

@@ -90,6 +90,7 @@ function searching(host) {
   async function load(anew) {
     const turn = ++wanted;
     if (anew) {
+      more.hidden = true;
       await filled(place, async () => {
         const page = await get(query("/v1/traces", { ...values(), limit: PAGE }));
         if (turn !== wanted) throw Object.assign(new Error(), { name: "AbortError" });

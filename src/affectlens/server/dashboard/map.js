@@ -9,7 +9,7 @@ const path = (name) => `#/map/${encodeURIComponent(name)}`;
 const go = (name) => { location.hash = path(name); };
 
 export function map() {
-  let selected = null, similar = new Map();
+  let selected = null, similar = new Map(), missing = "";
   const find = make("input", { type: "search", class: "field", placeholder: "Find an emotion", "aria-label": "Find an emotion", oninput: () => narrow(), onkeydown: (event) => {
     const first = event.key === "Enter" && names()[0];
     if (first) go(first);
@@ -39,7 +39,7 @@ export function map() {
     const places = placesOf(catalog.emotions);
     const without = catalog.names.length - places.size;
     tally.textContent = `${catalog.names.length} emotions, read at layer ${catalog.layer}`;
-    note.textContent = `Colour: likeness to the chosen emotion, red alike and blue contrary.${without ? ` ${without} emotions have no place in this plane; Clusters has them all.` : ""}`;
+    missing = without ? ` ${without} emotions have no place in this plane; Clusters has them all.` : "";
     plane.set({ places, dense: true });
     const groups = new Map();
     for (const emotion of catalog.emotions) {
@@ -53,6 +53,7 @@ export function map() {
   });
 
   function chosen() {
+    note.textContent = (selected ? "Colour: likeness to the chosen emotion, red alike and blue contrary." : "Each emotion where valence and arousal put it.") + missing;
     plane.set({ selected, values: (name) => (name === selected ? 4 : 4 * (similar.get(name) ?? NaN)) });
     for (const chip of clusters.querySelectorAll("a")) {
       if (chip.dataset.name === selected) chip.setAttribute("aria-current", "true");

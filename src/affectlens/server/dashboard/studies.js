@@ -37,7 +37,7 @@ function listed(host) {
 
 /** How many findings have which verdict, as a strip. */
 const tally = (counts) => make("div", { class: "tally" }, Object.entries(counts).filter(([, n]) => n).map(([verdict, n]) =>
-  make("div", { class: verdict, vars: { "--n": String(n) } }, make("i"), make("span", {}, verdict === "other" ? `${n} others` : `${n} ${verdict}`))));
+  make("div", { class: verdict, vars: { "--n": String(n) } }, make("i"), make("span", {}, verdict === "other" ? count(n, "other") : `${n} ${verdict}`))));
 
 function opened(host, id, otherId) {
   filled(host, async () => {
