@@ -514,12 +514,19 @@ def monitoring(result: dict[str, Any]) -> str:
 
     clock, batches, rounds = result["clock"], result["batches"], result["rounds"]
     seconds: dict[tuple[str, int], list[float]] = {}
+    over: dict[tuple[str, int], list[float]] = {}
     for entry in rounds:
+        timed: dict[tuple[str, int], list[float]] = {}
         for run in entry["runs"]:
-            seconds.setdefault((run["way"], run["batch"]), []).append(run[clock])
+            timed.setdefault((run["way"], run["batch"]), []).append(run[clock])
+        for (way, batch), own in timed.items():
+            seconds.setdefault((way, batch), []).extend(own)
+            # The n-th time in a round is held against the n-th time of plain generation there: they lie next to each other.
+            ratios = [mine / plain - 1 for mine, plain in zip(own, timed["plain", batch], strict=False)]
+            over.setdefault((way, batch), []).extend(ratios)
 
     def slower(way: str, batch: int) -> Estimate:
-        ratios = [mine / plain - 1 for mine, plain in zip(seconds[way, batch], seconds["plain", batch], strict=True)]
+        ratios = over[way, batch]
         return bootstrap(lambda index: statistics.median(ratios[i] for i in index), len(ratios))
 
     def shown(cost: Estimate) -> str:
@@ -556,7 +563,7 @@ def monitoring(result: dict[str, Any]) -> str:
     ]
     caption = (
         f"{result['tokens']} new tokens behind prompts of {low} to {high} tokens, greedy. {result['model']}, {result['dtype']}, "
-        f"{result['threads']} thread(s), {len(rounds)} rounds, medians with intervals of 95 % over rounds"
+        f"{result['threads']} thread(s), {len(rounds)} rounds, medians with intervals of 95 % over the times measured"
         f"{'' if clock == 'seconds' else ', processor time because the machine was shared'}, {result['date'][:10]}. "
         f"{machine['processor']} family {machine['family']} ({', '.join(machine['bf16']) or 'no bf16 instructions'}), "
         f"{machine['cores']} cores. Matrix-multiply peak {peak:.2f} TFLOP/s in {result['dtype']}, of which plain generation uses "

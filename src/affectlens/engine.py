@@ -89,8 +89,8 @@ class Reading:
 class Sampling:
     """How to generate. ``temperature=0`` is greedy. The seed belongs to the request: the batch it runs in does not matter.
 
-    With ``logprobs`` each token comes with its log-probability and the given number of likeliest tokens, before temperature, top-p
-    and top-k.
+    With ``logprobs`` each token comes with its log-probability and so many of the likeliest tokens, as the model has them: before
+    temperature, top-p and top-k.
     """
 
     max_tokens: int = 128

@@ -7,11 +7,12 @@ something else is not used; a model whose plain way is not sane is refused. ``af
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from affectlens.engine import Layout, Reading, Readout, Request, Sampling, Steering, Term, Where
+from affectlens.engine import Layout, Reading, Readout, Request, Result, Sampling, Steering, Term, Where
 from affectlens.errors import AffectlensError, EngineError, ModelSupportError
 
 if TYPE_CHECKING:
@@ -80,6 +81,9 @@ def examine(engine: HFEngine) -> tuple[list[tuple[str, str]], str | None]:
     together = _generated_together(engine, generating, [layout for layout, _ in alone])
     engine.generate_rows = engine.generate_rows if together <= limit else 1
     checks.append(("batched generation = alone", _way(together, together <= limit, "prompts are answered one by one instead")))
+    joined = _joined(engine, generating, limit) if engine.generate_rows > 1 else float("inf")
+    engine.can_join = joined <= limit
+    checks.append(("prompts that join a batch = alone", _way(joined, engine.can_join, "each is answered in its own")))
 
     reply_token = None
     if engine.tokenizer.chat_template:
@@ -142,6 +146,41 @@ def _generated_together(engine: HFEngine, requests: list[Request], layouts: list
         return together
     # A near tie may have ended one reply earlier: then only the prompts can be compared.
     return _difference(lambda: [_prompt_part(r) for r in read(rows)], [_prompt_part(r) for r in alone])
+
+
+def _joined(engine: HFEngine, requests: list[Request], limit: float) -> float:
+    """How much of what is read while generating changes when a request joins others, and when others leave before it."""
+    from affectlens.engines.batching import BatchSession, can_share
+
+    longer = [replace(request, sampling=Sampling(max_tokens=2 + n, temperature=0)) for n, request in enumerate(requests)]
+    try:
+        if not can_share(engine):
+            return float("inf")
+        alone = [_read(engine, [request])[0] for request in longer]
+        session = BatchSession(engine)
+        tickets, came = [], dict[int, Result | AffectlensError]()
+        for request in longer:
+            tickets.append(session.submit(request))
+            came |= dict(session.step())
+        while session.live:
+            came |= dict(session.step())
+    except AffectlensError:
+        raise
+    except Exception:  # as in _difference
+        return float("inf")
+    results = [result for ticket in tickets if isinstance(result := came[ticket], Result)]
+    pairs = [_while_alike((r.layout, r.readings[0]), want) for r, want in zip(results, alone, strict=True)]
+    if not all(got.positions[-1] >= result.layout.n_prompt for (got, _), result in zip(pairs, results, strict=True)):
+        return float("inf")
+    return max(_apart(got.values, want.values) for got, want in pairs)
+
+
+def _while_alike(a: tuple[Layout, Reading], b: tuple[Layout, Reading]) -> tuple[Reading, Reading]:
+    """Two readings as far as their tokens are the same: a near tie may have led to another one."""
+    n = next((i for i, (x, y) in enumerate(zip(a[0].ids, b[0].ids, strict=False)) if x != y), min(len(a[0]), len(b[0])))
+    return tuple(  # type: ignore[return-value]
+        Reading(r.values[:, r.positions < n], r.norms[:, r.positions < n], r.positions[r.positions < n]) for r in (a[1], b[1])
+    )
 
 
 def _apart(got: np.ndarray, want: np.ndarray) -> float:

@@ -27,6 +27,7 @@ from affectlens.engine import (
     Reading,
     Request,
     Result,
+    Session,
     batched,
     check_request,
     refuse_too_long,
@@ -134,8 +135,9 @@ class HFEngine(Engine):
         self.sharing_pays = SHARING_PAYS if self.device.type == "cpu" else SHARING_PAYS_ELSEWHERE
         self.can_pad = False
         self.can_pad_left = False
+        self.can_join = False
         self.generate_rows = GENERATE_ROWS
-        self._continuation = lru_cache(4096)(lambda text: tuple(self._encode(text, special=False)[0]))
+        self.continuation = lru_cache(4096)(lambda text: tuple(self._encode(text, special=False)[0]))
         checks, reply_token = examine(self)
         self.info = replace(self.info, checks=tuple(checks), reply_token=reply_token)
 
@@ -248,7 +250,7 @@ class HFEngine(Engine):
                 check_request(request, self.info)
             layouts = self._layouts(window)
             for layout, request in zip(layouts, window, strict=True):
-                longest = max((len(self._continuation(choice)) for choice in request.choices), default=0)
+                longest = max((len(self.continuation(choice)) for choice in request.choices), default=0)
                 refuse_too_long(len(layout) + longest, request, self.info)
             yield from self._run_window(window, layouts)
 
@@ -273,6 +275,11 @@ class HFEngine(Engine):
                 yield from (result for _, result in decode(self, [Row(job, request, layout)]))
             else:
                 yield results.pop(job)
+
+    def session(self) -> Session:
+        from affectlens.engines.batching import BatchSession
+
+        return BatchSession(self) if self.can_join else super().session()
 
     def unembed(self, residuals: np.ndarray) -> np.ndarray:
         # The model's own forward pass with the last block's output replaced: right for every family's norm, scale and soft cap.
@@ -373,7 +380,7 @@ class HFEngine(Engine):
         """The request's own row, told what is wanted of it, and one more for each choice of several tokens."""
         rows = [row]
         for c, choice in enumerate(row.request.choices):
-            ids = self._continuation(choice)
+            ids = self.continuation(choice)
             if not ids:
                 raise EngineError("a choice is empty: every choice needs at least one token")
             last = len(row.layout) - 1

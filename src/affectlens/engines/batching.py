@@ -1,0 +1,446 @@
+"""Requests that come and go and share forward passes all the same (continuous batching).
+
+The caches of transformers hold a batch whose rows are equally long: whoever joins would have to be padded, and everything copied.
+Here each row has a slot in which its own tokens stand from the beginning, whatever the others have (:class:`Slots`). To join is
+to copy the newcomer's keys and values into a free slot; to leave is to hand the slot on. The model is told by the attention mask
+which of a slot's places count, and the position of its one new token.
+
+This holds where what layers keep are keys and values, of all tokens or of a window, which is tried on load
+(:mod:`affectlens.engines.checks`). Recurrent states and compressed caches are something else: there each request is a batch of its
+own (:class:`affectlens.engine.Session`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from affectlens.engine import Reading, Request, Result, Sampling, Session, check_request, refuse_too_long
+from affectlens.engines.decode import (
+    Course,
+    Part,
+    Prompts,
+    Reply,
+    alike,
+    begin,
+    draw,
+    end_tokens,
+    logprobs_of,
+    may_grow,
+    partials,
+    reading_of,
+    starts_of,
+    unpooled,
+)
+from affectlens.engines.hf import GENERATE_TOKENS, Row
+from affectlens.engines.residual import Pass, Recorder, Stop, Taps
+from affectlens.errors import AffectlensError, EngineError
+from affectlens.layout import Layout
+
+if TYPE_CHECKING:
+    from affectlens.engines.hf import HFEngine
+
+BETWEEN = 4
+"""Of a pass's token budget a fourth may be spent on newcomers between two tokens of those that are there, and as much on requests
+that only read: what one token of a stream may have to wait for."""
+
+Came = list[tuple[int, Result | AffectlensError]]
+
+
+# ── the cache ──
+
+
+class _Layer(CacheLayerMixin):
+    """Keys and values of one layer, ``(slots, heads, places, D)``, of which a pass sees those in use.
+
+    Places outside a layer's window are kept as well, because each row's window ends elsewhere: the mask leaves them out.
+    """
+
+    is_sliding = False
+
+    def __init__(self, slots: Slots, window: int | None) -> None:
+        super().__init__()
+        self.slots, self.window = slots, window
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: there is room before a pass begins."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        slots = self.slots
+        assert self.keys is not None and self.values is not None
+        self.keys[slots.numbers, :, slots.places] = key_states[:, :, 0]
+        self.values[slots.numbers, :, slots.places] = value_states[:, :, 0]
+        n, width = len(slots.lengths), slots.width
+        return self.keys[:n, :, :width], self.values[:n, :, :width]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.slots.width, 0
+
+    def get_seq_length(self) -> int:
+        return self.slots.width - 1
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def take(self, keys: torch.Tensor, values: torch.Tensor, *, slot: int, length: int) -> None:
+        """Keep the newest keys and values ``(heads, T, D)`` of a newcomer with ``length`` tokens."""
+        self.keys = self._with_room(self.keys, keys, slot)
+        self.values = self._with_room(self.values, values, slot)
+        self.keys[slot, :, length - keys.shape[1] : length] = keys
+        self.values[slot, :, length - values.shape[1] : length] = values
+
+    def _with_room(self, held: torch.Tensor | None, new: torch.Tensor, slot: int) -> torch.Tensor:
+        """``held`` with a slot and places for the newcomer, and some slots more."""
+        slots, places = (0, 0) if held is None else (held.shape[0], held.shape[2])
+        if held is not None and slot < slots and self.slots.room <= places:
+            return held
+        grown = new.new_zeros(max(slots, 2 * slot, 1), new.shape[0], max(places, self.slots.room), new.shape[2])
+        if held is not None:
+            grown[:slots, :, :places] = held
+        return grown
+
+
+class Slots:
+    """A cache for passes over one new token of each row, whose rows come and go.
+
+    Args:
+        like: The cache of a pass over prompts: how many layers keep keys and values, and over which window.
+        device: Where masks and positions are wanted.
+        dtype: Of masks, where attention adds them; None where it asks which places count.
+    """
+
+    def __init__(self, like: Any, *, device: torch.device, dtype: torch.dtype | None) -> None:
+        self.device, self.dtype = device, dtype
+        self.lengths: list[int] = []
+        self.room = self.width = 0
+        self.layers = [_Layer(self, getattr(layer, "sliding_window", None)) for layer in like.layers]
+        self.windows = {layer.window for layer in self.layers}
+        self.cache = Cache(layers=[*self.layers])
+        self.numbers = self.places = torch.empty(0, dtype=torch.long)
+
+    def join(self, cache: Any, row: int, *, length: int, more: int) -> None:
+        """Take a row of another cache into the next slot.
+
+        Args:
+            cache: Of the pass over the newcomers' prompts, padded on the left.
+            row: Its number there.
+            length: How many tokens it has.
+            more: How many it may come to have behind them.
+        """
+        self.room = max(self.room, length + more)
+        for layer, other in zip(self.layers, cache.layers, strict=True):
+            first = max(0, other.keys.shape[2] - length)
+            keys, values = other.keys[row, :, first:], other.values[row, :, first:]
+            layer.take(keys, values, slot=len(self.lengths), length=length)
+        self.lengths.append(length)
+
+    def leave(self, slot: int) -> None:
+        """Free a slot: what the last one holds moves into it."""
+        length = self.lengths.pop()
+        last = len(self.lengths)
+        if slot != last:
+            self.lengths[slot] = length
+            for layer in self.layers:
+                assert layer.keys is not None and layer.values is not None
+                layer.keys[slot, :, :length] = layer.keys[last, :, :length]
+                layer.values[slot, :, :length] = layer.values[last, :, :length]
+        if not self.lengths:  # nothing is kept that a long request once needed
+            self.room = 0
+            for layer in self.layers:
+                layer.keys = layer.values = None
+
+    def begin(self) -> dict[str, Any]:
+        """Prepare a pass over one token of each row; what the model has to be given besides the tokens."""
+        lengths = torch.tensor(self.lengths)
+        self.width = int(lengths.max()) + 1
+        self.numbers = torch.arange(len(lengths), device=self.device)
+        self.places = lengths.to(self.device)
+        self.lengths = [length + 1 for length in self.lengths]
+        back = lengths[:, None] - torch.arange(self.width)
+        masks = {window: (back >= 0) & (back < (window or self.width)) for window in self.windows}
+        mask: Any = masks.get(None)
+        if self.windows == {None}:
+            mask = mask.long().to(self.device)
+        else:
+            made = {window: self._drawn_up(kept) for window, kept in masks.items()}
+            kinds = {"sliding_attention" if window else "full_attention": each for window, each in made.items()}
+            mask = kinds if len(kinds) > 1 else next(iter(kinds.values()))
+        return {"attention_mask": mask, "position_ids": self.places[:, None]}
+
+    def _drawn_up(self, kept: torch.Tensor) -> torch.Tensor:
+        """A mask as the model would have made it, ``(B, 1, 1, places)``: one by which it does not ask about windows any more."""
+        mask = kept[:, None, None].to(self.device)
+        if self.dtype is None:
+            return mask
+        return torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, torch.finfo(self.dtype).min)
+
+
+def _over_prompts(model: Any, input_ids: torch.Tensor, generation_config: Any = None, **model_kwargs: Any) -> Any:
+    """The model's own pass over a batch of prompts, with its cache."""
+    for name in ("logits_processor", "stopping_criteria", "synced_gpus"):
+        model_kwargs.pop(name, None)
+    return model._prefill(input_ids, generation_config, model_kwargs)
+
+
+# ── the session ──
+
+
+@dataclass
+class _Seat:
+    """A request that is being answered.
+
+    Args:
+        ticket: Its own.
+        reply: What was said so far.
+        prompt: What each readout saw of the prompt.
+        said: What it saw of the reply, a token each.
+    """
+
+    ticket: int
+    reply: Reply
+    prompt: dict[int, Part]
+    said: dict[int, list[Part]] = field(default_factory=dict)
+
+    def readings(self, width: int, _: int, layout: Layout, first: int = 0) -> tuple[Reading, ...]:
+        """Readings of a row from token ``first`` on; ``width`` is that of the residual."""
+        start = len(self.reply.row.layout)
+        out = []
+        for r, readout in enumerate(self.reply.row.request.readouts):
+            parts = [self.prompt[r]] if r in self.prompt and first < start else []
+            parts += self.said.get(r, [])[max(first - start, 0) :]
+            out.append(reading_of(readout, layout, parts, first=first, width=width))
+        return tuple(out)
+
+
+class BatchSession(Session):
+    """A session whose requests share forward passes, each with its own steering, readouts and seed.
+
+    Args:
+        engine: Whose model's caches keep all keys and values.
+    """
+
+    def __init__(self, engine: HFEngine) -> None:
+        self._hf = engine
+        self._tickets = itertools.count()
+        self._reads: deque[tuple[int, Request, Layout]] = deque()
+        self._waiting: deque[tuple[int, Row]] = deque()
+        self._seats: list[_Seat] = []
+        self._slots: Slots | None = None
+        self._takes_positions = "position_ids" in inspect.signature(engine.model.forward).parameters
+        self._ends = end_tokens(engine)
+        self._changed = True
+        self._course = Course(engine, [])
+        self._recorders: list[tuple[Recorder, list[tuple[int, int]]]] = []
+
+    @property
+    def live(self) -> int:
+        return len(self._reads) + len(self._waiting) + len(self._seats)
+
+    def submit(self, request: Request) -> int:
+        hf = self._hf
+        check_request(request, hf.info)
+        layout = hf.layout(request)
+        longest = max((len(hf.continuation(choice)) for choice in request.choices), default=0)
+        refuse_too_long(len(layout) + longest, request, hf.info)
+        ticket = next(self._tickets)
+        if request.sampling is None:
+            self._reads.append((ticket, request, layout))
+        else:
+            self._waiting.append((ticket, Row(ticket, request, layout)))
+        return ticket
+
+    def cancel(self, ticket: int) -> None:
+        self._reads = deque(entry for entry in self._reads if entry[0] != ticket)
+        self._waiting = deque(entry for entry in self._waiting if entry[0] != ticket)
+        self._leave([seat.ticket for seat in self._seats if seat.ticket == ticket])
+
+    def close(self) -> None:
+        self._reads.clear()
+        self._waiting.clear()
+        self._leave([seat.ticket for seat in self._seats])
+
+    def step(self) -> Came:
+        out, newcomers = self._read(), self._newcomers()
+        try:
+            if newcomers:
+                self._join(newcomers, out)
+            if self._seats:
+                self._advance(out)
+        except (AffectlensError, torch.OutOfMemoryError) as error:
+            # A pass is everybody's: what its caches hold cannot be trusted any more.
+            full = EngineError("the device's memory is full: serve fewer at once")
+            ended = {ticket for ticket, result in out if not isinstance(result, Result) or result.done}
+            concerned = dict.fromkeys([ticket for ticket, _ in newcomers] + [seat.ticket for seat in self._seats])
+            known = error if isinstance(error, AffectlensError) else full
+            out += [(ticket, known) for ticket in concerned if ticket not in ended]
+            self._leave([seat.ticket for seat in self._seats])
+        return out
+
+    # ── requests that only read ──
+
+    def _read(self) -> Came:
+        """Run some of the requests that only read; a long one is not divided."""
+        taken: list[tuple[int, Request, Layout]] = []
+        room = self._hf.token_budget // (BETWEEN if self._seats else 1)
+        while self._reads and (not taken or len(self._reads[0][2]) <= room):
+            taken.append(self._reads.popleft())
+            room -= len(taken[-1][2])
+        if not taken:
+            return []
+        try:
+            results = list(self._hf.run([request for _, request, _ in taken]))
+        except AffectlensError as error:
+            if len(taken) == 1:
+                return [(taken[0][0], error)]
+            # One of them is the reason: each on its own finds out which.
+            out: Came = []
+            for ticket, request, _ in taken:
+                try:
+                    out.append((ticket, next(self._hf.run([request]))))
+                except AffectlensError as own:
+                    out.append((ticket, own))
+            return out
+        return [(ticket, result) for (ticket, *_), result in zip(taken, results, strict=True)]
+
+    # ── newcomers ──
+
+    def _newcomers(self) -> list[tuple[int, Row]]:
+        """Who may join now: as many as there is room for, in the order in which they came."""
+        hf, taken = self._hf, list[tuple[int, Row]]()
+        room = hf.token_budget // BETWEEN
+        longest = max((_longest(seat.reply.row) for seat in self._seats), default=0)
+        while self._waiting:
+            ticket, row = self._waiting[0]
+            seats, longest = len(self._seats) + len(taken) + 1, max(longest, _longest(row))
+            widest = max(len(row), *(len(other) for _, other in taken), 0)
+            full = seats > hf.generate_rows or seats * longest > GENERATE_TOKENS
+            if (full and seats > 1) or (taken and ((len(taken) + 1) * widest > room or not hf.can_pad_left)):
+                break
+            taken.append((ticket, row))
+            self._waiting.popleft()
+        return taken
+
+    def _join(self, newcomers: Sequence[tuple[int, Row]], out: Came) -> None:
+        hf, rows = self._hf, [row for _, row in newcomers]
+        replies = [Reply(row, row.request.sampling or Sampling()) for row in rows]
+        starts = starts_of(rows)
+        prompts = Prompts(rows, starts, hf.device)
+        now = Pass(*Course(hf, rows).prompt(starts), prompts.recorders)
+        with torch.inference_mode(), Taps(hf.blocks, now.layers) as taps:
+            taps.current = now
+            made = begin(hf, replies, _over_prompts)
+        now.confirm()
+        seen = prompts.take()
+        if self._slots is None:
+            adds = hf.model.config.get_text_config(decoder=True)._attn_implementation == "eager"
+            self._slots = Slots(made.past_key_values, device=hf.device, dtype=hf.model.dtype if adds else None)
+        for n, ((ticket, row), reply) in enumerate(zip(newcomers, replies, strict=True)):
+            self._slots.join(made.past_key_values, n, length=len(row), more=reply.sampling.max_tokens + 1)
+            own = {r: seen[n, r] for r in range(len(row.request.readouts)) if (n, r) in seen}
+            self._seats.append(_Seat(ticket, reply, own))
+        self._changed = True
+        self._draw(self._seats[-len(rows) :], made.logits[:, -1].float(), out)
+
+    # ── a token further ──
+
+    def _advance(self, out: Came) -> None:
+        """One pass over the newest token of each; then the next one of each is drawn."""
+        hf, seats = self._hf, list(self._seats)
+        replies = [seat.reply for seat in seats]
+        if self._changed:
+            self._settle([reply.row for reply in replies])
+        recorders = [recorder for recorder, _ in self._recorders]
+        # Once nobody goes on, the last tokens are run for their readings alone, no further than those need.
+        over = all(reply.finish for reply in replies)
+        last = max(layer for recorder in recorders for layer in recorder.readout.layers) if over else None
+        now = Pass(*self._course.step(replies, [True] * len(replies)), recorders, last)
+        newest = torch.tensor([[reply.ids[-1]] for reply in replies], device=hf.device)
+        assert self._slots is not None, "whoever sits has a slot"
+        inputs = self._slots.begin()
+        if not self._takes_positions:
+            del inputs["position_ids"]
+        logits = torch.empty(0)
+        try:
+            with torch.inference_mode(), Taps(hf.blocks, now.layers) as taps:
+                taps.current = now
+                logits = hf.model(input_ids=newest, past_key_values=self._slots.cache, use_cache=True, **inputs).logits[:, -1]
+        except Stop:
+            pass
+        now.confirm()
+        for recorder, own in self._recorders:
+            for (n, r), (values, norms) in zip(own, recorder.results(), strict=True):
+                place = np.array([len(replies[n].row) + replies[n].fed])
+                seats[n].said.setdefault(r, []).append(Part(place, values, norms))
+        for reply in replies:
+            reply.fed += 1
+        self._tell(seats, out)
+        if not over:
+            row_of = {seat.ticket: n for n, seat in enumerate(seats)}
+            self._draw(self._seats, logits[[row_of[seat.ticket] for seat in self._seats]].float(), out)
+
+    def _settle(self, rows: list[Row]) -> None:
+        """Work out what is done for these rows at every token, until somebody comes or goes."""
+        self._changed = False
+        self._course = Course(self._hf, rows)
+        self._recorders = [
+            (Recorder(unpooled(readout), [np.array([n]) for n, _ in own], self._hf.device), own)
+            for readout, own in alike(rows)
+            if may_grow(readout.where)
+        ]
+
+    def _draw(self, seats: Sequence[_Seat], logits: torch.Tensor, out: Came) -> None:
+        replies = [seat.reply for seat in seats]
+        tokens = draw(logits, replies)
+        likely = logprobs_of(logits, replies, tokens)
+        for n, (reply, token) in enumerate(zip(replies, tokens, strict=True)):
+            reply.take(token, self._hf, self._ends, likely.get(n))
+        self._tell(seats, out)
+
+    def _tell(self, seats: Sequence[_Seat], out: Came) -> None:
+        """Hand out what is new of those whose newest token has been read, if it is to be, and let those go that have ended."""
+        width, ended = self._hf.info.width, []
+        for seat in (seat for seat in seats if not seat.reply.owes):
+            reply = seat.reply
+            if reply.row.request.stream:
+                out += [(seat.ticket, result) for _, result in partials({0: reply}, partial(seat.readings, width))]
+            if reply.finish:
+                layout = reply.grow()
+                readings = seat.readings(width, 0, layout)
+                out.append((seat.ticket, Result(reply.text, layout, readings, (), reply.finish, logprobs=tuple(reply.logprobs))))
+                ended.append(seat.ticket)
+        self._leave(ended)
+
+    def _leave(self, tickets: Sequence[int]) -> None:
+        for ticket in tickets:
+            n = next(n for n, seat in enumerate(self._seats) if seat.ticket == ticket)
+            assert self._slots is not None, "whoever sits has a slot"
+            self._slots.leave(n)
+            self._seats[n] = self._seats[-1]
+            self._seats.pop()
+            self._changed = True
+
+
+def _longest(row: Row) -> int:
+    assert row.request.sampling is not None
+    return len(row) + row.request.sampling.max_tokens
+
+
+def can_share(engine: HFEngine) -> bool:
+    """Whether what the layers of the model's cache keep are keys and values, of all tokens or of one window."""
+    row = Row(0, Request("A"), engine.layout(Request("A")))
+    with torch.inference_mode():
+        made = begin(engine, [Reply(row, Sampling(max_tokens=1))], _over_prompts)
+    layers = getattr(made.past_key_values, "layers", None) or [None]
+    windows = {getattr(layer, "sliding_window", None) for layer in layers} - {None}
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers) and len(windows) < 2
