@@ -116,7 +116,8 @@ function passage(words = "") {
   return ["…", words.slice(0, cut), make("mark", {}, words.slice(cut))];
 }
 
-const expectation = ([value, low, high]) => `${plain(value, value < 10 ? 1 : 0)} [${plain(low, low < 10 ? 1 : 0)}, ${plain(high, high < 10 ? 1 : 0)}]`;
+const rate = (value) => plain(value, value < 100 ? 1 : 0);
+const expectation = (three) => `${rate(three[0])} [${rate(three[1])}, ${rate(three[2])}]`;
 
 /** Mute a rule for a while. */
 function mutes(rule) {
@@ -265,7 +266,7 @@ function shown(found) {
   const scale = 10 ** Math.ceil(Math.log10(most));
   const at = (value) => `${(100 * Math.sqrt(Math.max(0, value) / scale)).toFixed(1)}%`; // roots: small rates matter most
   const rows = sources.map(([title, trial, without]) => make("div", { class: "trial" }, make("dt", {}, title), trial
-    ? make("dd", {}, make("span", { class: "rate" }, make("b", {}, plain(trial.per_thousand.value, 1)), make("span", {}, `[${plain(trial.per_thousand.low, 1)}, ${plain(trial.per_thousand.high, 1)}]`)),
+    ? make("dd", {}, make("span", { class: "rate" }, make("b", {}, rate(trial.per_thousand.value)), make("span", {}, `[${rate(trial.per_thousand.low)}, ${rate(trial.per_thousand.high)}]`)),
       make("span", { class: "interval", vars: { "--low": at(trial.per_thousand.low), "--high": at(trial.per_thousand.high), "--at": at(trial.per_thousand.value) }, role: "img", "aria-label": "rate with its 95 % interval" }, make("i"), make("b")),
       make("span", { class: "quiet" }, `${count(trial.alarmed, "reply", "replies")} of ${trial.turns.toLocaleString("en")} fired, in ${count(trial.conversations, "conversation")}`
         + (trial.next_thousand ? `; ${trial.next_thousand[0]} to ${trial.next_thousand[1]} in the next 1,000` : "")))

@@ -66,6 +66,7 @@ function fill(frame, run, list) {
     plot.begin = async () => {
       try {
         found = await get(`/v1/studies/${encodeURIComponent(run)}/figures/${encodeURIComponent(id)}`);
+        plot.parentNode.classList.toggle("across", Boolean(found.layout.meta?.wide));
         await plot.draw();
       } catch (error) {
         plot.replaceChildren(broken(error, plot.begin));

@@ -222,6 +222,8 @@ export function live() {
         clamped.length ? make("span", { class: "warn" }, `kept in the safe range: ${clamped.map(([name, strength]) => `${name} ${describe(strength, last.steering, name)}`).join(", ")}`) : null,
         last.trace && make("a", { href: `#/history/${encodeURIComponent(last.trace)}` }, "Stored conversation"));
       announce(`The reply ${words}, ${count(tokens, "token")}.`);
+      // The longer of the two replies has pulled the other one out of sight.
+      if (other && reader.transcript.turns[turn]) reader.transcript.turns[turn - 1]?.node.scrollIntoView({ block: "start" });
       if (last.trace) enrich(last.trace, conversation);
     }
   }

@@ -76,7 +76,7 @@ export class Reader {
     if (!catalog.names.length) return;
     this.places = placesOf(catalog.emotions);
     if (!this.names.length) {
-      this.names = catalog.watched.slice(0, 6);
+      this.names = catalog.watched.slice(0, 4); // as many as stand in one row
       this.view.name = this.names[0];
     }
     this.refresh();
