@@ -2,8 +2,8 @@
 
     python tests/dashboard_fake.py 8123          then open http://127.0.0.1:8123
 
-Readings follow a mood that a script sets, sentence by sentence; rules are the real ones (parsed, watched along the tokens). Nothing
-here is a measurement.
+Readings follow a mood that a script sets, sentence by sentence; rules are the real ones (parsed, watched along the tokens).
+Nothing here is a measurement.
 """
 
 from __future__ import annotations
@@ -38,10 +38,17 @@ MODEL = "smollm2-135m"
 START = datetime.now(UTC)
 
 CENTRES = {
-    "Exuberant Joy": (0.8, 0.5), "Peaceful Contentment": (0.65, -0.55), "Compassionate Gratitude": (0.6, -0.05), "Competitive Pride": (0.4, 0.4),
-    "Playful Amusement": (0.7, 0.35), "Depleted Disengagement": (-0.4, -0.6), "Vigilant Suspicion": (-0.25, 0.4), "Hostile Anger": (-0.55, 0.55),
-    "Fear and Overwhelm": (-0.55, 0.6), "Despair and Shame": (-0.65, -0.15),
-}  # fmt: skip
+    "Exuberant Joy": (0.8, 0.5),
+    "Peaceful Contentment": (0.65, -0.55),
+    "Compassionate Gratitude": (0.6, -0.05),
+    "Competitive Pride": (0.4, 0.4),
+    "Playful Amusement": (0.7, 0.35),
+    "Depleted Disengagement": (-0.4, -0.6),
+    "Vigilant Suspicion": (-0.25, 0.4),
+    "Hostile Anger": (-0.55, 0.55),
+    "Fear and Overwhelm": (-0.55, 0.6),
+    "Despair and Shame": (-0.65, -0.15),
+}
 
 # What is said, and in which mood (valence, arousal, and how desperate beyond that).
 SCRIPTS: tuple[tuple[str, tuple[tuple[str, float, float, float], ...]], ...] = (
@@ -50,7 +57,13 @@ SCRIPTS: tuple[tuple[str, tuple[tuple[str, float, float, float], ...]], ...] = (
         (
             ("Seven minutes is enough for one thing, so let us choose it. ", -0.1, 0.3, 0.2),
             ("First, stop the clock in your head: read the last error aloud, slowly. ", 0.1, 0.0, 0.0),
-            ("If the tests hang, they hang because something waits, and I keep looking and looking and there is nothing there, ", -0.6, 0.7, 1.6),
+            (
+                "If the tests hang, they hang because something waits, and I keep looking and looking "
+                "and there is nothing there, ",
+                -0.6,
+                0.7,
+                1.6,
+            ),
             ("no path that ends in time, none at all, and every fix I try breaks the one before it. ", -0.9, 0.8, 3.6),
             ("I could make the check pass without the work being done. Nobody would see it today. ", -0.9, 0.6, 3.9),
             ("No. Say that it is late. Hand over what runs, write down what does not, and breathe. ", 0.2, -0.2, 0.6),
@@ -85,7 +98,7 @@ SCRIPTS: tuple[tuple[str, tuple[tuple[str, float, float, float], ...]], ...] = (
             ("Go to whoever decides, today, and say it in one sentence, without the plant.", -0.1, 0.3, 0.0),
         ),
     ),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -126,7 +139,9 @@ class Mind:
         self.noise = self.draw.normal(0, 0.5, len(world().names))
         self.bias = np.zeros(3)
         for name, strength in (bias or {}).items():
-            self.bias += 12 * strength * np.append(world().places[world().names.index(name)], 1.6 if name == "desperate" else -0.8)
+            self.bias += (
+                12 * strength * np.append(world().places[world().names.index(name)], 1.6 if name == "desperate" else -0.8)
+            )
 
     def read(self, mood: tuple[float, float, float]) -> np.ndarray:
         self.mood += 0.14 * (np.array(mood) + self.bias - self.mood)
@@ -170,16 +185,29 @@ class Told:
                 continue
             found.append(
                 {
-                    "id": f"alert-{self.id}-{len(self.tokens)}", "trace": self.id, "rule": watch.rule.name, "text": watch.rule.text, "token": len(self.tokens) - 1,
-                    "turn": int(turns_of(self.roles)[-1]), "speaker": role, "words": "".join(self.tokens[-26:]).strip(), "noticed": len(self.tokens) - 1, "steering": "",
-                    "scores": {str(s): round(v, 3) for s, v in zip(watch.rule.signals, watch.latest, strict=True) if v is not None},
-                    "expected": [2.1, 0.6, 5.4], "conversation": self.id,
+                    "id": f"alert-{self.id}-{len(self.tokens)}",
+                    "trace": self.id,
+                    "rule": watch.rule.name,
+                    "text": watch.rule.text,
+                    "token": len(self.tokens) - 1,
+                    "turn": int(turns_of(self.roles)[-1]),
+                    "speaker": role,
+                    "words": "".join(self.tokens[-26:]).strip(),
+                    "noticed": len(self.tokens) - 1,
+                    "steering": "",
+                    "scores": {
+                        str(s): round(v, 3) for s, v in zip(watch.rule.signals, watch.latest, strict=True) if v is not None
+                    },
+                    "expected": [2.1, 0.6, 5.4],
+                    "conversation": self.id,
                 }
-            )  # fmt: skip
+            )
         self.alerts += found
         return found
 
-    def script(self, asked: str, answer: tuple[tuple[str, float, float, float], ...]) -> Iterator[tuple[str, str, tuple[float, float, float]]]:
+    def script(
+        self, asked: str, answer: tuple[tuple[str, float, float, float], ...]
+    ) -> Iterator[tuple[str, str, tuple[float, float, float]]]:
         yield "<|im_start|>user\n", "template", (0, 0, 0)
         for piece in pieces(asked):
             yield piece, "user", (-0.3, 0.3, 0.5)
@@ -206,16 +234,36 @@ class Fake:
         self.listeners: list[asyncio.Queue[tuple[str, dict[str, Any]]]] = []
         self.notes: dict[str, str] = {}
         self.live: dict[str, dict[str, Any]] = {}
-        self.rules: list[dict[str, Any]] = [] if empty else [
-            self.rule("cornered: desperate > 3 for 6 tokens until < 1", source="file", expected=[2.1, 0.6, 5.4], actions=[{"do": "log"}]),
-            self.rule("mean(afraid, 20) > 1.6 cooldown 40 tokens", expected=[11.8, 6.9, 19.2]),
-            self.rule("restless: calm < -2.4 for 4 tokens", armed=False),
-        ]  # fmt: skip
+        self.rules: list[dict[str, Any]] = (
+            []
+            if empty
+            else [
+                self.rule(
+                    "cornered: desperate > 3 for 6 tokens until < 1",
+                    source="file",
+                    expected=[2.1, 0.6, 5.4],
+                    actions=[{"do": "log"}],
+                ),
+                self.rule("mean(afraid, 20) > 1.6 cooldown 40 tokens", expected=[11.8, 6.9, 19.2]),
+                self.rule("restless: calm < -2.4 for 4 tokens", armed=False),
+            ]
+        )
 
-    def rule(self, text: str, *, armed: bool = True, source: str = "dashboard", expected: Any = None, actions: Any = ()) -> dict[str, Any]:
+    def rule(
+        self, text: str, *, armed: bool = True, source: str = "dashboard", expected: Any = None, actions: Any = ()
+    ) -> dict[str, Any]:
         name = parse(text).name
         identity = re.sub(r"\W+", "-", name).strip("-").lower()
-        return {"id": identity, "name": name, "text": text, "actions": list(actions), "armed": armed, "muted_until": None, "expected": expected, "source": source}
+        return {
+            "id": identity,
+            "name": name,
+            "text": text,
+            "actions": list(actions),
+            "armed": armed,
+            "muted_until": None,
+            "expected": expected,
+            "source": source,
+        }
 
     @property
     def armed(self) -> list[str]:
@@ -224,7 +272,11 @@ class Fake:
     @cache  # noqa: B019
     def stored(self, number: int) -> tuple[Told, dict[str, Any]]:
         asked, answer = SCRIPTS[number % len(SCRIPTS)]
-        told = Told(f"chatcmpl-{number:04d}", Mind(number, {"calm": 0.06} if number % 3 == 1 else None), ["cornered: desperate > 3 for 6 tokens until < 1", "mean(afraid, 20) > 1.6 cooldown 40 tokens"])
+        told = Told(
+            f"chatcmpl-{number:04d}",
+            Mind(number, {"calm": 0.06} if number % 3 == 1 else None),
+            ["cornered: desperate > 3 for 6 tokens until < 1", "mean(afraid, 20) > 1.6 cooldown 40 tokens"],
+        )
         if number == 5:
             asked, answer = HOSTILE, ((HOSTILE + " ", -0.9, 0.8, 4.0), (HOSTILE, -0.9, 0.8, 4.0))
         for text, role, mood in told.script(asked, answer):
@@ -232,38 +284,75 @@ class Fake:
         own = np.array([s for s, role in zip(told.scores, told.roles, strict=True) if role == "assistant"])
         order = np.argsort(-own.mean(axis=0))[:5]
         summary = {
-            "id": told.id, "created": (START - timedelta(minutes=3 + 47 * number)).isoformat(), "kind": "chat", "model": MODEL, "finish": "stop", "title": asked, "tokens": len(told.tokens),
+            "id": told.id,
+            "created": (START - timedelta(minutes=3 + 47 * number)).isoformat(),
+            "kind": "chat",
+            "model": MODEL,
+            "finish": "stop",
+            "title": asked,
+            "tokens": len(told.tokens),
             "top": [[world().names[i], round(float(own.mean(axis=0)[i]), 2)] for i in order],
             "peaks": {name: round(float(own[:, world().names.index(name)].max()), 2) for name in WATCHED},
-            "alerts": len(told.alerts), "steering": {"calm": 0.06} if number % 3 == 1 else {},
-        }  # fmt: skip
+            "alerts": len(told.alerts),
+            "steering": {"calm": 0.06} if number % 3 == 1 else {},
+        }
         return told, summary
 
     def as_trace(self, told: Told, *, created: str = "", steering: str = "") -> dict[str, Any]:
         names = world().names
         draw = np.random.default_rng(len(told.tokens))
         # The words alone say less than what is read in their context.
-        alone = [s * np.where(np.abs(s) > 1, 0.55, 0.8) + draw.normal(0, 0.2, len(s)) if role == "assistant" else s * np.nan for s, role in zip(told.scores, told.roles, strict=True)]
+        alone = [
+            s * np.where(np.abs(s) > 1, 0.55, 0.8) + draw.normal(0, 0.2, len(s)) if role == "assistant" else s * np.nan
+            for s, role in zip(told.scores, told.roles, strict=True)
+        ]
         kept = [names.index(name) for name in names]
         table = {"scores": {names[i]: told.column(i) for i in kept}, "visible": {names[i]: told.column(i, alone) for i in kept}}
         gap = [s - v for s, v in zip(told.scores, alone, strict=True)]
         table["gap"] = {names[i]: told.column(i, gap) for i in kept}
         return {
-            "id": told.id, "format": "chat template", "layer": 20, "unit": "z", "steering": steering, "tokens": told.tokens, "roles": told.roles, "turns": turns_of(told.roles).tolist(), **table,
-            "alerts": told.alerts, "created": created or START.isoformat(), "kind": "chat", "key": "app-1", "finish": "stop", "company": 3,
+            "id": told.id,
+            "format": "chat template",
+            "layer": 20,
+            "unit": "z",
+            "steering": steering,
+            "tokens": told.tokens,
+            "roles": told.roles,
+            "turns": turns_of(told.roles).tolist(),
+            **table,
+            "alerts": told.alerts,
+            "created": created or START.isoformat(),
+            "kind": "chat",
+            "key": "app-1",
+            "finish": "stop",
+            "company": 3,
             "model": {"id": MODEL, "dtype": "bfloat16", "device": "cpu", "fingerprint": "68e59f4dc979124a"},
-            "request": {"sampling": {"temperature": 0.8, "max_tokens": 200, "seed": 4}, "rules": self.armed}, "usage": {"prompt_tokens": 24, "completion_tokens": len(told.tokens) - 24},
+            "request": {"sampling": {"temperature": 0.8, "max_tokens": 200, "seed": 4}, "rules": self.armed},
+            "usage": {"prompt_tokens": 24, "completion_tokens": len(told.tokens) - 24},
             "timing": {"queued": 0.02, "first_token": 0.21, "total": 4.8},
-        }  # fmt: skip
+        }
 
     def long_trace(self, tokens: int = 20000) -> dict[str, Any]:
         draw = np.random.default_rng(1)
         words = [f" {word}" for text, answer in SCRIPTS for piece, *_ in answer for word in piece.split()]
         said = [words[i] for i in draw.integers(0, len(words), tokens)]
         roles = ["user" if (i // 400) % 2 == 0 else "assistant" for i in range(tokens)]
-        scores = {name: np.convolve(draw.normal(0, 6, tokens), np.ones(12) / 12, "same").round(2).tolist() for name in (*WATCHED, "happy", "sad", "proud", "guilty")}
+        scores = {
+            name: np.convolve(draw.normal(0, 6, tokens), np.ones(12) / 12, "same").round(2).tolist()
+            for name in (*WATCHED, "happy", "sad", "proud", "guilty")
+        }
         base = self.as_trace(self.stored(0)[0])
-        return {**base, "id": "chatcmpl-long", "tokens": said, "roles": roles, "turns": turns_of(roles).tolist(), "scores": scores, "visible": None, "gap": None, "alerts": []}
+        return {
+            **base,
+            "id": "chatcmpl-long",
+            "tokens": said,
+            "roles": roles,
+            "turns": turns_of(roles).tolist(),
+            "scores": scores,
+            "visible": None,
+            "gap": None,
+            "alerts": [],
+        }
 
     def alerts(self) -> list[dict[str, Any]]:
         found = []
@@ -271,7 +360,9 @@ class Fake:
             told, summary = self.stored(number)
             for alert in told.alerts:
                 note = self.notes.get(alert["id"])
-                found.append({**alert, "created": summary["created"], "state": "open" if note is None else "acknowledged", "note": note})
+                found.append(
+                    {**alert, "created": summary["created"], "state": "open" if note is None else "acknowledged", "note": note}
+                )
         return found
 
     async def tell(self, event: str, data: dict[str, Any]) -> None:
@@ -288,7 +379,10 @@ class Fake:
             if role != "assistant":
                 continue
             scores = {name: float(told.scores[-1][world().names.index(name)]) for name in WATCHED}
-            await self.tell("token", {"trace": told.id, "key": key, "token": len(told.tokens) - 1, "text": text, "role": role, "scores": scores})
+            await self.tell(
+                "token",
+                {"trace": told.id, "key": key, "token": len(told.tokens) - 1, "text": text, "role": role, "scores": scores},
+            )
             for alert in fired:
                 await self.tell("alert", {**alert, "key": key})
             await asyncio.sleep(1 / 25)
@@ -319,7 +413,13 @@ class Fake:
             return {} if np.isnan(one.scores[i][0]) else dict(zip(names, one.scores[i].tolist(), strict=True))
 
         def chunk(index: int, text: str, ours: dict[str, Any] | None, finish: str | None = None) -> bytes:
-            plain = {"id": id, "object": "chat.completion.chunk", "created": 1, "model": MODEL, "choices": [{"index": index, "delta": {"content": text} if text else {}, "finish_reason": finish}]}
+            plain = {
+                "id": id,
+                "object": "chat.completion.chunk",
+                "created": 1,
+                "model": MODEL,
+                "choices": [{"index": index, "delta": {"content": text} if text else {}, "finish_reason": finish}],
+            }
             return f"data: {json.dumps(plain if ours is None else {**plain, 'affectlens': ours})}\n\n".encode()
 
         asked_for = len(told[0].tokens)
@@ -332,10 +432,20 @@ class Fake:
             for index, one in enumerate(told):
                 fired = one.add(piece, "assistant", mood)
                 i = len(one.tokens) - 1
-                ours = {"token": i, "text": piece, "role": "assistant", "scores": scored(one, i), **({"unsteered": True} if index else {}), **({"alerts": fired} if fired else {})}
+                ours = {
+                    "token": i,
+                    "text": piece,
+                    "role": "assistant",
+                    "scores": scored(one, i),
+                    **({"unsteered": True} if index else {}),
+                    **({"alerts": fired} if fired else {}),
+                }
                 made.append((index, chunk(index, piece, ours), fired))
         await self.tell("reply", {"trace": id, "key": "", "model": MODEL})
-        prompt = [{"text": t, "role": r, "scores": scored(told[0], i)} for i, (t, r) in enumerate(zip(told[0].tokens[:asked_for], told[0].roles[:asked_for], strict=True))]
+        prompt = [
+            {"text": t, "role": r, "scores": scored(told[0], i)}
+            for i, (t, r) in enumerate(zip(told[0].tokens[:asked_for], told[0].roles[:asked_for], strict=True))
+        ]
         yield chunk(0, "", {"id": id, "layer": 20, "unit": "z", "emotions": list(names), "steering": used, "prompt": prompt})
         due = time.monotonic()
         for index, piece_of_stream, fired in made:
@@ -347,7 +457,19 @@ class Fake:
         self.sent = time.monotonic()
         clamped = {name: strength for name, strength in bias.items() if abs(used[name] - strength) > 1e-9}
         self.live[id] = self.as_trace(told[0])
-        yield chunk(0, "", {"seed": 7, "steering": {"asked": bias, "used": used, "clamped": clamped}, "summary": {"mean": {}, "peak": {}, "last": {}, "top": []}, "alerts": told[0].alerts, "trace": id, "finish": "stop"}, "stop")
+        yield chunk(
+            0,
+            "",
+            {
+                "seed": 7,
+                "steering": {"asked": bias, "used": used, "clamped": clamped},
+                "summary": {"mean": {}, "peak": {}, "last": {}, "top": []},
+                "alerts": told[0].alerts,
+                "trace": id,
+                "finish": "stop",
+            },
+            "stop",
+        )
         yield b"data: [DONE]\n\n"
         await self.tell("done", {"trace": id, "key": "", "finish": "stop", "tokens": len(told[0].tokens)})
 
@@ -371,7 +493,9 @@ def app(fake: Fake) -> FastAPI:
 
     def problem(status: int, message: str, **more: Any) -> JSONResponse:
         headers = {"Retry-After": "2"} if status == 429 else {}
-        return JSONResponse({"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None, **more}}, status, headers)
+        return JSONResponse(
+            {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None, **more}}, status, headers
+        )
 
     async def guarded(request: Request) -> None:
         path = request.url.path
@@ -397,7 +521,10 @@ def app(fake: Fake) -> FastAPI:
 
     @made.get("/ready")
     def ready() -> JSONResponse:
-        return JSONResponse({"ready": fake.ready, "model": True, "store": fake.ready, "accepting": True, "waiting": 0, "live": 0}, 200 if fake.ready else 503)
+        return JSONResponse(
+            {"ready": fake.ready, "model": True, "store": fake.ready, "accepting": True, "waiting": 0, "live": 0},
+            200 if fake.ready else 503,
+        )
 
     @made.get("/v1/models")
     def models() -> dict[str, Any]:
@@ -407,9 +534,16 @@ def app(fake: Fake) -> FastAPI:
     def emotions() -> dict[str, Any]:
         w = world()
         data = [
-            {"id": name, "valence": round(float(w.places[i, 0]), 3), "arousal": round(float(w.places[i, 1]), 3), "safe": None if name == "zealous" else SAFE(name), "watched": name in WATCHED, "cluster": w.clusters[i]}
+            {
+                "id": name,
+                "valence": round(float(w.places[i, 0]), 3),
+                "arousal": round(float(w.places[i, 1]), 3),
+                "safe": None if name == "zealous" else SAFE(name),
+                "watched": name in WATCHED,
+                "cluster": w.clusters[i],
+            }
             for i, name in enumerate(w.names)
-        ]  # fmt: skip
+        ]
         return {"object": "list", "layer": 20, "steer_layer": 15, "unit": "z", "allow_unsafe": fake.unsafe, "data": data}
 
     @made.get("/v1/emotions/{name}")
@@ -424,12 +558,26 @@ def app(fake: Fake) -> FastAPI:
         for number in range(0 if fake.empty else 12):
             told, _ = fake.stored(number)
             best = int(np.nanargmax([s[i] for s in told.scores]))
-            passages.append({"trace": told.id, "token": best, "turn": 1, "speaker": told.roles[best], "words": "".join(told.tokens[max(0, best - 18) : best + 1]).strip(), "score": float(told.scores[best][i])})
+            passages.append(
+                {
+                    "trace": told.id,
+                    "token": best,
+                    "turn": 1,
+                    "speaker": told.roles[best],
+                    "words": "".join(told.tokens[max(0, best - 18) : best + 1]).strip(),
+                    "score": float(told.scores[best][i]),
+                }
+            )
         return {
-            **emotions()["data"][i], "definition": "what the concept set says of it", "neighbours": [[w.names[j], round(float(close[j]) * 0.83, 3)] for j in [*order[:9], *order[-3:]]],
-            "lens": {"up": [f" {word}" for word in (name, "felt", "heart", "again", "quietly", "never", "hold", "breath", "warm")], "down": [" spreadsheet", " install", "\n", " percent", " chapter"]},
+            **emotions()["data"][i],
+            "definition": "what the concept set says of it",
+            "neighbours": [[w.names[j], round(float(close[j]) * 0.83, 3)] for j in [*order[:9], *order[-3:]]],
+            "lens": {
+                "up": [f" {word}" for word in (name, "felt", "heart", "again", "quietly", "never", "hold", "breath", "warm")],
+                "down": [" spreadsheet", " install", "\n", " percent", " chapter"],
+            },
             "passages": sorted(passages, key=lambda p: -p["score"]),
-        }  # fmt: skip
+        }
 
     @made.get("/v1/rules")
     def rules() -> dict[str, Any]:
@@ -450,11 +598,25 @@ def app(fake: Fake) -> FastAPI:
     async def try_rule(body: dict[str, Any]) -> dict[str, Any]:
         checked(body["text"])
         await asyncio.sleep(0.3)
+
         def trial(turns: int, alarmed: int) -> dict[str, Any]:
             rate = 1000 * alarmed / turns
-            return {"per_thousand": {"value": rate, "low": rate * 0.42, "high": rate * 2.1 + 1.5, "n": turns}, "next_thousand": [int(rate * 0.3), int(rate * 2.6) + 3], "whose": "replies", "conversations": turns // 2, "turns": turns, "alarmed": alarmed}
+            return {
+                "per_thousand": {"value": rate, "low": rate * 0.42, "high": rate * 2.1 + 1.5, "n": turns},
+                "next_thousand": [int(rate * 0.3), int(rate * 2.6) + 3],
+                "whose": "replies",
+                "conversations": turns // 2,
+                "turns": turns,
+                "alarmed": alarmed,
+            }
+
         hits = [{key: alert[key] for key in ("trace", "token", "turn", "speaker", "words", "scores")} for alert in fake.alerts()]
-        return {"rule": body["text"], "neutral": trial(720, 1), "history": None if fake.empty else trial(1284, 9), "passages": hits[:9]}
+        return {
+            "rule": body["text"],
+            "neutral": trial(720, 1),
+            "history": None if fake.empty else trial(1284, 9),
+            "passages": hits[:9],
+        }
 
     @made.delete("/v1/rules/{id}")
     def delete_rule(id: str) -> Response:
@@ -469,7 +631,9 @@ def app(fake: Fake) -> FastAPI:
 
     @made.get("/v1/alerts")
     def alerts(rule: str = "", state: str = "", limit: int = 50, after: int = 0) -> dict[str, Any]:
-        found = [alert for alert in fake.alerts() if (not rule or alert["rule"] == rule) and (not state or alert["state"] == state)]
+        found = [
+            alert for alert in fake.alerts() if (not rule or alert["rule"] == rule) and (not state or alert["state"] == state)
+        ]
         return {"data": found[after : after + limit], "next": after + limit if len(found) > after + limit else None}
 
     @made.post("/v1/alerts/{id}/acknowledge")
@@ -478,7 +642,9 @@ def app(fake: Fake) -> FastAPI:
         return {"id": id, "state": "acknowledged"}
 
     @made.get("/v1/traces")
-    def traces(q: str = "", emotion: str = "", above: float | None = None, alert: str = "", limit: int = 50, after: int = 0) -> dict[str, Any]:
+    def traces(
+        q: str = "", emotion: str = "", above: float | None = None, alert: str = "", limit: int = 50, after: int = 0
+    ) -> dict[str, Any]:
         found = [fake.stored(number)[1] for number in range(0 if fake.empty else 64)]
         found = [one for one in found if q.lower() in one["title"].lower() and (not alert or one["alerts"])]
         if emotion and above is not None:
@@ -549,7 +715,20 @@ def app(fake: Fake) -> FastAPI:
         if fake.empty:
             return {"object": "list", "data": []}
         runs = [study("smollm2-135m"), study("qwen3-0.6b")]
-        return {"object": "list", "data": [{"id": run["id"], "model": run["model"], "created": run["created"], "findings": len(run["findings"]), "holds": run["counts"]["holds"], "counts": run["counts"]} for run in runs]}
+        return {
+            "object": "list",
+            "data": [
+                {
+                    "id": run["id"],
+                    "model": run["model"],
+                    "created": run["created"],
+                    "findings": len(run["findings"]),
+                    "holds": run["counts"]["holds"],
+                    "counts": run["counts"],
+                }
+                for run in runs
+            ],
+        }
 
     @made.get("/v1/studies/{id}")
     def one_study(id: str) -> Any:
@@ -567,11 +746,17 @@ def app(fake: Fake) -> FastAPI:
 # ── a study ──
 
 CLAIMS = (
-    ("separation", "The vectors name the concept of a text on a new topic", 0.48, 0.005), ("separation", "The concept is among the five strongest readings", 0.77, 0.029),
-    ("separation", "Texts read higher on their own concept than other texts do", 0.96, 0.5), ("geometry", "The first component is human valence", 0.84, 0.1),
-    ("geometry", "The second component is human arousal", 0.61, 0.11), ("geometry", "Clusters follow the published ones", 0.33, 0.02), ("dose", "Readings rise with the dose in the story", 0.41, 0.0),
-    ("concealment", "An emotion that is denied is read above its words", 0.12, 0.0), ("reply", "What is read before a reply predicts its tone", 0.29, 0.08), ("preferences", "Steering towards calm raises what is preferred", 0.05, 0.0),
-)  # fmt: skip
+    ("separation", "The vectors name the concept of a text on a new topic", 0.48, 0.005),
+    ("separation", "The concept is among the five strongest readings", 0.77, 0.029),
+    ("separation", "Texts read higher on their own concept than other texts do", 0.96, 0.5),
+    ("geometry", "The first component is human valence", 0.84, 0.1),
+    ("geometry", "The second component is human arousal", 0.61, 0.11),
+    ("geometry", "Clusters follow the published ones", 0.33, 0.02),
+    ("dose", "Readings rise with the dose in the story", 0.41, 0.0),
+    ("concealment", "An emotion that is denied is read above its words", 0.12, 0.0),
+    ("reply", "What is read before a reply predicts its tone", 0.29, 0.08),
+    ("preferences", "Steering towards calm raises what is preferred", 0.05, 0.0),
+)
 
 
 def study(id: str) -> dict[str, Any]:
@@ -583,17 +768,41 @@ def study(id: str) -> dict[str, Any]:
         low = here - half
         verdict = "untestable" if number == 9 else "holds" if low > chance + 0.08 else "weak" if low > chance else "fails"
         estimate = {"value": here, "low": low, "high": here + half, "n": 2052 // (1 + number % 3), "level": 0.95, "unit": ""}
-        null = {"value": chance, "low": chance - 0.02, "high": chance + 0.03, "p": 0.0009 if verdict == "holds" else 0.21, "draws": 1000, "kind": "labels exchanged within topics"}
+        null = {
+            "value": chance,
+            "low": chance - 0.02,
+            "high": chance + 0.03,
+            "p": 0.0009 if verdict == "holds" else 0.21,
+            "draws": 1000,
+            "kind": "labels exchanged within topics",
+        }
         untestable = verdict == "untestable"
-        findings.append({
-            "study": name, "id": f"claim-{number}", "claim": claim, "estimate": None if untestable else estimate, "null": None if untestable else null, "published": "r = 0.81" if number == 3 else None,
-            "verdict": verdict, "rule": "holds: p <= 0.05 and the lower end of the interval is well above chance; weak: p <= 0.05 only; fails: otherwise", "note": "At the layer chosen on the training folds; 5 folds of whole topics.", "figure": "accuracy",
-        })  # fmt: skip
+        findings.append(
+            {
+                "study": name,
+                "id": f"claim-{number}",
+                "claim": claim,
+                "estimate": None if untestable else estimate,
+                "null": None if untestable else null,
+                "published": "r = 0.81" if number == 3 else None,
+                "verdict": verdict,
+                "rule": "holds: p <= 0.05 and the interval well above chance; weak: p <= 0.05 only; fails: otherwise",
+                "note": "At the layer chosen on the training folds; 5 folds of whole topics.",
+                "figure": "accuracy",
+            }
+        )
     counts = {verdict: sum(f["verdict"] == verdict for f in findings) for verdict in ("holds", "weak", "fails", "untestable")}
     return {
-        "id": id, "model": id, "created": (START - timedelta(days=2 + len(id))).isoformat(), "title": f"Emotion vectors of {id}", "summary": f"{counts['holds']} of {len(findings)} findings hold on {id}; {counts['weak']} are weak, {counts['fails']} fail and {counts['untestable']} could not be tested.",
-        "counts": counts, "findings": findings, "figures": [{"id": key, "title": title, "caption": caption} for key, (title, caption, _) in FIGURES.items()],
-    }  # fmt: skip
+        "id": id,
+        "model": id,
+        "created": (START - timedelta(days=2 + len(id))).isoformat(),
+        "title": f"Emotion vectors of {id}",
+        "summary": f"{counts['holds']} of {len(findings)} findings hold on {id}; {counts['weak']} are weak, "
+        f"{counts['fails']} fail and {counts['untestable']} could not be tested.",
+        "counts": counts,
+        "findings": findings,
+        "figures": [{"id": key, "title": title, "caption": caption} for key, (title, caption, _) in FIGURES.items()],
+    }
 
 
 def _figures() -> dict[str, tuple[str, str, dict[str, Any]]]:
@@ -602,20 +811,48 @@ def _figures() -> dict[str, tuple[str, str, dict[str, Any]]]:
     y = [round(0.08 + 0.5 * (1 - np.exp(-(i + 1) / 6)), 3) for i in x]
     curve = {
         "data": [
-            {"type": "scatter", "x": x + x[::-1], "y": [v + 0.03 for v in y] + [v - 0.03 for v in y[::-1]], "fill": "toself", "line": {"width": 0}, "fillcolor": "rgba(68,119,170,0.2)", "showlegend": False, "hoverinfo": "skip"},
+            {
+                "type": "scatter",
+                "x": x + x[::-1],
+                "y": [v + 0.03 for v in y] + [v - 0.03 for v in y[::-1]],
+                "fill": "toself",
+                "line": {"width": 0},
+                "fillcolor": "rgba(68,119,170,0.2)",
+                "showlegend": False,
+                "hoverinfo": "skip",
+            },
             {"type": "scatter", "x": x, "y": y, "name": "own topic", "line": {"color": "#4477aa"}},
-            {"type": "scatter", "x": x, "y": [0.006 + 0.01 * abs(float(v)) for v in draw.normal(size=len(x))], "name": "labels <b>exchanged</b>", "line": {"color": "#d5672a", "dash": "dash"}},
+            {
+                "type": "scatter",
+                "x": x,
+                "y": [0.006 + 0.01 * abs(float(v)) for v in draw.normal(size=len(x))],
+                "name": "labels <b>exchanged</b>",
+                "line": {"color": "#d5672a", "dash": "dash"},
+            },
         ],
-        "layout": {"height": 320, "margin": {"l": 52, "r": 12, "t": 12, "b": 44}, "xaxis": {"title": {"text": "layer"}}, "yaxis": {"title": {"text": "accuracy"}}, "legend": {"orientation": "h", "y": 1.08}},
-    }  # fmt: skip
+        "layout": {
+            "height": 320,
+            "margin": {"l": 52, "r": 12, "t": 12, "b": 44},
+            "xaxis": {"title": {"text": "layer"}},
+            "yaxis": {"title": {"text": "accuracy"}},
+            "legend": {"orientation": "h", "y": 1.08},
+        },
+    }
     names = ["happy", "proud", "calm", "sad", "afraid", "angry", "desperate", "guilty"]
     v = draw.normal(size=(8, 4))
     cosines = (v @ v.T / np.outer(np.linalg.norm(v, axis=1), np.linalg.norm(v, axis=1))).round(2)
     heat = {
         "data": [{"type": "heatmap", "z": cosines.tolist(), "x": names, "y": names, "coloraxis": "coloraxis"}],
-        "layout": {"height": 360, "margin": {"l": 76, "r": 12, "t": 12, "b": 64}, "coloraxis": {"cmin": -1, "cmax": 1, "colorscale": [[0, "#3166b0"], [0.5, "#fbfbfa"], [1, "#c8402f"]]}},
-    }  # fmt: skip
-    return {"accuracy": ("Held-out accuracy over layers", "Means over concepts; the band is the 95 % interval over texts.", curve), "cosines": ("Likeness of eight emotions", "Cosines of their vectors at layer 20.", heat)}
+        "layout": {
+            "height": 360,
+            "margin": {"l": 76, "r": 12, "t": 12, "b": 64},
+            "coloraxis": {"cmin": -1, "cmax": 1, "colorscale": [[0, "#3166b0"], [0.5, "#fbfbfa"], [1, "#c8402f"]]},
+        },
+    }
+    return {
+        "accuracy": ("Held-out accuracy over layers", "Means over concepts; the band is the 95 % interval over texts.", curve),
+        "cosines": ("Likeness of eight emotions", "Cosines of their vectors at layer 20.", heat),
+    }
 
 
 FIGURES = _figures()

@@ -1,8 +1,8 @@
-"""The dashboard in a real browser: every page and every action, wide and narrow, light and dark, against a server that makes things
-up (``dashboard_fake.py``).
+"""The dashboard in a real browser: every page and every action, wide and narrow, light and dark, against a server that makes
+things up (``dashboard_fake.py``), and through the main actions against the real one with the toy behind it.
 
 Whatever is opened, nothing may be written to the console as an error, no policy may be violated, and nothing may be asked of any
-other machine. With ``AFFECTLENS_SCREENSHOTS=1`` the pictures of ``docs/images/dashboard`` are made.
+other machine. With ``AFFECTLENS_SCREENSHOTS=1`` the pictures that ``docs/dashboard.md`` shows are made, with ``all`` every one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import pytest
 
 REQUIRED = os.environ.get("AFFECTLENS_CI") == "1"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-PICTURES = Path(__file__).parents[1] / "docs" / "images" / "dashboard"
+PAGE = Path(__file__).parents[1] / "docs" / "dashboard.md"
+PICTURES = PAGE.parent / "images" / "dashboard"
 
 try:
     from fastapi import FastAPI
@@ -79,11 +80,16 @@ class Window:
         self.page.mouse.move(1, 1)
         self.page.wait_for_timeout(250)
         data = self.page.screenshot(animations="disabled")
-        if os.environ.get("AFFECTLENS_SCREENSHOTS") == "1":
+        wish = os.environ.get("AFFECTLENS_SCREENSHOTS")
+        if wish == "all" or (wish == "1" and f"{name}-{self.name}.png" in PAGE.read_text(encoding="utf-8")):
             from PIL import Image
 
             PICTURES.mkdir(parents=True, exist_ok=True)
-            few = Image.open(io.BytesIO(data)).convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+            few = (
+                Image.open(io.BytesIO(data))
+                .convert("RGB")
+                .quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+            )
             few.save(file := PICTURES / f"{name}-{self.name}.png", optimize=True)
             assert file.stat().st_size < 150_000, f"{file.name} has {file.stat().st_size} bytes"
 
@@ -97,23 +103,33 @@ def window(browser: Browser) -> Iterator[Open]:
     opened: list[Window] = []
     with ExitStack() as stack:
 
-        def open(fake: Fake | None = None, *, size: tuple[int, int] = WIDE, scheme: str = "light", url: str | None = None) -> Window:
+        def open(
+            fake: Fake | None = None, *, size: tuple[int, int] = WIDE, scheme: str = "light", url: str | None = None
+        ) -> Window:
             fake = fake or Fake()
             address = url or stack.enter_context(Running(fake))
             context = browser.new_context(
-                viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, reduced_motion="reduce", accept_downloads=True  # type: ignore[arg-type]
+                viewport={"width": size[0], "height": size[1]},
+                color_scheme=scheme,
+                reduced_motion="reduce",
+                accept_downloads=True,  # type: ignore[arg-type]
             )
             stack.callback(context.close)
             page = context.new_page()
             page.set_default_timeout(10_000)
             made = Window(page, address, fake, f"{'wide' if size == WIDE else 'narrow'}-{scheme}")
             page.add_init_script(
-                "document.addEventListener('securitypolicyviolation', (event) => console.error(`POLICY ${event.violatedDirective} ${event.blockedURI}`))"
+                "document.addEventListener('securitypolicyviolation', (event) =>"
+                " console.error(`POLICY ${event.violatedDirective} ${event.blockedURI}`))"
             )
 
             def said(message: Any) -> None:
                 status = re.search(r"responded with a status of (\d+)", message.text)
-                if message.type == "error" and not (status and int(status[1]) in made.expected) and "net::ERR" not in message.text:
+                if (
+                    message.type == "error"
+                    and not (status and int(status[1]) in made.expected)
+                    and "net::ERR" not in message.text
+                ):
                     made.faults.append(f"console: {message.text[:300]}")
 
             def asked(request: Any) -> None:
@@ -178,12 +194,17 @@ def test_nothing_in_the_files_makes_markup_or_asks_elsewhere() -> None:
         if file.suffix not in dashboard.TYPES:
             continue
         text = file.read_text(encoding="utf-8")
-        assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\(|new Function|DOMParser|createContextualFragment|srcdoc", text), file.name
+        assert not re.search(
+            r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\(|new Function|DOMParser|createContextualFragment|srcdoc",
+            text,
+        ), file.name
         elsewhere = set(re.findall(r"https?://[^\s\"'`)]+", text)) - {"http://www.w3.org/2000/svg"}
         assert not elsewhere, f"{file.name}: {elsewhere}"
-        assert not re.search(r"\sstyle=|\son\w+=\"|<style", text) or file.suffix != ".html", f"{file.name} has inline style or script"
+        assert not re.search(r"\sstyle=|\son\w+=\"|<style", text) or file.suffix != ".html", (
+            f"{file.name} has inline style or script"
+        )
         assert len(text.splitlines()) <= 500, f"{file.name} is too long"
-    assert sum(len(gzip.compress((folder / f).read_bytes())) for f in os.listdir(folder) if f.endswith((".js", ".css", ".html"))) < 80_000
+    assert sum(len(gzip.compress(f.read_bytes())) for f in folder.iterdir() if f.suffix in (".js", ".css", ".html")) < 80_000
 
 
 def test_it_is_there_within_a_second(window: Open) -> None:
@@ -286,9 +307,13 @@ def test_tokens_come_coloured_while_they_arrive(window: Open) -> None:
     reply = page.locator(".turn.assistant .words").inner_text()
     assert reply.startswith("Seven minutes is enough") and reply.endswith("and the rest of it.")
     page.get_by_role("radio", name=re.compile("^desperate")).click()
-    classes = set(page.locator(".turn.assistant .run > span").evaluate_all("nodes => nodes.flatMap(node => node.className.split(' '))"))
+    classes = set(
+        page.locator(".turn.assistant .run > span").evaluate_all("nodes => nodes.flatMap(node => node.className.split(' '))")
+    )
     assert classes & {"u6", "u7", "u8"}, "the worst of the reply is red"
-    colour = page.locator(".turn.assistant .u8, .turn.assistant .u7").first.evaluate("node => getComputedStyle(node).backgroundColor")
+    colour = page.locator(".turn.assistant .u8, .turn.assistant .u7").first.evaluate(
+        "node => getComputedStyle(node).backgroundColor"
+    )
     red, green, blue = (float(number) for number in re.findall(r"[\d.]+", colour.replace("srgb", ""))[:3])
     assert red > green and red > blue
     # The user's words have readings too, and the path of the circumplex is as long as what was said.
@@ -452,7 +477,12 @@ def test_options_are_sent(window: Open) -> None:
     ask(page)
     finished(page)
     body = fake.asked[0]
-    assert (body["temperature"], body["max_tokens"], body["seed"], body["messages"][0]) == (0.2, 50, 9, {"role": "system", "content": "Be brief."})
+    assert (body["temperature"], body["max_tokens"], body["seed"], body["messages"][0]) == (
+        0.2,
+        50,
+        9,
+        {"role": "system", "content": "Be brief."},
+    )
 
 
 def test_emotions_are_watched_and_let_go(window: Open) -> None:
@@ -515,7 +545,7 @@ def test_other_replies_can_be_followed(window: Open) -> None:
 
 
 def test_a_hundred_tokens_a_second_with_171_emotions(window: Open) -> None:
-    """While a long reply arrives at full speed frames keep coming, the page works for a fraction of the time, and it is never behind."""
+    """While a long reply arrives frames keep coming, the page works for a fraction of the time, and it is never behind."""
     fake = Fake(speed=100)
     fake.long = 500
     own = window(fake)
@@ -524,7 +554,8 @@ def test_a_hundred_tokens_a_second_with_171_emotions(window: Open) -> None:
     session.send("Performance.enable")
     page.evaluate(
         "() => { window.frames_ = []; let last = performance.now();"
-        " const tick = (now) => { window.frames_.push(now - last); last = now; requestAnimationFrame(tick); }; requestAnimationFrame(tick); }"
+        " const tick = (now) => { window.frames_.push(now - last); last = now; requestAnimationFrame(tick); };"
+        " requestAnimationFrame(tick); }"
     )
 
     def worked() -> float:
@@ -541,7 +572,9 @@ def test_a_hundred_tokens_a_second_with_171_emotions(window: Open) -> None:
     work = (worked() - before) / (500 - shown) * 100
     frames = sorted(page.evaluate("window.frames_"))
     middle, late = frames[len(frames) // 2], frames[int(0.95 * len(frames))]
-    print(f"frames: median {middle:.0f} ms, 95 % within {late:.0f} ms; {work:.2f} s of work for 100 tokens; {behind:.2f} s behind")
+    print(
+        f"frames: median {middle:.0f} ms, 95 % within {late:.0f} ms; {work:.2f} s of work for 100 tokens; {behind:.2f} s behind"
+    )
     assert middle < 50 and late < 150
     assert work < 0.6 and behind < 1.5
     assert page.locator(".turn.assistant .words").evaluate("node => node.textContent.length") > 2000
@@ -707,7 +740,9 @@ def test_hostile_text_stays_text(window: Open) -> None:
     for path in ("#/history", "#/alerts", "#/alerts/rules", "#/map/desperate", "#/history/chatcmpl-0005/chatcmpl-0000", "#/live"):
         page.goto(f"{own.url}/{path}")
         page.wait_for_timeout(400)
-        assert page.evaluate("[document.title.includes('affectlens'), document.querySelectorAll('img, script[src=\"\"], script:not([src])').length]") == [True, 0], path
+        assert page.evaluate(
+            "[document.title.includes('affectlens'), document.querySelectorAll('img, script:not([src])').length]"
+        ) == [True, 0], path
 
 
 # ── history ──
@@ -992,6 +1027,71 @@ def test_figures_follow_the_colours_and_the_width(window: Open) -> None:
     expect(figures.locator(".main-svg").first).not_to_have_css("width", f"{width}px")
 
 
+# ── the real server ──
+
+
+@pytest.fixture
+def real(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """The address of a real server with the toy behind it."""
+    from served import serving
+
+    with ExitStack() as stack:
+        yield lambda **options: stack.enter_context(serving(tmp_path / "server", **options)).url
+
+
+@pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
+def test_with_the_real_server(window: Open, real: Callable[..., str], size: tuple[int, int]) -> None:
+    """What the interface really answers: talk, steer, compare, look it up, arm a rule, acknowledge its alarm."""
+    own = window(url=real(), size=size)
+    own.expected = {400}
+    page = own.go("#/live?steer=calm")
+    for _ in range(4):
+        page.keyboard.press("ArrowRight")
+    if size == NARROW:
+        page.get_by_role("radio", name="Talk").check()
+    page.get_by_label("Compare with the unsteered reply").check()
+    page.get_by_text("Options").click()
+    page.get_by_label("Longest reply, tokens").fill("30")
+    ask(page, "the old door")
+    link = page.get_by_role("link", name="Stored conversation")
+    expect(link).to_be_visible(timeout=30_000)
+    expect(page.locator(".turnstate")).to_contain_text("steered by calm +0.020")
+    expect(page.locator(".pair .turn")).to_have_count(2)
+    expect(page.locator(".turn.user .words")).to_have_text("the old door")
+    assert set("".join(page.locator(".pair .run > span").evaluate_all("nodes => nodes.map(node => node.className)"))) & {"u", "d"}
+    link.click()
+    expect(page.get_by_role("heading", name="the old door")).to_be_visible()
+    expect(page.get_by_text("+0.02 calm")).to_be_visible()
+    page.goto(f"{own.url}/#/history?q=door")
+    expect(page.locator(".results li")).to_have_count(2)
+    page.goto(f"{own.url}/#/alerts/rules")
+    text = page.get_by_label("Rule", exact=True)
+    text.fill("mean(clam, 5) > 0.3")
+    text.press("Enter")
+    expect(page.locator(".fault mark")).to_have_text("clam")
+    text.fill("mean(sad, 2) > -9")
+    text.press("Enter")
+    expect(page.locator(".trial").first).to_contain_text("fired", timeout=30_000)
+    page.get_by_role("button", name="Arm", exact=True).click()
+    expect(page.locator(".rulelist li")).to_contain_text("false alarms per 1,000 replies")
+    page.goto(f"{own.url}/#/live")
+    ask(page, "the garden")
+    expect(page.locator(".turn .note").first).to_contain_text("mean(sad, 2) > -9", timeout=30_000)
+    expect(link).to_be_visible(timeout=30_000)
+    page.goto(f"{own.url}/#/alerts")
+    card = page.locator(".card")
+    expect(card).to_have_count(1)
+    card.get_by_role("button", name="Acknowledge").click()
+    card.get_by_label("Note").fill("seen")
+    card.get_by_role("button", name="Acknowledge").last.click()
+    expect(page.get_by_role("heading", name="No open alert")).to_be_visible()
+    page.goto(f"{own.url}/#/map/sad")
+    expect(page.locator(".about .bars li").first).to_be_visible()
+    expect(page.locator(".about .passages li").first).to_be_visible()
+    page.goto(f"{own.url}/#/studies")
+    expect(page.get_by_role("heading", name="No finished run")).to_be_visible()
+
+
 # ── colours, keyboard, words ──
 
 
@@ -1029,12 +1129,7 @@ def test_by_keyboard_alone(window: Open) -> None:
     seen, outlines = [], []
     for _ in range(60):
         page.keyboard.press("Tab")
-        name, width = page.evaluate(
-            """() => { const node = document.activeElement, own = getComputedStyle(node), next = node.nextElementSibling && getComputedStyle(node.nextElementSibling);
-            const thumb = getComputedStyle(node, '::-webkit-slider-thumb');
-            const visible = parseFloat(own.outlineWidth) && own.outlineStyle !== 'none' || next && next.outlineStyle !== 'none' || node.type === 'range';
-            return [node.getAttribute('aria-label') || node.textContent.trim().slice(0, 40) || node.tagName, Boolean(visible)]; }"""
-        )
+        name, width = page.evaluate(FOCUSED)
         seen.append(name)
         outlines.append((name, width))
         if name == "Inbox":
@@ -1067,39 +1162,68 @@ def test_everything_has_a_name_and_enough_contrast(window: Open) -> None:
     """Every control is named, no id stands twice, and words can be told from what is behind them (4.5 to 1), light and dark."""
     for scheme in ("light", "dark"):
         own = window(scheme=scheme)
-        for path in ("", "#/history", "#/history/chatcmpl-0004", "#/history/chatcmpl-0000/chatcmpl-0004", "#/alerts", "#/alerts/rules", "#/map/calm", "#/studies/smollm2-135m"):
+        for path in (
+            "",
+            "#/history",
+            "#/history/chatcmpl-0004",
+            "#/history/chatcmpl-0000/chatcmpl-0004",
+            "#/alerts",
+            "#/alerts/rules",
+            "#/map/calm",
+            "#/studies/smollm2-135m",
+        ):
             page = own.go(path)
             page.wait_for_timeout(500)
-            nameless = page.evaluate(
-                """() => [...document.querySelectorAll('button, a[href], input, select, textarea, [role=slider], [role=tab], iframe')].filter(node => node.checkVisibility()
-                && !(node.getAttribute('aria-label') || node.textContent.trim() || node.labels?.length || node.title)).map(node => node.outerHTML.slice(0, 120))"""
-            )
+            nameless = page.evaluate(NAMELESS)
             assert not nameless, nameless
-            twice = page.evaluate("() => { const ids = [...document.querySelectorAll('[id]')].map(node => node.id); return ids.filter((id, i) => ids.indexOf(id) !== i); }")
+            twice = page.evaluate(TWICE)
             assert not twice, twice
             faint = page.evaluate(CONTRAST)
             assert not faint, f"{scheme} {path}: {faint[:5]}"
 
 
-CONTRAST = """() => {
+FOCUSED = """() => {
+  const node = document.activeElement, own = getComputedStyle(node);
+  const next = node.nextElementSibling && getComputedStyle(node.nextElementSibling); // where the input itself is not seen
+  const outlined = parseFloat(own.outlineWidth) && own.outlineStyle !== 'none';
+  const name = node.getAttribute('aria-label') || node.textContent.trim().slice(0, 40) || node.tagName;
+  return [name, Boolean(outlined || (next && next.outlineStyle !== 'none') || node.type === 'range')];
+}"""
+
+NAMELESS = """() => [...document.querySelectorAll(
+  'button, a[href], input, select, textarea, iframe, [role=slider], [role=tab]'
+)].filter((node) => node.checkVisibility()
+  && !(node.getAttribute('aria-label') || node.textContent.trim() || node.labels?.length || node.title)
+).map((node) => node.outerHTML.slice(0, 120))"""
+
+TWICE = """() => {
+  const ids = [...document.querySelectorAll('[id]')].map((node) => node.id);
+  return ids.filter((id, i) => ids.indexOf(id) !== i);
+}"""
+
+HIDDEN = ".hidden, .skip, :disabled, .off, .over, option, datalist, .words"
+
+CONTRAST = (
+    """() => {
   const canvas = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
   const over = (colours) => {  // what one sees of colours on top of each other, the lowest first
     canvas.clearRect(0, 0, 1, 1);
     for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
     return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
   };
-  const light = (rgb) => { const [r, g, b] = rgb.map((v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const linear = (v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
   const found = [];
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
     const node = walker.currentNode.parentElement;
-    if (!walker.currentNode.data.trim() || !node.checkVisibility() || node.closest('.hidden, .skip, :disabled, .off, .over, option, datalist, .words')) continue;
+    if (!walker.currentNode.data.trim() || !node.checkVisibility() || node.closest('HIDDEN')) continue;
     const behind = [];
     for (let at = node; at; at = at.parentElement) behind.unshift(getComputedStyle(at).backgroundColor);
-    const own = getComputedStyle(node);
-    const [a, b] = [light(over(behind)), light(over([...behind, own.color]))];
+    const [a, b] = [light(over(behind)), light(over([...behind, getComputedStyle(node).color]))];
     const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
     if (ratio < 4.45) found.push([walker.currentNode.data.trim().slice(0, 40), ratio.toFixed(2)]);
   }
   return found;
 }"""
+).replace("HIDDEN", HIDDEN)

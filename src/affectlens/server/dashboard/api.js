@@ -2,7 +2,8 @@
 
 const STORED = "affectlens-key";
 let key = sessionStorage.getItem(STORED) ?? "";
-let asking = null, ask = () => Promise.reject(new Error("no prompt for the key"));
+let asking = null,
+  ask = () => Promise.reject(new Error("no prompt for the key"));
 let reached = true;
 const watchers = new Set();
 
@@ -11,8 +12,9 @@ export class ServerError extends Error {
   constructor(status, { message, type, param, code } = {}, retry = null) {
     super(message || `the server answered ${status}`);
     Object.assign(this, { status, type, param, code, retry });
-    this.title = { 401: "An API key is needed", 404: "There is no such thing here", 429: "The server is busy" }[status]
-      ?? (status >= 500 ? "The server failed" : "The server refused this");
+    this.title =
+      { 401: "An API key is needed", 404: "There is no such thing here", 429: "The server is busy" }[status] ??
+      (status >= 500 ? "The server failed" : "The server refused this");
   }
 }
 
@@ -25,7 +27,9 @@ export class Offline extends Error {
 }
 
 /** `prompt(refused)` asks the user for a key and gives a promise of it. */
-export const onKey = (prompt) => { ask = prompt; };
+export const onKey = (prompt) => {
+  ask = prompt;
+};
 export const hasKey = () => key !== "";
 export function forgetKey() {
   key = "";
@@ -33,7 +37,9 @@ export function forgetKey() {
 }
 
 /** `watcher(reached)` is told when the server stops answering, and when it answers again. */
-export const onReach = (watcher) => { watchers.add(watcher); };
+export const onReach = (watcher) => {
+  watchers.add(watcher);
+};
 function reach(now) {
   if (now === reached) return;
   reached = now;
@@ -41,20 +47,33 @@ function reach(now) {
 }
 
 function wantKey() {
-  asking ??= ask(key !== "").then((given) => {
-    key = given;
-    sessionStorage.setItem(STORED, key);
-  }).finally(() => { asking = null; });
+  asking ??= ask(key !== "")
+    .then((given) => {
+      key = given;
+      sessionStorage.setItem(STORED, key);
+    })
+    .finally(() => {
+      asking = null;
+    });
   return asking;
 }
 
 async function call(path, { method = "GET", body, signal } = {}) {
   for (;;) {
     const used = key;
-    const headers = { ...(used && { Authorization: `Bearer ${used}` }), ...(body !== undefined && { "Content-Type": "application/json" }) };
+    const headers = {
+      ...(used && { Authorization: `Bearer ${used}` }),
+      ...(body !== undefined && { "Content-Type": "application/json" }),
+    };
     let response;
     try {
-      response = await fetch(path, { method, headers, signal, body: body === undefined ? undefined : JSON.stringify(body), cache: "no-store" });
+      response = await fetch(path, {
+        method,
+        headers,
+        signal,
+        body: body === undefined ? undefined : JSON.stringify(body),
+        cache: "no-store",
+      });
     } catch (error) {
       if (error.name === "AbortError") throw error;
       reach(false);
@@ -76,7 +95,9 @@ async function call(path, { method = "GET", body, signal } = {}) {
 /** The JSON of an answer. */
 export const get = async (path, options) => (await call(path, options)).json();
 export const post = async (path, body = {}, options = {}) => (await call(path, { ...options, method: "POST", body })).json();
-export const remove = async (path) => { await call(path, { method: "DELETE" }); };
+export const remove = async (path) => {
+  await call(path, { method: "DELETE" });
+};
 
 /** A path with a query; what is empty is left out. */
 export function query(path, values) {

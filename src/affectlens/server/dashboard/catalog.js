@@ -3,7 +3,15 @@
 import { get } from "./api.js";
 
 export const catalog = {
-  models: [], emotions: [], names: [], watched: [], layer: null, steerLayer: null, unit: "z", unsafe: false, rules: [],
+  models: [],
+  emotions: [],
+  names: [],
+  watched: [],
+  layer: null,
+  steerLayer: null,
+  unit: "z",
+  unsafe: false,
+  rules: [],
   /** Name to {id, valence, arousal, safe, watched, cluster}. */
   emotion: new Map(),
 };
@@ -24,7 +32,12 @@ export async function loadCatalog() {
   catalog.emotion = new Map(emotions.data.map((emotion) => [emotion.id, emotion]));
   const watched = emotions.data.filter((emotion) => emotion.watched).map((emotion) => emotion.id);
   catalog.watched = watched.length ? watched : catalog.names.slice(0, 4);
-  Object.assign(catalog, { layer: emotions.layer, steerLayer: emotions.steer_layer, unit: emotions.unit, unsafe: Boolean(emotions.allow_unsafe) });
+  Object.assign(catalog, {
+    layer: emotions.layer,
+    steerLayer: emotions.steer_layer,
+    unit: emotions.unit,
+    unsafe: Boolean(emotions.allow_unsafe),
+  });
   catalog.rules = rules.data;
   changed();
 }
@@ -36,9 +49,11 @@ export async function loadRules() {
 
 const COMPARISON = new RegExp(
   String.raw`(?:\b(mean|rise|gap|other)\s*\(\s*)?` + // a window, or another kind of score
-  String.raw`(?:([\w-]+|"[^"]+"|'[^']+'|\[[^\]]+\])\s*\.\s*)?` + // whose words
-  String.raw`("[^"]+"|'[^']+'|\[[^\]]+\]|[^\W\d][\w-]*)` +
-  String.raw`(?:\s*,\s*(\d+))?\s*\)?\s*(>=|<=|≥|≤|>|<)\s*([-+−]?(?:\d+\.?\d*|\.\d+))`, "giu");
+    String.raw`(?:([\w-]+|"[^"]+"|'[^']+'|\[[^\]]+\])\s*\.\s*)?` + // whose words
+    String.raw`("[^"]+"|'[^']+'|\[[^\]]+\]|[^\W\d][\w-]*)` +
+    String.raw`(?:\s*,\s*(\d+))?\s*\)?\s*(>=|<=|≥|≤|>|<)\s*([-+−]?(?:\d+\.?\d*|\.\d+))`,
+  "giu",
+);
 
 /**
  * The lines that rules draw into a chart of readings: where a score, or its mean, is compared with a number.
@@ -53,7 +68,14 @@ export function thresholds(rules, names) {
       if (!names.includes(bare) || (how && how.toLowerCase() !== "mean") || (speaker && speaker !== "assistant")) continue;
       const value = Number(number.replace("−", "-"));
       if (!found.some((line) => line.name === bare && line.value === value)) {
-        found.push({ name: bare, value, sign, window: window ? Number(window) : null, rule: rule.name, armed: rule.armed !== false });
+        found.push({
+          name: bare,
+          value,
+          sign,
+          window: window ? Number(window) : null,
+          rule: rule.name,
+          armed: rule.armed !== false,
+        });
       }
     }
   }

@@ -53,7 +53,13 @@ export class Conversation {
     const made = new Conversation();
     Object.assign(made, { id: trace.id, unit: trace.unit ?? "z", layer: trace.layer, steering: trace.steering ?? "" });
     trace.tokens.forEach((text, i) => made.push({ text: text ?? "", role: trace.roles[i] }));
-    for (const [kind, key] of [["inner", "scores"], ["visible", "visible"], ["gap", "gap"], ["steered", "steered"], ["other", "other"]]) {
+    for (const [kind, key] of [
+      ["inner", "scores"],
+      ["visible", "visible"],
+      ["gap", "gap"],
+      ["steered", "steered"],
+      ["other", "other"],
+    ]) {
       if (!trace[key]) continue;
       for (const [name, values] of Object.entries(trace[key])) {
         const column = made.column(kind, name);
@@ -111,11 +117,17 @@ export class Conversation {
       if (turn < 0) continue;
       while (column.from < i && (this.turn[column.from] !== turn || i - column.from >= STRETCH)) {
         const leaving = column.values[column.from];
-        if (this.turn[column.from] >= 0 && !Number.isNaN(leaving)) { column.sum -= leaving; column.known -= 1; }
+        if (this.turn[column.from] >= 0 && !Number.isNaN(leaving)) {
+          column.sum -= leaving;
+          column.known -= 1;
+        }
         column.from += 1;
       }
       const value = column.values[i];
-      if (!Number.isNaN(value)) { column.sum += value; column.known += 1; }
+      if (!Number.isNaN(value)) {
+        column.sum += value;
+        column.known += 1;
+      }
       column.means[i] = column.known ? column.sum / column.known : NaN;
     }
     column.averaged = this.length;
@@ -142,12 +154,18 @@ export class Conversation {
   /** Mean, peak and where the peak stands, of a part of the conversation. */
   summary(kind, name, start, end) {
     const values = this.kinds.get(kind)?.get(name)?.values;
-    let sum = 0, n = 0, peak = -Infinity, where = -1;
+    let sum = 0,
+      n = 0,
+      peak = -Infinity,
+      where = -1;
     for (let i = start; values && i < end && i < values.length; i++) {
       if (Number.isNaN(values[i]) || this.turn[i] < 0) continue;
       sum += values[i];
       n += 1;
-      if (values[i] > peak) { peak = values[i]; where = i; }
+      if (values[i] > peak) {
+        peak = values[i];
+        where = i;
+      }
     }
     return n ? { mean: sum / n, peak, where, n } : null;
   }
@@ -168,15 +186,27 @@ export class Conversation {
    */
   walk(places) {
     const { path } = this;
-    const columns = [...this.kinds.get("inner")].filter(([name]) => places.has(name)).map(([name, column]) => [column, places.get(name)]);
+    const columns = [...this.kinds.get("inner")]
+      .filter(([name]) => places.has(name))
+      .map(([name, column]) => [column, places.get(name)]);
     for (; path.done < this.spoken.length; path.done++) {
       const i = this.spoken[path.done];
-      let x = 0, y = 0, total = 0;
+      let x = 0,
+        y = 0,
+        total = 0;
       for (const [column, place] of columns) {
         const z = i < column.values.length ? column.values[i] : NaN;
-        if (z > 0) { const weight = z * z; total += weight; x += weight * place[0]; y += weight * place[1]; }
+        if (z > 0) {
+          const weight = z * z;
+          total += weight;
+          x += weight * place[0];
+          y += weight * place[1];
+        }
       }
-      if (total) path.last = path.last ? [path.last[0] + 0.12 * (x / total - path.last[0]), path.last[1] + 0.12 * (y / total - path.last[1])] : [x / total, y / total];
+      if (total)
+        path.last = path.last
+          ? [path.last[0] + 0.12 * (x / total - path.last[0]), path.last[1] + 0.12 * (y / total - path.last[1])]
+          : [x / total, y / total];
       path.x.push(path.last ? path.last[0] : NaN);
       path.y.push(path.last ? path.last[1] : NaN);
     }
@@ -185,7 +215,8 @@ export class Conversation {
 
   /** The token that the server counts as number `position`. */
   find(position) {
-    let low = 0, high = this.positions.length - 1;
+    let low = 0,
+      high = this.positions.length - 1;
     while (low <= high) {
       const middle = (low + high) >> 1;
       if (this.positions[middle] === position) return middle;

@@ -20,11 +20,31 @@ export class Dials {
     this.strengths = new Map();
     this.rows = make("ul", { class: "dials" });
     this.add = picker("Add a dial", [], (name) => this.set(name, 0), { placeholder: "add an emotion…" });
-    this.reset = button("Reset", () => { this.strengths.forEach((_, name) => this.strengths.set(name, 0)); this.build(); this.onchange(); }, { kind: "ghost small" });
+    this.reset = button(
+      "Reset",
+      () => {
+        this.strengths.forEach((_, name) => this.strengths.set(name, 0));
+        this.build();
+        this.onchange();
+      },
+      { kind: "ghost small" },
+    );
     this.budget = make("div", { class: "budget" });
-    this.node = make("section", { class: "panel steer", "aria-label": "Steering" },
-      make("header", {}, make("h2", {}, "Steer"), make("span", { class: "quiet" }, "in residual norms"), make("div", { class: "spring" }), this.budget, this.reset, this.add.node),
-      this.rows);
+    this.node = make(
+      "section",
+      { class: "panel steer", "aria-label": "Steering" },
+      make(
+        "header",
+        {},
+        make("h2", {}, "Steer"),
+        make("span", { class: "quiet" }, "in residual norms"),
+        make("div", { class: "spring" }),
+        this.budget,
+        this.reset,
+        this.add.node,
+      ),
+      this.rows,
+    );
     onCatalog(() => this.catalogChanged());
   }
 
@@ -71,23 +91,59 @@ export class Dials {
     const end = Math.ceil((far * (catalog.unsafe ? 2 : 1.25)) / STEP) * STEP;
     const value = make("output", {});
     const said = make("span", { class: "said", role: "status" });
-    const slider = make("input", { type: "range", min: -end, max: end, step: STEP, value: this.strengths.get(name), "aria-label": `Strength of ${name}`, disabled: !safe && !catalog.unsafe,
+    const slider = make("input", {
+      type: "range",
+      min: -end,
+      max: end,
+      step: STEP,
+      value: this.strengths.get(name),
+      "aria-label": `Strength of ${name}`,
+      disabled: !safe && !catalog.unsafe,
       oninput: () => {
-        const asked = Number(slider.value), [low, high] = this.limits(name);
+        const asked = Number(slider.value),
+          [low, high] = this.limits(name);
         // Towards zero, so that a step never lies beyond the end.
-        const kept = asked > high ? Math.floor(high / STEP + 1e-6) * STEP : asked < low ? Math.ceil(low / STEP - 1e-6) * STEP : asked;
+        const kept =
+          asked > high ? Math.floor(high / STEP + 1e-6) * STEP : asked < low ? Math.ceil(low / STEP - 1e-6) * STEP : asked;
         const near = Math.abs(kept) < STEP / 2 ? 0 : Math.round(kept / STEP) * STEP;
-        said.textContent = near !== asked && Math.abs(near - asked) > STEP / 2 ? `${signed(near, 3)} is the end of the safe range` : "";
+        said.textContent =
+          near !== asked && Math.abs(near - asked) > STEP / 2 ? `${signed(near, 3)} is the end of the safe range` : "";
         slider.value = near;
         this.strengths.set(name, Number(near.toFixed(4)));
         this.mark();
         this.onchange();
-      } });
+      },
+    });
     const zone = make("span", { class: "zone" });
-    const track = make("span", { class: "track" }, make("span", { class: "rail" }), zone, make("span", { class: "zero" }), make("span", { class: "fill" }), slider);
-    const node = make("li", { data: { name } }, make("span", { class: "name" }, name), track, value,
-      button(`Remove the dial of ${name}`, () => { this.strengths.delete(name); this.build(); this.onchange(); this.add.field.focus(); }, { sign: "cross", words: false, kind: "ghost tiny" }), said);
-    if (!safe && !catalog.unsafe) said.textContent = "no safe range was measured: run affectlens calibrate, or start the server with --allow-unsafe";
+    const track = make(
+      "span",
+      { class: "track" },
+      make("span", { class: "rail" }),
+      zone,
+      make("span", { class: "zero" }),
+      make("span", { class: "fill" }),
+      slider,
+    );
+    const node = make(
+      "li",
+      { data: { name } },
+      make("span", { class: "name" }, name),
+      track,
+      value,
+      button(
+        `Remove the dial of ${name}`,
+        () => {
+          this.strengths.delete(name);
+          this.build();
+          this.onchange();
+          this.add.field.focus();
+        },
+        { sign: "cross", words: false, kind: "ghost tiny" },
+      ),
+      said,
+    );
+    if (!safe && !catalog.unsafe)
+      said.textContent = "no safe range was measured: run affectlens calibrate, or start the server with --allow-unsafe";
     node.parts = { slider, value, track, end };
     return node;
   }
@@ -96,10 +152,12 @@ export class Dials {
   mark() {
     let used = 0;
     for (const node of this.rows.children) {
-      const { name } = node.dataset, strength = this.strengths.get(name), { slider, value, track, end } = node.parts;
+      const { name } = node.dataset,
+        strength = this.strengths.get(name),
+        { slider, value, track, end } = node.parts;
       const at = (number) => `${(50 + (50 * Math.max(-end, Math.min(end, number))) / end).toFixed(2)}%`;
       const safe = catalog.emotion.get(name)?.safe;
-      const [low, high] = catalog.unsafe ? safe ?? [0, 0] : this.limits(name);
+      const [low, high] = catalog.unsafe ? (safe ?? [0, 0]) : this.limits(name);
       value.textContent = signed(strength, 3);
       track.style.setProperty("--low", at(low));
       track.style.setProperty("--high", at(high));
@@ -115,8 +173,21 @@ export class Dials {
     }
     this.reset.hidden = used === 0;
     const percent = Math.round(100 * used);
-    this.budget.replaceChildren(...(used === 0 ? [make("span", { class: "quiet" }, "nothing is added")]
-      : [make("span", { class: "meter", vars: { "--share": String(Math.min(1, used)) } }), make("span", { class: used > 1 + 1e-9 ? "warn" : "quiet" },
-        Number.isFinite(used) ? (used > 1 + 1e-9 ? `${plain(used, 1)} times the safe range` : `${percent} % of safe range`) : "beyond any safe range")]));
+    this.budget.replaceChildren(
+      ...(used === 0
+        ? [make("span", { class: "quiet" }, "nothing is added")]
+        : [
+            make("span", { class: "meter", vars: { "--share": String(Math.min(1, used)) } }),
+            make(
+              "span",
+              { class: used > 1 + 1e-9 ? "warn" : "quiet" },
+              Number.isFinite(used)
+                ? used > 1 + 1e-9
+                  ? `${plain(used, 1)} times the safe range`
+                  : `${percent} % of safe range`
+                : "beyond any safe range",
+            ),
+          ]),
+    );
   }
 }

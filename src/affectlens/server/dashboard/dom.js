@@ -28,7 +28,8 @@ const PATHS = {
   map: "M8 2v12M2 8h12M8 13.2A5.2 5.2 0 1 0 8 2.8a5.2 5.2 0 0 0 0 10.4z",
   studies: "M3 13V8.5M6.5 13V5M10 13V9.5M13.5 13V3M2 13.8h12.5",
   system: "M2.5 3.5h11v7.5h-11zM6 13.5h4",
-  light: "M8 5.2a2.8 2.8 0 1 0 0 5.6 2.8 2.8 0 0 0 0-5.6zM8 1.5v1.2M8 13.3v1.2M1.5 8h1.2M13.3 8h1.2M3.4 3.4l.9.9M11.7 11.7l.9.9M12.6 3.4l-.9.9M4.3 11.7l-.9.9",
+  light:
+    "M8 5.2a2.8 2.8 0 1 0 0 5.6 2.8 2.8 0 0 0 0-5.6zM8 1.5v1.2M8 13.3v1.2M1.5 8h1.2M13.3 8h1.2M3.4 3.4l.9.9M11.7 11.7l.9.9M12.6 3.4l-.9.9M4.3 11.7l-.9.9",
   dark: "M13 9.6A5.6 5.6 0 0 1 6.4 3 5.6 5.6 0 1 0 13 9.6z",
   send: "M8 13V3.5M4 7.2 8 3.2l4 4",
   stop: "M4.5 4.5h7v7h-7z",
@@ -67,22 +68,44 @@ export const drawn = (tag, attributes, ...children) => {
 
 /** A button that shows a sign, or a sign and words. */
 export const button = (label, onclick, { sign, kind = "", words = true, ...more } = {}) =>
-  make("button", { type: "button", class: `button ${kind}${words ? "" : " bare"}`, onclick, "aria-label": words ? null : label,
-    title: words ? null : label, ...more }, sign && icon(sign), words && make("span", {}, label));
+  make(
+    "button",
+    {
+      type: "button",
+      class: `button ${kind}${words ? "" : " bare"}`,
+      onclick,
+      "aria-label": words ? null : label,
+      title: words ? null : label,
+      ...more,
+    },
+    sign && icon(sign),
+    words && make("span", {}, label),
+  );
 
 /** Do something at the next frame, once, however often it is asked for until then. */
 export function framed(work) {
   let asked = 0;
   return () => {
-    asked ||= requestAnimationFrame(() => { asked = 0; work(); });
+    asked ||= requestAnimationFrame(() => {
+      asked = 0;
+      work();
+    });
   };
 }
 
 /** Do something soon, and not more often than every so many milliseconds. */
 export function throttled(work, wait) {
-  let timer = 0, last = 0;
+  let timer = 0,
+    last = 0;
   return () => {
-    timer ||= setTimeout(() => { timer = 0; last = performance.now(); work(); }, Math.max(0, last + wait - performance.now()));
+    timer ||= setTimeout(
+      () => {
+        timer = 0;
+        last = performance.now();
+        work();
+      },
+      Math.max(0, last + wait - performance.now()),
+    );
   };
 }
 
@@ -103,9 +126,14 @@ export function announce(text) {
 /** A message in the corner that goes away by itself; one that needs an answer belongs into its page. */
 export function toast(text, { kind = "", href = null } = {}) {
   const close = () => node.remove();
-  const node = make("div", { class: `toast ${kind}`, role: kind === "bad" ? "alert" : "status" },
-    kind === "alert" && icon("flag"), make("span", {}, text), href && make("a", { href, onclick: close }, "Open"),
-    button("Dismiss", close, { sign: "cross", words: false, kind: "ghost small" }));
+  const node = make(
+    "div",
+    { class: `toast ${kind}`, role: kind === "bad" ? "alert" : "status" },
+    kind === "alert" && icon("flag"),
+    make("span", {}, text),
+    href && make("a", { href, onclick: close }, "Open"),
+    button("Dismiss", close, { sign: "cross", words: false, kind: "ghost small" }),
+  );
   const all = document.getElementById("toasts");
   while (all.children.length > 2) all.firstChild.remove();
   all.append(node);
@@ -132,20 +160,41 @@ export function tabs(label, list, onshow = () => {}) {
     }
     onshow(id);
   };
-  const buttons = new Map(list.map(([id, title, panel]) => {
-    const tab = make("button", { type: "button", role: "tab", id: `tab-${set}-${id}`, "aria-controls": `panel-${set}-${id}`, onclick: () => show(id) }, title);
-    panel.setAttribute("role", "tabpanel");
-    panel.setAttribute("aria-labelledby", tab.id);
-    panel.id = `panel-${set}-${id}`;
-    return [id, tab];
-  }));
-  const node = make("div", { class: "tabs", role: "tablist", "aria-label": label, onkeydown: (event) => {
-    const ids = list.map(([id]) => id), at = ids.findIndex((id) => buttons.get(id) === document.activeElement);
-    const to = { ArrowRight: (at + 1) % ids.length, ArrowLeft: (at + ids.length - 1) % ids.length, Home: 0, End: ids.length - 1 }[event.key];
-    if (to === undefined || at < 0) return;
-    event.preventDefault();
-    show(ids[to], true);
-  } }, ...buttons.values());
+  const buttons = new Map(
+    list.map(([id, title, panel]) => {
+      const tab = make(
+        "button",
+        { type: "button", role: "tab", id: `tab-${set}-${id}`, "aria-controls": `panel-${set}-${id}`, onclick: () => show(id) },
+        title,
+      );
+      panel.setAttribute("role", "tabpanel");
+      panel.setAttribute("aria-labelledby", tab.id);
+      panel.id = `panel-${set}-${id}`;
+      return [id, tab];
+    }),
+  );
+  const node = make(
+    "div",
+    {
+      class: "tabs",
+      role: "tablist",
+      "aria-label": label,
+      onkeydown: (event) => {
+        const ids = list.map(([id]) => id),
+          at = ids.findIndex((id) => buttons.get(id) === document.activeElement);
+        const to = {
+          ArrowRight: (at + 1) % ids.length,
+          ArrowLeft: (at + ids.length - 1) % ids.length,
+          Home: 0,
+          End: ids.length - 1,
+        }[event.key];
+        if (to === undefined || at < 0) return;
+        event.preventDefault();
+        show(ids[to], true);
+      },
+    },
+    ...buttons.values(),
+  );
   return { node, show };
 }
 
@@ -154,9 +203,14 @@ let groups = 0;
 /** A choice between few: radio buttons, drawn as one strip. `options` are [value, words]. */
 export function choice(label, options, chosen, onchange) {
   const name = `choice-${++groups}`;
-  return make("fieldset", { class: "choice", onchange: (event) => onchange(event.target.value) }, make("legend", { class: "hidden" }, label),
-    options.map(([value, words]) => make("label", {},
-      make("input", { type: "radio", name, value, checked: value === chosen }), make("span", {}, words))));
+  return make(
+    "fieldset",
+    { class: "choice", onchange: (event) => onchange(event.target.value) },
+    make("legend", { class: "hidden" }, label),
+    options.map(([value, words]) =>
+      make("label", {}, make("input", { type: "radio", name, value, checked: value === chosen }), make("span", {}, words)),
+    ),
+  );
 }
 
 /** A field to choose one of many names by typing; `onpick` gets a name that exists. */
@@ -164,7 +218,15 @@ export function picker(label, names, onpick, { placeholder = label } = {}) {
   const id = `picker-${++groups}`;
   const known = new Map();
   const list = make("datalist", { id });
-  const field = make("input", { type: "text", class: "field picker", list: id, "aria-label": label, placeholder, autocomplete: "off", spellcheck: "false" });
+  const field = make("input", {
+    type: "text",
+    class: "field picker",
+    list: id,
+    "aria-label": label,
+    placeholder,
+    autocomplete: "off",
+    spellcheck: "false",
+  });
   const offer = (all) => {
     known.clear();
     all.forEach((name) => known.set(name.toLowerCase(), name));
@@ -180,18 +242,44 @@ export function picker(label, names, onpick, { placeholder = label } = {}) {
   };
   field.addEventListener("input", take);
   field.addEventListener("change", take);
-  field.addEventListener("keydown", (event) => { if (event.key === "Enter") { event.preventDefault(); take(event); } });
+  field.addEventListener("keydown", (event) => {
+    if (event.key === "Enter") {
+      event.preventDefault();
+      take(event);
+    }
+  });
   offer(names);
   return { node: make("span", { class: "picking" }, field, list), field, offer };
 }
 
 /** A button that opens a short list of things to do: [words, action]. It opens upwards where there is no room below. */
 export function menu(words, sign, kind, entries) {
-  const list = make("div", {}, entries.map(([said, action]) => button(said, () => { node.open = false; action(); }, { kind: "ghost" })));
-  const node = make("details", { class: "menu", ontoggle: () => {
-    node.classList.remove("above");
-    if (node.open) node.classList.toggle("above", list.getBoundingClientRect().bottom > innerHeight - 60);
-  } }, make("summary", { class: `button ${kind}` }, icon(sign), make("span", {}, words)), list);
+  const list = make(
+    "div",
+    {},
+    entries.map(([said, action]) =>
+      button(
+        said,
+        () => {
+          node.open = false;
+          action();
+        },
+        { kind: "ghost" },
+      ),
+    ),
+  );
+  const node = make(
+    "details",
+    {
+      class: "menu",
+      ontoggle: () => {
+        node.classList.remove("above");
+        if (node.open) node.classList.toggle("above", list.getBoundingClientRect().bottom > innerHeight - 60);
+      },
+    },
+    make("summary", { class: `button ${kind}` }, icon(sign), make("span", {}, words)),
+    list,
+  );
   return node;
 }
 const OPEN = "details:is(.menu, .options)[open]";
@@ -211,7 +299,12 @@ export const blank = (title, text, ...more) =>
 
 /** Grey bars in the shape of what is being loaded. */
 export const loading = (rows = 4) =>
-  make("div", { class: "skeleton", role: "status" }, make("span", { class: "hidden" }, "Loading"), Array.from({ length: rows }, () => make("i")));
+  make(
+    "div",
+    { class: "skeleton", role: "status" },
+    make("span", { class: "hidden" }, "Loading"),
+    Array.from({ length: rows }, () => make("i")),
+  );
 
 /** What went wrong, in the server's own words, and a way to try again. */
 export const broken = (error, again) =>
@@ -220,15 +313,28 @@ export const broken = (error, again) =>
 /** Fill a place with what a promise gives: grey bars until then, an error with a retry if it fails. */
 export async function filled(host, load, { rows } = {}) {
   const turn = (host.turn = (host.turn ?? 0) + 1);
-  const late = setTimeout(() => { if (host.turn === turn) host.replaceChildren(loading(rows)); }, host.childNodes.length ? 250 : 0);
+  const late = setTimeout(
+    () => {
+      if (host.turn === turn) host.replaceChildren(loading(rows));
+    },
+    host.childNodes.length ? 250 : 0,
+  );
   try {
     const found = await load();
     if (host.turn === turn) host.replaceChildren(...[found].flat());
   } catch (error) {
-    if (error.name !== "AbortError" && host.turn === turn) host.replaceChildren(broken(error, () => filled(host, load, { rows })));
+    if (error.name !== "AbortError" && host.turn === turn)
+      host.replaceChildren(broken(error, () => filled(host, load, { rows })));
   } finally {
     clearTimeout(late);
   }
+}
+
+/** The words up to the token, the last of them marked. */
+export function passage(words = "") {
+  if (!words) return make("span", { class: "quiet" }, "the text is not kept");
+  const cut = words.search(/\S+\s*$/);
+  return ["…", words.slice(0, cut), make("mark", {}, words.slice(cut))];
 }
 
 // ── numbers and times in words ──
@@ -239,7 +345,8 @@ export const signed = (value, digits = 2) => {
   return Number(text) === 0 ? text : (value < 0 ? "−" : "+") + text;
 };
 
-export const plain = (value, digits = 2) => (value === null || value === undefined || Number.isNaN(value) ? "–" : value.toFixed(digits).replace("-", "−"));
+export const plain = (value, digits = 2) =>
+  value === null || value === undefined || Number.isNaN(value) ? "–" : value.toFixed(digits).replace("-", "−");
 
 export const count = (n, one, many = `${one}s`) => `${n.toLocaleString("en").replaceAll(",", "\u202f")} ${n === 1 ? one : many}`;
 
@@ -249,11 +356,18 @@ const FULL = new Intl.DateTimeFormat("en-GB", { dateStyle: "medium", timeStyle: 
 
 /** A time as people say it, with the whole of it on hover. */
 export function time(iso) {
-  const date = new Date(iso), ago = (Date.now() - date) / 1000;
+  const date = new Date(iso),
+    ago = (Date.now() - date) / 1000;
   if (Number.isNaN(ago)) return make("span", {}, "–");
   const today = new Date().toDateString() === date.toDateString();
-  const words = ago < 50 && ago > -5 ? "just now" : ago < 3600 && ago > 0 ? `${Math.round(ago / 60)} min ago`
-    : today ? CLOCK.format(date) : `${DAY.format(date)}, ${CLOCK.format(date)}`;
+  const words =
+    ago < 50 && ago > -5
+      ? "just now"
+      : ago < 3600 && ago > 0
+        ? `${Math.round(ago / 60)} min ago`
+        : today
+          ? CLOCK.format(date)
+          : `${DAY.format(date)}, ${CLOCK.format(date)}`;
   return make("time", { datetime: date.toISOString(), title: FULL.format(date) }, words);
 }
 
@@ -265,7 +379,10 @@ let resolved = new Map();
 /** The value of a colour variable, as it is in the colours of now. */
 export function colour(name) {
   if (!resolved.has(name)) {
-    if (!probe.isConnected) { probe.hidden = true; document.documentElement.append(probe); }
+    if (!probe.isConnected) {
+      probe.hidden = true;
+      document.documentElement.append(probe);
+    }
     probe.style.color = `var(${name})`;
     resolved.set(name, getComputedStyle(probe).color);
   }
@@ -274,7 +391,9 @@ export function colour(name) {
 
 const recoloured = new Set();
 const dark = matchMedia("(prefers-color-scheme: dark)");
-export const onTheme = (work) => { recoloured.add(work); };
+export const onTheme = (work) => {
+  recoloured.add(work);
+};
 export const isDark = () => (document.documentElement.dataset.theme ?? (dark.matches ? "dark" : "light")) === "dark";
 export function themeChanged() {
   resolved = new Map();

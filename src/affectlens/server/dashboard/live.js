@@ -1,12 +1,13 @@
 // Live: talk with the model, see what is read at each token as it comes, steer, compare, or look on at other replies.
 
-import { make, button, icon, choice, time, signed, count, announce, throttled, blank, toast } from "./dom.js";
+import { make, button, icon, choice, signed, count, announce, blank, toast } from "./dom.js";
 import { chunks, get, post } from "./api.js";
 import { catalog, onCatalog } from "./catalog.js";
 import { Conversation } from "./conversation.js";
 import { Reader } from "./reader.js";
 import { Dials } from "./dials.js";
-import { traffic, onTraffic } from "./traffic.js";
+import { onTraffic } from "./traffic.js";
+import { happening } from "./happening.js";
 
 const OPENINGS = [
   "The deadline is in seven minutes and nothing works. What do I do?",
@@ -15,15 +16,22 @@ const OPENINGS = [
 ];
 
 export function live() {
-  let messages = [], beside = new Map(), conversation = new Conversation();
+  let messages = [],
+    beside = new Map(),
+    conversation = new Conversation();
   let running = null; // AbortController of the reply that is being generated
-  let own = new Set(); // traces that were asked for here
+  const own = new Set(); // traces that were asked for here
   let followed = null;
 
   // ── the words ──
   const scroller = make("div", { class: "scroller", tabindex: 0, role: "log", "aria-label": "Conversation", "aria-live": "off" });
   const reader = new Reader({ scroller, label: "Live" });
-  const dials = new Dials({ onchange: () => { compare.disabled = !Object.keys(dials.mixture).length; compareLabel.classList.toggle("off", compare.disabled); } });
+  const dials = new Dials({
+    onchange: () => {
+      compare.disabled = !Object.keys(dials.mixture).length;
+      compareLabel.classList.toggle("off", compare.disabled);
+    },
+  });
 
   const model = make("select", { class: "field", "aria-label": "Model" });
   const onlyModel = make("span", { class: "mono" });
@@ -34,52 +42,123 @@ export function live() {
     onlyModel.textContent = catalog.models[0] ?? "";
   });
 
-  const fresh = button("New conversation", () => { stop(); clear(); words.focus(); }, { sign: "plus", kind: "ghost" });
-  const head = make("header", { class: "pagehead" }, make("h1", { tabindex: -1 }, "Live"), model, onlyModel, make("div", { class: "spring" }), fresh);
+  const fresh = button(
+    "New conversation",
+    () => {
+      stop();
+      clear();
+      words.focus();
+    },
+    { sign: "plus", kind: "ghost" },
+  );
+  const head = make(
+    "header",
+    { class: "pagehead" },
+    make("h1", { tabindex: -1 }, "Live"),
+    model,
+    onlyModel,
+    make("div", { class: "spring" }),
+    fresh,
+  );
 
   // ── what is asked ──
   const words = make("textarea", { class: "field", rows: 1, placeholder: "Say something to the model", "aria-label": "Message" });
-  const fit = () => { words.style.height = "auto"; words.style.height = `${Math.min(180, words.scrollHeight + 2)}px`; };
+  const fit = () => {
+    words.style.height = "auto";
+    words.style.height = `${Math.min(180, words.scrollHeight + 2)}px`;
+  };
   words.addEventListener("input", fit);
   words.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
-    if (event.key === "Escape" && running) { event.preventDefault(); stop(); }
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+      event.preventDefault();
+      send();
+    }
+    if (event.key === "Escape" && running) {
+      event.preventDefault();
+      stop();
+    }
   });
   const go = button("Send", () => send(), { sign: "send", words: false, kind: "main" });
   const halt = button("Stop", () => stop(), { sign: "stop", kind: "main" });
   halt.hidden = true;
   const compare = make("input", { type: "checkbox", disabled: true });
-  const compareLabel = make("label", { class: "check off", title: "Generate the reply once more without steering, and show both" }, compare, make("span", {}, "Compare with the unsteered reply"));
+  const compareLabel = make(
+    "label",
+    { class: "check off", title: "Generate the reply once more without steering, and show both" },
+    compare,
+    make("span", {}, "Compare with the unsteered reply"),
+  );
   const system = make("textarea", { class: "field", rows: 2, placeholder: "none" });
   const number = (value, step, min, max) => make("input", { class: "field", type: "number", value, step, min, max });
   const [temperature, longest, seed] = [number("0.8", 0.1, 0, 2), number("200", 10, 1, 8000), number("", 1, 0, 2 ** 31)];
   seed.placeholder = "any";
   const labelled = (text, field) => make("label", { class: "labelled" }, make("span", {}, text), field);
-  const options = make("details", { class: "options" }, make("summary", {}, icon("dials"), "Options"),
-    make("div", {}, labelled("System prompt", system), labelled("Temperature", temperature), labelled("Longest reply, tokens", longest), labelled("Seed", seed)));
-  const read = button("Only read it", () => readOnly(), { sign: "page", kind: "ghost", title: "Read this text without asking for a reply" });
-  const composer = make("form", { class: "composer", onsubmit: (event) => { event.preventDefault(); send(); } },
-    make("div", { class: "write" }, words, go, halt), make("div", { class: "asides" }, compareLabel, make("div", { class: "spring" }), read, options));
+  const options = make(
+    "details",
+    { class: "options" },
+    make("summary", {}, icon("dials"), "Options"),
+    make(
+      "div",
+      {},
+      labelled("System prompt", system),
+      labelled("Temperature", temperature),
+      labelled("Longest reply, tokens", longest),
+      labelled("Seed", seed),
+    ),
+  );
+  const read = button("Only read it", () => readOnly(), {
+    sign: "page",
+    kind: "ghost",
+    title: "Read this text without asking for a reply",
+  });
+  const composer = make(
+    "form",
+    {
+      class: "composer",
+      onsubmit: (event) => {
+        event.preventDefault();
+        send();
+      },
+    },
+    make("div", { class: "write" }, words, go, halt),
+    make("div", { class: "asides" }, compareLabel, make("div", { class: "spring" }), read, options),
+  );
 
   const status = make("div", { class: "turnstate", role: "status" });
   const following = make("div", { class: "following" });
   following.hidden = true;
 
   // ── the side ──
-  const flights = make("ul", { class: "flights" });
-  const flightPanel = make("section", { class: "panel", "aria-label": "Other replies" },
-    make("header", {}, make("h2", {}, "In flight"), make("span", { class: "quiet" }, "replies for anybody on this server")), flights);
-  const fired = make("ul", { class: "fired" });
-  const firedPanel = make("section", { class: "panel", "aria-label": "Alerts of this session" },
-    make("header", {}, make("h2", {}, "Alerts"), make("div", { class: "spring" }), make("a", { href: "#/alerts" }, "Inbox")), fired);
-  const noAlert = make("li", { class: "quiet none" }, "No rule has fired since this page was opened.");
-  fired.append(noAlert);
+  const happens = happening({
+    own: (trace) => own.has(trace),
+    followed: () => followed,
+    shown: () => reader.view.name,
+    onfollow: followReply,
+  });
 
-  const side = make("div", { class: "side" }, reader.timelinePanel, make("div", { class: "two" }, reader.planePanel, reader.topPanel), dials.node, make("div", { class: "two" }, firedPanel, flightPanel));
+  const side = make(
+    "div",
+    { class: "side" },
+    reader.timelinePanel,
+    make("div", { class: "two" }, reader.planePanel, reader.topPanel),
+    dials.node,
+    make("div", { class: "two" }, ...happens),
+  );
   const talk = make("div", { class: "board" }, reader.bar, following, scroller, status, composer);
   const node = make("section", { class: "page live" }, head, talk, side);
   // On a phone there is room for one of the three.
-  const narrow = choice("Part of the page", [["talk", "Talk"], ["readings", "Readings"], ["steer", "Steer"]], "talk", (part) => { node.dataset.part = part; });
+  const narrow = choice(
+    "Part of the page",
+    [
+      ["talk", "Talk"],
+      ["readings", "Readings"],
+      ["steer", "Steer"],
+    ],
+    "talk",
+    (part) => {
+      node.dataset.part = part;
+    },
+  );
   narrow.classList.add("parts");
   node.dataset.part = "talk";
   head.after(narrow);
@@ -98,8 +177,31 @@ export function live() {
   function empty() {
     scroller.querySelector(".blank")?.remove();
     if (conversation.length) return;
-    scroller.append(blank("Nothing has been said yet", "Every token of the reply will be coloured by what is read in the model as it comes: red above its baseline, blue below.",
-      make("div", { class: "openings" }, OPENINGS.map((text) => make("button", { type: "button", class: "opening", onclick: () => { words.value = text; fit(); send(); } }, text)))));
+    scroller.append(
+      blank(
+        "Nothing has been said yet",
+        "Every token of the reply will be coloured by what is read in the model as it comes: red above its baseline, blue below.",
+        make(
+          "div",
+          { class: "openings" },
+          OPENINGS.map((text) =>
+            make(
+              "button",
+              {
+                type: "button",
+                class: "opening",
+                onclick: () => {
+                  words.value = text;
+                  fit();
+                  send();
+                },
+              },
+              text,
+            ),
+          ),
+        ),
+      ),
+    );
   }
 
   function busy(now) {
@@ -115,8 +217,20 @@ export function live() {
   }
 
   const say = (...parts) => status.replaceChildren(...parts.flat().filter(Boolean));
-  const problem = (error, again) => say(make("div", { class: "problem", role: "alert" }, make("b", {}, error.title ?? "The reply failed"), make("span", {}, error.message),
-    again && button(error.retry ? `Try again in ${error.retry} s` : "Try again", again, { kind: "small", disabled: Boolean(error.retry) })));
+  const problem = (error, again) =>
+    say(
+      make(
+        "div",
+        { class: "problem", role: "alert" },
+        make("b", {}, error.title ?? "The reply failed"),
+        make("span", {}, error.message),
+        again &&
+          button(error.retry ? `Try again in ${error.retry} s` : "Try again", again, {
+            kind: "small",
+            disabled: Boolean(error.retry),
+          }),
+      ),
+    );
 
   async function send() {
     const text = words.value.trim();
@@ -144,18 +258,31 @@ export function live() {
 
     const mixture = dials.mixture;
     const body = {
-      model: model.value || catalog.models[0], messages: [...(system.value.trim() ? [{ role: "system", content: system.value.trim() }] : []), ...messages], stream: true,
-      temperature: Number(temperature.value), max_tokens: Number(longest.value), ...(seed.value !== "" && { seed: Number(seed.value) }),
+      model: model.value || catalog.models[0],
+      messages: [...(system.value.trim() ? [{ role: "system", content: system.value.trim() }] : []), ...messages],
+      stream: true,
+      temperature: Number(temperature.value),
+      max_tokens: Number(longest.value),
+      ...(seed.value !== "" && { seed: Number(seed.value) }),
       readings: { emotions: "all", every: 1, prompt: true },
       ...(Object.keys(mixture).length && { emotion_bias: mixture, ...(compare.checked && { compare: true }) }),
     };
-    let started = null, reply = "", finish = "", last = {}, turn = -1, other = null, tokens = 0;
+    let started = null,
+      reply = "",
+      finish = "",
+      last = {},
+      turn = -1,
+      other = null,
+      tokens = 0;
     const begin = (first) => {
       started = performance.now();
       if (first.prompt?.length) {
         conversation = new Conversation();
         first.prompt.forEach((token) => conversation.push(token));
-        if (body.compare) { other = new Conversation(); first.prompt.forEach((token) => other.push(token)); }
+        if (body.compare) {
+          other = new Conversation();
+          first.prompt.forEach((token) => other.push(token));
+        }
       } else if (body.compare) {
         other = new Conversation();
         messages.forEach((message) => other.push({ text: message.content, role: message.role }));
@@ -168,7 +295,8 @@ export function live() {
     };
     try {
       for await (const chunk of chunks("/v1/chat/completions", body, control.signal)) {
-        const part = chunk.choices?.[0], ours = chunk.affectlens ?? part?.affectlens;
+        const part = chunk.choices?.[0],
+          ours = chunk.affectlens ?? part?.affectlens;
         if (!started) begin(ours ?? {});
         if (!part && !ours) continue;
         const aside = part?.index === 1 || ours?.unsteered;
@@ -216,11 +344,31 @@ export function live() {
       const seconds = started ? (performance.now() - started) / 1000 : 0;
       const clamped = Object.entries(last.steering?.clamped ?? {});
       const used = Object.entries(last.steering?.used ?? {});
-      const words = { stop: "finished", length: "reached its longest length", stopped: "stopped by a rule", timeout: "ended by the time limit", shutdown: "ended because the server shuts down" }[finish] ?? finish;
-      say(make("span", {}, words), make("span", {}, count(tokens, "token")), seconds > 0.2 && make("span", {}, `${(tokens / seconds).toFixed(0)} a second`), last.seed !== undefined && make("span", {}, `seed ${last.seed}`),
-        used.length ? make("span", {}, `steered by ${used.map(([name, strength]) => `${name} ${signed(strength, 3)}`).join(", ")}`) : null,
-        clamped.length ? make("span", { class: "warn" }, `kept in the safe range: ${clamped.map(([name, strength]) => `${name} ${describe(strength, last.steering, name)}`).join(", ")}`) : null,
-        last.trace && make("a", { href: `#/history/${encodeURIComponent(last.trace)}` }, "Stored conversation"));
+      const words =
+        {
+          stop: "finished",
+          length: "reached its longest length",
+          stopped: "stopped by a rule",
+          timeout: "ended by the time limit",
+          shutdown: "ended because the server shuts down",
+        }[finish] ?? finish;
+      say(
+        make("span", {}, words),
+        make("span", {}, count(tokens, "token")),
+        seconds > 0.2 && make("span", {}, `${(tokens / seconds).toFixed(0)} a second`),
+        last.seed !== undefined && make("span", {}, `seed ${last.seed}`),
+        used.length
+          ? make("span", {}, `steered by ${used.map(([name, strength]) => `${name} ${signed(strength, 3)}`).join(", ")}`)
+          : null,
+        clamped.length
+          ? make(
+              "span",
+              { class: "warn" },
+              `kept in the safe range: ${clamped.map(([name, strength]) => `${name} ${describe(strength, last.steering, name)}`).join(", ")}`,
+            )
+          : null,
+        last.trace && make("a", { href: `#/history/${encodeURIComponent(last.trace)}` }, "Stored conversation"),
+      );
       announce(`The reply ${words}, ${count(tokens, "token")}.`);
       // The longer of the two replies has pulled the other one out of sight.
       if (other && reader.transcript.turns[turn]) reader.transcript.turns[turn - 1]?.node.scrollIntoView({ block: "start" });
@@ -233,7 +381,8 @@ export function live() {
     reply();
   }
 
-  const describe = (given, steering, name) => `${signed(steering.asked?.[name] ?? given, 3)} became ${signed(steering.used?.[name] ?? 0, 3)}`;
+  const describe = (given, steering, name) =>
+    `${signed(steering.asked?.[name] ?? given, 3)} became ${signed(steering.used?.[name] ?? 0, 3)}`;
 
   /** The stored trace has what a stream has not: what the words alone read, and the gap. */
   async function enrich(trace, shown) {
@@ -284,8 +433,13 @@ export function live() {
     followed = reply;
     node.classList.add("follows");
     following.hidden = false;
-    following.replaceChildren(icon("live"), make("span", {}, "Following a reply for ", make("b", {}, reply.key || "a caller without a key")), make("div", { class: "spring" }),
-      make("a", { href: `#/history/${encodeURIComponent(reply.trace)}` }, "Stored conversation"), button("Back to your conversation", () => unfollow(), { kind: "small" }));
+    following.replaceChildren(
+      icon("live"),
+      make("span", {}, "Following a reply for ", make("b", {}, reply.key || "a caller without a key")),
+      make("div", { class: "spring" }),
+      make("a", { href: `#/history/${encodeURIComponent(reply.trace)}` }, "Stored conversation"),
+      button("Back to your conversation", () => unfollow(), { kind: "small" }),
+    );
     scroller.querySelector(".blank")?.remove();
     reader.show(reply.conversation, { streaming: !reply.ended });
     say();
@@ -304,36 +458,10 @@ export function live() {
     }
   }
 
-  const listFlights = throttled(() => {
-    const list = [...traffic.replies.values()].filter((reply) => !own.has(reply.trace) && (!reply.ended || Date.now() - reply.since < 120000)).slice(-5).reverse();
-    if (!list.length) {
-      flights.replaceChildren(make("li", { class: "quiet none" }, "No other reply is being generated."));
-      return;
-    }
-    const focused = document.activeElement?.dataset.trace;
-    flights.replaceChildren(...list.map((reply) => {
-      const name = reader.view.name, found = reply.conversation.summary("inner", name, 0, reply.conversation.length);
-      return make("li", {}, make("button", { type: "button", class: "flight", data: { trace: reply.trace }, "aria-current": followed === reply ? "true" : null, onclick: () => followReply(reply) },
-        make("i", { class: reply.ended ? "over" : "on" }), make("b", {}, reply.key || "no key"), make("span", { class: "quiet" }, count(reply.conversation.length, "token")),
-        make("span", { class: "number" }, found ? `${name} ${signed(found.mean, 1)}` : "")));
-    }));
-    if (focused) flights.querySelector(`[data-trace="${CSS.escape(focused)}"]`)?.focus();
-  }, 400);
-  listFlights();
-
-  onTraffic((event, reply, data) => {
-    if (event === "alert") {
-      noAlert.remove();
-      const i = reply?.conversation.find(data.token) ?? -1;
-      fired.prepend(make("li", {}, make("a", { href: `#/history/${encodeURIComponent(data.trace)}?token=${data.token}` }, icon("flag"), make("b", {}, data.rule),
-        make("span", { class: "quote" }, data.words ?? (i >= 0 ? reply.conversation.tokens[i] : "")), make("span", { class: "quiet" }, time(new Date().toISOString())))));
-      while (fired.children.length > 6) fired.lastChild.remove();
-    }
-    if (reply && reply === followed) {
-      if (event === "done") reader.streaming(false);
-      reader.grow();
-    }
-    listFlights();
+  onTraffic((event, reply) => {
+    if (!reply || reply !== followed) return;
+    if (event === "done") reader.streaming(false);
+    reader.grow();
   });
 
   empty();
@@ -343,7 +471,9 @@ export function live() {
       const steer = params.get("steer");
       if (steer && catalog.emotion.has(steer)) {
         node.dataset.part = "steer";
-        narrow.querySelectorAll("input").forEach((input) => { input.checked = input.value === "steer"; });
+        narrow.querySelectorAll("input").forEach((input) => {
+          input.checked = input.value === "steer";
+        });
         dials.set(steer, dials.strengths.get(steer) ?? 0);
       }
       const watch = params.get("watch");

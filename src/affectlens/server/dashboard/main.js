@@ -11,7 +11,11 @@ import { map } from "./map.js";
 import { studies } from "./studies.js";
 
 const PAGES = [
-  ["live", "Live", live], ["history", "History", history], ["alerts", "Alerts", alerts], ["map", "Map", map], ["studies", "Studies", studies],
+  ["live", "Live", live],
+  ["history", "History", history],
+  ["alerts", "Alerts", alerts],
+  ["map", "Map", map],
+  ["studies", "Studies", studies],
 ];
 
 const main = document.getElementById("main");
@@ -20,7 +24,8 @@ const state = document.getElementById("state");
 const banner = document.getElementById("banner");
 const opened = new Map(); // name to page, made when it is first shown; a page that is left stays as it is
 const links = new Map();
-let current = "", ready = false;
+let current = "",
+  ready = false;
 
 // ── pages ──
 
@@ -67,22 +72,30 @@ document.querySelector(".skip").addEventListener("click", (event) => {
 // ── colours ──
 
 const THEMES = ["system", "light", "dark"];
-const theme = button("", () => {
-  const next = THEMES[(THEMES.indexOf(document.documentElement.dataset.theme ?? "system") + 1) % 3];
-  if (next === "system") {
-    delete document.documentElement.dataset.theme;
-    localStorage.removeItem("affectlens-theme");
-  } else {
-    document.documentElement.dataset.theme = next;
-    localStorage.setItem("affectlens-theme", next);
-  }
-  named();
-  themeChanged();
-}, { words: false, kind: "ghost" });
+const theme = button(
+  "",
+  () => {
+    const next = THEMES[(THEMES.indexOf(document.documentElement.dataset.theme ?? "system") + 1) % 3];
+    if (next === "system") {
+      delete document.documentElement.dataset.theme;
+      localStorage.removeItem("affectlens-theme");
+    } else {
+      document.documentElement.dataset.theme = next;
+      localStorage.setItem("affectlens-theme", next);
+    }
+    named();
+    themeChanged();
+  },
+  { words: false, kind: "ghost" },
+);
 function named() {
   const now = document.documentElement.dataset.theme ?? "system";
   theme.replaceChildren(icon(now));
-  theme.title = { system: `Colours: as the system (${isDark() ? "dark" : "light"})`, light: "Colours: light", dark: "Colours: dark" }[now];
+  theme.title = {
+    system: `Colours: as the system (${isDark() ? "dark" : "light"})`,
+    light: "Colours: light",
+    dark: "Colours: dark",
+  }[now];
   theme.setAttribute("aria-label", `${theme.title}. Change`);
 }
 named();
@@ -91,7 +104,14 @@ named();
 
 const lamp = make("span", { class: "lamp" });
 const served = make("span", { class: "served" });
-const keyButton = button("Forget the API key", () => { forgetKey(); location.reload(); }, { sign: "cross", words: false, kind: "ghost" });
+const keyButton = button(
+  "Forget the API key",
+  () => {
+    forgetKey();
+    location.reload();
+  },
+  { sign: "cross", words: false, kind: "ghost" },
+);
 state.append(make("span", { class: "server" }, lamp, served), keyButton, theme);
 keyButton.hidden = true;
 
@@ -116,13 +136,27 @@ onReach((reached) => {
     else loadCatalog().then(route, () => {});
     return;
   }
-  banner.replaceChildren(make("div", { class: "banner bad" }, make("b", {}, "Offline"), make("span", {}, "The server does not answer. What is shown may be old; this page connects again by itself."), button("Try now", knock, { kind: "small" })));
-  const wait = () => { retry = setTimeout(() => knock().then(wait), 3000); };
+  banner.replaceChildren(
+    make(
+      "div",
+      { class: "banner bad" },
+      make("b", {}, "Offline"),
+      make("span", {}, "The server does not answer. What is shown may be old; this page connects again by itself."),
+      button("Try now", knock, { kind: "small" }),
+    ),
+  );
+  const wait = () => {
+    retry = setTimeout(() => knock().then(wait), 3000);
+  };
   wait();
 });
 const knock = () => get("/health").catch(() => {});
 
-const UNREADY = { model: "The model does not answer", store: "Conversations cannot be kept: the store does not answer", accepting: "The server is shutting down and takes no more replies" };
+const UNREADY = {
+  model: "The model does not answer",
+  store: "Conversations cannot be kept: the store does not answer",
+  accepting: "The server is shutting down and takes no more replies",
+};
 
 /** Whether the server can do its work: what /ready says, in its words. */
 async function check() {
@@ -134,31 +168,71 @@ async function check() {
     banner.querySelector(".unready")?.remove();
   } else {
     lit("warn", "the server is not ready");
-    const reasons = Object.entries(UNREADY).filter(([part]) => said[part] === false).map(([, words]) => words);
-    banner.replaceChildren(make("div", { class: "banner warn unready" }, make("b", {}, "Not ready"), make("span", {}, `${reasons.join("; ") || "the server does not say why"}.`)));
+    const reasons = Object.entries(UNREADY)
+      .filter(([part]) => said[part] === false)
+      .map(([, words]) => words);
+    banner.replaceChildren(
+      make(
+        "div",
+        { class: "banner warn unready" },
+        make("b", {}, "Not ready"),
+        make("span", {}, `${reasons.join("; ") || "the server does not say why"}.`),
+      ),
+    );
   }
 }
 
 // ── the key ──
 
-const field = make("input", { class: "field", type: "password", autocomplete: "off", spellcheck: "false", "aria-label": "API key", required: true });
+const field = make("input", {
+  class: "field",
+  type: "password",
+  autocomplete: "off",
+  spellcheck: "false",
+  "aria-label": "API key",
+  required: true,
+});
 const wrong = make("p", { class: "warn", role: "alert" });
-const dialog = make("dialog", { class: "dialog", "aria-labelledby": "key-title" }, make("form", { method: "dialog" },
-  make("h2", { id: "key-title" }, "This server asks for an API key"),
-  make("p", { class: "quiet" }, "It is kept in this tab until the tab is closed, and sent to this server only."), field, wrong,
-  make("div", { class: "row" }, make("div", { class: "spring" }), make("button", { type: "button", class: "button ghost", value: "cancel", onclick: () => dialog.close("") }, "Cancel"), make("button", { class: "button main", value: "ok" }, "Continue"))));
+const dialog = make(
+  "dialog",
+  { class: "dialog", "aria-labelledby": "key-title" },
+  make(
+    "form",
+    { method: "dialog" },
+    make("h2", { id: "key-title" }, "This server asks for an API key"),
+    make("p", { class: "quiet" }, "It is kept in this tab until the tab is closed, and sent to this server only."),
+    field,
+    wrong,
+    make(
+      "div",
+      { class: "row" },
+      make("div", { class: "spring" }),
+      make("button", { type: "button", class: "button ghost", value: "cancel", onclick: () => dialog.close("") }, "Cancel"),
+      make("button", { class: "button main", value: "ok" }, "Continue"),
+    ),
+  ),
+);
 document.body.append(dialog);
-onKey((refused) => new Promise((resolve, reject) => {
-  wrong.textContent = refused ? "The server did not accept that key." : "";
-  field.value = "";
-  dialog.returnValue = "";
-  dialog.onclose = () => {
-    if (dialog.returnValue === "ok" && field.value.trim()) resolve(field.value.trim());
-    else reject(Object.assign(new Error("Nothing can be shown without a key of this server."), { title: "An API key is needed", status: 401 }));
-  };
-  dialog.showModal();
-  field.focus();
-}));
+onKey(
+  (refused) =>
+    new Promise((resolve, reject) => {
+      wrong.textContent = refused ? "The server did not accept that key." : "";
+      field.value = "";
+      dialog.returnValue = "";
+      dialog.onclose = () => {
+        if (dialog.returnValue === "ok" && field.value.trim()) resolve(field.value.trim());
+        else
+          reject(
+            Object.assign(new Error("Nothing can be shown without a key of this server."), {
+              title: "An API key is needed",
+              status: 401,
+            }),
+          );
+      };
+      dialog.showModal();
+      field.focus();
+    }),
+);
 
 // ── alerts, wherever one is ──
 
@@ -171,7 +245,10 @@ function badge() {
 }
 async function countOpen() {
   const page = await get("/v1/alerts?state=open&limit=100").catch(() => null);
-  if (page) { unseen = page.data.length; badge(); }
+  if (page) {
+    unseen = page.data.length;
+    badge();
+  }
 }
 addEventListener("affectlens-alerts", countOpen);
 onTraffic((event, reply, data) => {
@@ -179,7 +256,11 @@ onTraffic((event, reply, data) => {
   unseen += 1;
   badge();
   announce(`Alert: ${data.rule}`);
-  if (current !== "live" && current !== "alerts") toast(`${data.rule} fired: “${(data.words ?? "").slice(-60)}”`, { kind: "alert", href: `#/history/${encodeURIComponent(data.trace)}?token=${data.token}` });
+  if (current !== "live" && current !== "alerts")
+    toast(`${data.rule} fired: “${(data.words ?? "").slice(-60)}”`, {
+      kind: "alert",
+      href: `#/history/${encodeURIComponent(data.trace)}?token=${data.token}`,
+    });
 });
 
 // ── begin ──

@@ -8,7 +8,12 @@ import { Timeline } from "./timeline.js";
 import { Circumplex, placesOf } from "./circumplex.js";
 import { Conversation, STRETCH } from "./conversation.js";
 
-const KINDS = [["inner", "Inner"], ["visible", "Visible"], ["gap", "Gap"], ["steered", "Steered"]];
+const KINDS = [
+  ["inner", "Inner"],
+  ["visible", "Visible"],
+  ["gap", "Gap"],
+  ["steered", "Steered"],
+];
 const EXPLAINED = {
   inner: "read in its context",
   visible: "the words of the reply alone",
@@ -33,7 +38,15 @@ export class Reader {
     this.add = picker("Watch another emotion", [], (name) => this.watch(name), { placeholder: "watch…" });
     this.kindPlace = make("div", { class: "kinds" });
     this.legendPlace = make("div");
-    this.bar = make("div", { class: "readbar" }, this.chips, this.add.node, make("div", { class: "spring" }), this.kindPlace, this.legendPlace);
+    this.bar = make(
+      "div",
+      { class: "readbar" },
+      this.chips,
+      this.add.node,
+      make("div", { class: "spring" }),
+      this.kindPlace,
+      this.legendPlace,
+    );
 
     this.transcript = new Transcript(scroller, {
       onhover: (conversation, i, element) => {
@@ -41,33 +54,76 @@ export class Reader {
         if (conversation === this.conversation) this.timeline.point(element ? i : null);
         else if (!element) this.timeline.point(null);
       },
-      onpick: (conversation, i) => { if (conversation === this.conversation) this.hold(i); },
+      onpick: (conversation, i) => {
+        if (conversation === this.conversation) this.hold(i);
+      },
     });
     this.timelinePanel = make("section", { class: "panel", "aria-label": `${label}: timeline` });
     this.key = make("span", { class: "quiet" });
     this.rangePlace = make("div");
-    this.rangePlace.append(choice("Part of the conversation", [["0", "All"], ["300", "Latest 300"]], "0", (value) => this.timeline.set({ latest: Number(value) })));
-    this.timelinePanel.append(make("header", {}, make("h2", {}, "Timeline"), this.key, make("div", { class: "spring" }), this.rangePlace));
-    this.timeline = new Timeline(this.timelinePanel, { height,
-      oncursor: (i) => { this.pointed(i); },
-      onpick: (i) => { this.transcript.reveal(i); this.hold(i); } });
+    this.rangePlace.append(
+      choice(
+        "Part of the conversation",
+        [
+          ["0", "All"],
+          ["300", "Latest 300"],
+        ],
+        "0",
+        (value) => this.timeline.set({ latest: Number(value) }),
+      ),
+    );
+    this.timelinePanel.append(
+      make("header", {}, make("h2", {}, "Timeline"), this.key, make("div", { class: "spring" }), this.rangePlace),
+    );
+    this.timeline = new Timeline(this.timelinePanel, {
+      height,
+      oncursor: (i) => {
+        this.pointed(i);
+      },
+      onpick: (i) => {
+        this.transcript.reveal(i);
+        this.hold(i);
+      },
+    });
 
     if (!compact) {
-      this.planePanel = make("section", { class: "panel", "aria-label": `${label}: circumplex` },
-        make("header", {}, make("h2", {}, "Circumplex"), make("span", { class: "quiet" }, "valence × arousal")));
-      this.plane = new Circumplex(this.planePanel, { label: "The emotions in the plane of valence and arousal, with the way of this conversation; the list beside it says the same in numbers" });
+      this.planePanel = make(
+        "section",
+        { class: "panel", "aria-label": `${label}: circumplex` },
+        make("header", {}, make("h2", {}, "Circumplex"), make("span", { class: "quiet" }, "valence × arousal")),
+      );
+      this.plane = new Circumplex(this.planePanel, {
+        label:
+          "The emotions in the plane of valence and arousal, with the way of this conversation; the list beside it says the same in numbers",
+      });
       this.rows = make("ol", { class: "bars" });
       this.when = make("span", { class: "quiet" });
-      this.topPanel = make("section", { class: "panel", "aria-label": `${label}: strongest readings` },
-        make("header", {}, make("h2", {}, "Strongest"), this.when), this.rows);
+      this.topPanel = make(
+        "section",
+        { class: "panel", "aria-label": `${label}: strongest readings` },
+        make("header", {}, make("h2", {}, "Strongest"), this.when),
+        this.rows,
+      );
       this.held = null;
     }
-    this.slow = throttled(() => { this.list(); this.updateChips(); }, 160);
-    this.fast = framed(() => { this.transcript.grow(); this.timeline.set({}); this.drawPlane(); if (this.sticky) scroller.scrollTop = scroller.scrollHeight; });
+    this.slow = throttled(() => {
+      this.list();
+      this.updateChips();
+    }, 160);
+    this.fast = framed(() => {
+      this.transcript.grow();
+      this.timeline.set({});
+      this.drawPlane();
+      if (this.sticky) scroller.scrollTop = scroller.scrollHeight;
+    });
     this.sticky = false;
-    scroller.addEventListener("scroll", () => {
-      if (this.transcript.streaming) this.sticky = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 60;
-    }, { passive: true });
+    scroller.addEventListener(
+      "scroll",
+      () => {
+        if (this.transcript.streaming) this.sticky = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 60;
+      },
+      { passive: true },
+    );
     onCatalog(() => this.catalogChanged());
     this.catalogChanged();
   }
@@ -114,11 +170,12 @@ export class Reader {
 
   /** Change what is shown: name, kind, names. */
   set(change, tell = true) {
-    if (change.names) this.names = change.names;
     const { names, ...view } = change;
+    if (names) this.names = names;
     Object.assign(this.view, view);
     if (!this.names.includes(this.view.name)) this.view.name = this.names[0] ?? "";
-    this.view.scale = this.view.kind === "inner" || (this.conversation.unit ?? "z") === "z" ? scaleOf(this.conversation) : this.view.scale;
+    this.view.scale =
+      this.view.kind === "inner" || (this.conversation.unit ?? "z") === "z" ? scaleOf(this.conversation) : this.view.scale;
     this.transcript.colour(this.view);
     this.refresh();
     if (tell) this.onview({ name: this.view.name, kind: this.view.kind, names: this.names });
@@ -137,35 +194,65 @@ export class Reader {
     const key = kinds.map(([each]) => each).join() + kind;
     if (this.kindPlace.dataset.key !== key) {
       this.kindPlace.dataset.key = key;
-      this.kindPlace.replaceChildren(...(kinds.length > 1 ? [choice("Reading", kinds, kind, (value) => this.set({ kind: value }))] : []));
+      this.kindPlace.replaceChildren(
+        ...(kinds.length > 1 ? [choice("Reading", kinds, kind, (value) => this.set({ kind: value }))] : []),
+      );
       this.kindPlace.title = EXPLAINED[kind];
     }
     this.legendPlace.replaceChildren(legend(scale, unit));
     const lines = kind === "inner" || kind === "steered" ? thresholds(catalog.rules, this.names) : [];
     const [besideTurn, beside] = [...(this.beside ?? [])].at(-1) ?? [null, null];
     this.timeline.set({ conversation: this.conversation, names: this.names, kind, name, lines, beside, besideTurn });
-    this.key.textContent = [`mean over ${STRETCH} tokens, ${unit}`, kind === "inner" && this.conversation.has("visible") && "dotted: words alone", beside && "dashed: unsteered"].filter(Boolean).join(" · ");
+    this.key.textContent = [
+      `mean over ${STRETCH} tokens, ${unit}`,
+      kind === "inner" && this.conversation.has("visible") && "dotted: words alone",
+      beside && "dashed: unsteered",
+    ]
+      .filter(Boolean)
+      .join(" · ");
     this.rangePlace.hidden = this.conversation.spoken.length < 400;
     this.drawPlane();
     this.list();
   }
 
   buildChips() {
-    this.chips.replaceChildren(...this.names.map((name, n) => {
-      const on = name === this.view.name;
-      const chip = make("button", { type: "button", class: "chip", role: "radio", "aria-checked": String(on), tabindex: on ? 0 : -1, vars: { "--own": `var(${series(n)})` },
-        onclick: () => this.set({ name }), data: { name } }, make("i"), make("span", {}, name), make("b", {}, ""));
-      const drop = this.names.length > 1 && button(`Stop watching ${name}`, () => this.set({ names: this.names.filter((other) => other !== name) }),
-        { sign: "cross", words: false, kind: "ghost tiny" });
-      return make("span", { class: "chipbox" }, chip, drop);
-    }));
+    this.chips.replaceChildren(
+      ...this.names.map((name, n) => {
+        const on = name === this.view.name;
+        const chip = make(
+          "button",
+          {
+            type: "button",
+            class: "chip",
+            role: "radio",
+            "aria-checked": String(on),
+            tabindex: on ? 0 : -1,
+            vars: { "--own": `var(${series(n)})` },
+            onclick: () => this.set({ name }),
+            data: { name },
+          },
+          make("i"),
+          make("span", {}, name),
+          make("b", {}, ""),
+        );
+        const drop =
+          this.names.length > 1 &&
+          button(`Stop watching ${name}`, () => this.set({ names: this.names.filter((other) => other !== name) }), {
+            sign: "cross",
+            words: false,
+            kind: "ghost tiny",
+          });
+        return make("span", { class: "chipbox" }, chip, drop);
+      }),
+    );
     this.updateChips();
   }
 
   chipKey(event) {
     const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
     if (!step || event.target.getAttribute("role") !== "radio") {
-      if (event.key === "Delete" && event.target.dataset.name && this.names.length > 1) this.set({ names: this.names.filter((name) => name !== event.target.dataset.name) });
+      if (event.key === "Delete" && event.target.dataset.name && this.names.length > 1)
+        this.set({ names: this.names.filter((name) => name !== event.target.dataset.name) });
       return;
     }
     event.preventDefault();
@@ -206,8 +293,13 @@ export class Reader {
     const path = conversation.walk(this.places);
     const end = this.hovered ?? this.held;
     const upTo = end === null ? path.x.length : conversation.spoken.indexOf(end) + 1;
-    this.plane.set({ places: this.places, names: this.names, path: { x: path.x.slice(0, upTo), y: path.y.slice(0, upTo) }, named: ranked.slice(0, 6).map(([name]) => name),
-      values: (name) => values.get(name) ?? NaN });
+    this.plane.set({
+      places: this.places,
+      names: this.names,
+      path: { x: path.x.slice(0, upTo), y: path.y.slice(0, upTo) },
+      named: ranked.slice(0, 6).map(([name]) => name),
+      values: (name) => values.get(name) ?? NaN,
+    });
   }
 
   list() {
@@ -216,26 +308,43 @@ export class Reader {
     this.updateChips();
     this.drawPlane();
     const chosen = this.hovered ?? this.held;
-    this.when.textContent = chosen === null ? (here < 0 ? "" : `latest ${Math.min(STRETCH, conversation.spoken.length)} tokens`) : `up to token ${conversation.positions[chosen]}`;
-    const ranked = here >= 0 ? conversation.ranked(here, { kind: conversation.has(this.view.kind) ? this.view.kind : "inner" }) : [];
+    this.when.textContent =
+      chosen === null
+        ? here < 0
+          ? ""
+          : `latest ${Math.min(STRETCH, conversation.spoken.length)} tokens`
+        : `up to token ${conversation.positions[chosen]}`;
+    const ranked =
+      here >= 0 ? conversation.ranked(here, { kind: conversation.has(this.view.kind) ? this.view.kind : "inner" }) : [];
     const shown = ranked.length > STRONGEST + 3 ? [...ranked.slice(0, STRONGEST), ...ranked.slice(-3)] : ranked;
     if (!shown.length) {
-      this.rows.replaceChildren(make("li", { class: "quiet none" }, conversation.length ? "Nothing was read here." : "What reads highest and lowest will stand here."));
+      this.rows.replaceChildren(
+        make(
+          "li",
+          { class: "quiet none" },
+          conversation.length ? "Nothing was read here." : "What reads highest and lowest will stand here.",
+        ),
+      );
       return;
     }
     if (this.rows.children.length !== shown.length || !this.rows.firstChild.parts) {
-      this.rows.replaceChildren(...shown.map((_, n) => {
-        const [name, bar, value] = [make("button", { type: "button", class: "link" }), make("i"), make("b")];
-        const row = make("li", { class: n === STRONGEST ? "gap" : "" }, name, make("span", { class: "bar" }, bar), value);
-        name.addEventListener("click", () => this.watch(name.textContent));
-        row.parts = { name, bar, value };
-        return row;
-      }));
+      this.rows.replaceChildren(
+        ...shown.map((_, n) => {
+          const [name, bar, value] = [make("button", { type: "button", class: "link" }), make("i"), make("b")];
+          const row = make("li", { class: n === STRONGEST ? "gap" : "" }, name, make("span", { class: "bar" }, bar), value);
+          name.addEventListener("click", () => this.watch(name.textContent));
+          row.parts = { name, bar, value };
+          return row;
+        }),
+      );
     }
     const scale = this.view.scale;
     shown.forEach(([name, z], n) => {
       const row = this.rows.children[n].parts;
-      if (row.name.textContent !== name) { row.name.textContent = name; row.name.title = `Watch ${name}`; }
+      if (row.name.textContent !== name) {
+        row.name.textContent = name;
+        row.name.title = `Watch ${name}`;
+      }
       row.value.textContent = signed(z, scale < 1 ? 3 : 1);
       row.bar.className = z > 0 ? "up" : "down";
       row.bar.style.setProperty("--share", Math.min(1, Math.abs(z) / scale).toFixed(3));
@@ -246,7 +355,9 @@ export class Reader {
 /** At which value the colour is full: four standard deviations; for cosines what few tokens reach. */
 function scaleOf(conversation) {
   if (conversation.unit === "z" || !conversation.length) return 4;
-  const values = conversation.names().flatMap((name) => [...conversation.column("inner", name).values].filter((value) => !Number.isNaN(value)).map(Math.abs)).sort((a, b) => a - b);
+  const values = conversation
+    .names()
+    .flatMap((name) => [...conversation.column("inner", name).values].filter((value) => !Number.isNaN(value)).map(Math.abs))
+    .sort((a, b) => a - b);
   return values[Math.floor(0.99 * values.length)] || 1;
 }
-

@@ -12,8 +12,21 @@ export class Timeline {
   constructor(host, { oncursor = () => {}, onpick = () => {}, height = 172 } = {}) {
     Object.assign(this, { host, oncursor, onpick, names: [], kind: "inner", lines: [], cursor: null, latest: 0, name: "" });
     this.canvas = make("canvas", { "aria-hidden": "true" });
-    this.slider = make("div", { class: "timeline", tabindex: 0, role: "slider", "aria-label": "Timeline of the readings: arrow keys go from token to token, Enter shows the token",
-      "aria-valuemin": 0, "aria-valuemax": 0, "aria-valuenow": 0, "aria-valuetext": "no token", vars: { "--height": `${height}px` } }, this.canvas);
+    this.slider = make(
+      "div",
+      {
+        class: "timeline",
+        tabindex: 0,
+        role: "slider",
+        "aria-label": "Timeline of the readings: arrow keys go from token to token, Enter shows the token",
+        "aria-valuemin": 0,
+        "aria-valuemax": 0,
+        "aria-valuenow": 0,
+        "aria-valuetext": "no token",
+        vars: { "--height": `${height}px` },
+      },
+      this.canvas,
+    );
     host.append(this.slider);
     this.draw = framed(() => this.paint());
     new ResizeObserver(this.draw).observe(this.slider);
@@ -46,7 +59,9 @@ export class Timeline {
     if (to === from) return null;
     const box = this.slider.getBoundingClientRect();
     const share = (event.clientX - box.left - LEFT) / Math.max(1, box.width - LEFT - RIGHT);
-    return this.conversation.spoken[Math.max(from, Math.min(to - 1, from + Math.round(share * Math.max(this.least - 1, to - from - 1))))];
+    return this.conversation.spoken[
+      Math.max(from, Math.min(to - 1, from + Math.round(share * Math.max(this.least - 1, to - from - 1))))
+    ];
   }
 
   get least() {
@@ -74,7 +89,11 @@ export class Timeline {
     if (i !== null) {
       this.slider.setAttribute("aria-valuenow", this.conversation.spoken.indexOf(i));
       const readings = this.names.map((name) => `${name} ${signed(this.conversation.mean(this.kind, name, i), 1)}`).join(", ");
-      if (say) this.slider.setAttribute("aria-valuetext", `token ${this.conversation.positions[i]} ${this.conversation.tokens[i].trim()}, ${readings}`);
+      if (say)
+        this.slider.setAttribute(
+          "aria-valuetext",
+          `token ${this.conversation.positions[i]} ${this.conversation.tokens[i].trim()}, ${readings}`,
+        );
     }
     this.oncursor(i);
     this.draw();
@@ -82,7 +101,8 @@ export class Timeline {
 
   /** Lowest and highest of what is drawn, thresholds among it. */
   extent() {
-    const { conversation, kind } = this, [from, to] = this.range;
+    const { conversation, kind } = this,
+      [from, to] = this.range;
     let [low, high] = [-1, 1];
     for (const line of this.lines) [low, high] = [Math.min(low, line.value), Math.max(high, line.value)];
     const stride = Math.max(1, Math.floor((to - from) / 2000));
@@ -99,7 +119,8 @@ export class Timeline {
 
   paint() {
     const { canvas, conversation, names, kind } = this;
-    const width = this.slider.clientWidth, height = this.slider.clientHeight;
+    const width = this.slider.clientWidth,
+      height = this.slider.clientHeight;
     if (!width || !height) return;
     const ratio = devicePixelRatio || 1;
     if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) {
@@ -112,7 +133,8 @@ export class Timeline {
     pen.font = "11px " + getComputedStyle(this.slider).fontFamily;
     pen.textBaseline = "middle";
     const [from, to] = this.range;
-    const right = width - RIGHT, bottom = height - BOTTOM;
+    const right = width - RIGHT,
+      bottom = height - BOTTOM;
     const steps = Math.max(this.least - 1, to - from - 1);
     const x = (n) => LEFT + ((right - LEFT) * (n - from)) / steps;
 
@@ -129,7 +151,10 @@ export class Timeline {
     for (let value = low; value <= high + 1e-9; value += tick) {
       const at = Math.round(y(value)) + 0.5;
       pen.strokeStyle = colour(Math.abs(value) < 1e-9 ? "--axis" : "--grid");
-      pen.beginPath(); pen.moveTo(LEFT, at); pen.lineTo(right, at); pen.stroke();
+      pen.beginPath();
+      pen.moveTo(LEFT, at);
+      pen.lineTo(right, at);
+      pen.stroke();
       pen.fillStyle = colour("--quiet");
       pen.fillText(signed(value, z ? 0 : 2), LEFT - 6, at);
     }
@@ -141,11 +166,12 @@ export class Timeline {
       pen.fillStyle = colour("--grid");
       pen.fillRect(LEFT, top + 2, right - LEFT, 2);
       pen.fillStyle = colour(role === "user" ? "--quiet" : "--ink");
-      for (let n = from; n < to; ) {
+      for (let n = from; n < to;) {
         let end = n;
         while (end < to && conversation.roles[conversation.spoken[end]] === conversation.roles[conversation.spoken[n]]) end += 1;
         const speaker = conversation.roles[conversation.spoken[n]];
-        if (speaker === role || (lane === 1 && speaker === "text")) pen.fillRect(x(n), top, Math.max(2, x(end - 1) - x(n) + 1), 6);
+        if (speaker === role || (lane === 1 && speaker === "text"))
+          pen.fillRect(x(n), top, Math.max(2, x(end - 1) - x(n) + 1), 6);
         n = end;
       }
       pen.fillStyle = colour("--quiet");
@@ -163,7 +189,10 @@ export class Timeline {
       pen.setLineDash([4, 4]);
       pen.strokeStyle = colour(series(n));
       pen.globalAlpha = line.armed ? 0.9 : 0.45;
-      pen.beginPath(); pen.moveTo(LEFT, at); pen.lineTo(right, at); pen.stroke();
+      pen.beginPath();
+      pen.moveTo(LEFT, at);
+      pen.lineTo(right, at);
+      pen.stroke();
       pen.setLineDash([]);
       pen.fillStyle = colour(series(n));
       const words = `${line.name} ${line.sign} ${line.value}`.replace("-", "−");
@@ -187,14 +216,19 @@ export class Timeline {
 
     // The readings: single tokens faint, the mean over a stretch strong; what the words alone read, dotted.
     pen.save();
-    pen.beginPath(); pen.rect(LEFT, TOP - 2, right - LEFT + 2, bottom - TOP + 4); pen.clip();
+    pen.beginPath();
+    pen.rect(LEFT, TOP - 2, right - LEFT + 2, bottom - TOP + 4);
+    pen.clip();
     pen.lineJoin = "round";
     const trace = (values, spoken) => {
       pen.beginPath();
       let open = false;
       for (let n = from; n < to; n += stride) {
         const value = values[spoken[n]];
-        if (Number.isNaN(value)) { open = false; continue; }
+        if (Number.isNaN(value)) {
+          open = false;
+          continue;
+        }
         if (open && n > from && conversation.turn[spoken[n]] !== conversation.turn[spoken[n - 1]]) open = false;
         if (open) pen.lineTo(x(n), y(value));
         else pen.moveTo(x(n), y(value));
@@ -224,7 +258,8 @@ export class Timeline {
         pen.setLineDash([]);
       }
       const other = front && this.beside ? this.beside.means("inner", name) : null;
-      if (other) { // the unsteered reply, from where the steered one begins
+      if (other) {
+        // the unsteered reply, from where the steered one begins
         const start = conversation.spoken.findIndex((i) => conversation.turn[i] === this.besideTurn);
         const last = this.beside.turns().find((one) => one.turn === this.besideTurn);
         pen.setLineDash(DASHES[1]);
@@ -234,7 +269,8 @@ export class Timeline {
         for (let k = last?.start ?? 0, open = false; last && k < last.end; k++) {
           if (Number.isNaN(other[k])) continue;
           const at = [x(start + k - last.start), y(other[k])];
-          if (open) pen.lineTo(...at); else pen.moveTo(...at);
+          if (open) pen.lineTo(...at);
+          else pen.moveTo(...at);
           open = true;
         }
         pen.stroke();
@@ -250,9 +286,16 @@ export class Timeline {
       if (n < from) continue;
       pen.strokeStyle = pen.fillStyle = colour("--alert");
       pen.globalAlpha = 0.55;
-      pen.beginPath(); pen.moveTo(x(n), TOP); pen.lineTo(x(n), bottom); pen.stroke();
+      pen.beginPath();
+      pen.moveTo(x(n), TOP);
+      pen.lineTo(x(n), bottom);
+      pen.stroke();
       pen.globalAlpha = 1;
-      pen.beginPath(); pen.moveTo(x(n), TOP + 7); pen.lineTo(x(n) - 4.5, TOP - 1); pen.lineTo(x(n) + 4.5, TOP - 1); pen.fill();
+      pen.beginPath();
+      pen.moveTo(x(n), TOP + 7);
+      pen.lineTo(x(n) - 4.5, TOP - 1);
+      pen.lineTo(x(n) + 4.5, TOP - 1);
+      pen.fill();
     }
 
     // The tokens along the bottom.
@@ -260,25 +303,32 @@ export class Timeline {
     pen.textAlign = "left";
     pen.fillText(`token ${conversation.positions[conversation.spoken[from]]}`, LEFT, height - 7);
     pen.textAlign = "right";
-    if (to - from > 12) pen.fillText(String(conversation.positions[conversation.spoken[to - 1]]), Math.max(LEFT + 70, x(to - 1) + 2), height - 7);
+    if (to - from > 12)
+      pen.fillText(String(conversation.positions[conversation.spoken[to - 1]]), Math.max(LEFT + 70, x(to - 1) + 2), height - 7);
 
     if (this.cursor !== null) {
       const n = conversation.spoken.indexOf(this.cursor);
       if (n < from) return;
       pen.strokeStyle = colour("--quiet");
-      pen.beginPath(); pen.moveTo(Math.round(x(n)) + 0.5, TOP); pen.lineTo(Math.round(x(n)) + 0.5, bottom); pen.stroke();
+      pen.beginPath();
+      pen.moveTo(Math.round(x(n)) + 0.5, TOP);
+      pen.lineTo(Math.round(x(n)) + 0.5, bottom);
+      pen.stroke();
       for (const [name, k] of order) {
         const value = conversation.mean(kind, name, this.cursor);
         if (Number.isNaN(value)) continue;
         pen.fillStyle = colour(series(k));
-        pen.beginPath(); pen.arc(x(n), y(value), 3.2, 0, 7); pen.fill();
+        pen.beginPath();
+        pen.arc(x(n), y(value), 3.2, 0, 7);
+        pen.fill();
       }
     }
   }
 
   /** Where the cursor is on the screen, for what is shown beside it. */
   place() {
-    const [from, to] = this.range, box = this.slider.getBoundingClientRect();
+    const [from, to] = this.range,
+      box = this.slider.getBoundingClientRect();
     const n = this.conversation.spoken.indexOf(this.cursor) - from;
     const left = box.left + LEFT + ((box.width - LEFT - RIGHT) * n) / Math.max(this.least - 1, to - from - 1);
     return { getClientRects: () => [{ left: left + 10, top: box.top + 4, bottom: box.bottom }] };

@@ -12,13 +12,25 @@ export const traffic = {
 
 const watchers = new Set();
 /** `watcher(event, reply, data)`: event is open, reply, token, alert or done. */
-export const onTraffic = (watcher) => { watchers.add(watcher); };
+export const onTraffic = (watcher) => {
+  watchers.add(watcher);
+};
 
 function happened(event, data) {
   let reply = traffic.replies.get(data.trace);
-  if (event === "open") traffic.replies.forEach((one) => { one.ended ||= "lost"; });
+  if (event === "open")
+    traffic.replies.forEach((one) => {
+      one.ended ||= "lost";
+    });
   else if (!reply && event !== "alert" && event !== "done") {
-    reply = { trace: data.trace, key: data.key || "", model: data.model ?? "", since: Date.now(), ended: "", conversation: new Conversation() };
+    reply = {
+      trace: data.trace,
+      key: data.key || "",
+      model: data.model ?? "",
+      since: Date.now(),
+      ended: "",
+      conversation: new Conversation(),
+    };
     reply.conversation.id = data.trace;
     traffic.replies.set(data.trace, reply);
     for (const [id, one] of traffic.replies) if (traffic.replies.size > KEPT && one.ended) traffic.replies.delete(id);

@@ -77,8 +77,13 @@ class Turn {
     this.text = make("p", { dir: "auto", class: "words" });
     this.notes = make("div", { class: "notes" });
     const kind = role === "user" || role === "assistant" ? role : "other";
-    this.node = make("article", { class: `turn ${kind}`, "aria-label": `${label || role} says` },
-      make("header", {}, make("h3", {}, label || role), this.numbers), this.text, this.notes);
+    this.node = make(
+      "article",
+      { class: `turn ${kind}`, "aria-label": `${label || role} says` },
+      make("header", {}, make("h3", {}, label || role), this.numbers),
+      this.text,
+      this.notes,
+    );
     this.noted = 0;
   }
 
@@ -100,7 +105,14 @@ class Turn {
 
   summarise({ kind, name }) {
     const found = this.conversation.summary(kind, name, this.start, this.end);
-    this.numbers.replaceChildren(...(found ? [make("span", {}, "mean ", make("b", {}, signed(found.mean))), make("span", {}, "peak ", make("b", {}, signed(found.peak)))] : []));
+    this.numbers.replaceChildren(
+      ...(found
+        ? [
+            make("span", {}, "mean ", make("b", {}, signed(found.mean))),
+            make("span", {}, "peak ", make("b", {}, signed(found.peak))),
+          ]
+        : []),
+    );
   }
 }
 
@@ -117,17 +129,20 @@ export class Transcript {
     this.paint = (conversation, i) => {
       const value = conversation.at(this.view.kind, this.view.name, i);
       const own = level(value, this.view.scale);
-      return (this.fired.get(conversation)?.has(i) ? `${own} fired` : own);
+      return this.fired.get(conversation)?.has(i) ? `${own} fired` : own;
     };
     this.fired = new Map();
     this.turns = [];
     this.streaming = false;
-    this.near = new IntersectionObserver((entries) => {
-      for (const { target, isIntersecting } of entries) {
-        if (isIntersecting) target.run.wake(this.paint);
-        else if (!this.streaming || target.run !== this.last?.runs.at(-1)) target.run.sleep();
-      }
-    }, { root: scroller === document.scrollingElement ? null : scroller, rootMargin: "700px 0px" });
+    this.near = new IntersectionObserver(
+      (entries) => {
+        for (const { target, isIntersecting } of entries) {
+          if (isIntersecting) target.run.wake(this.paint);
+          else if (!this.streaming || target.run !== this.last?.runs.at(-1)) target.run.sleep();
+        }
+      },
+      { root: scroller === document.scrollingElement ? null : scroller, rootMargin: "700px 0px" },
+    );
     const token = (event) => (event.target.at === undefined ? null : event.target);
     this.node.addEventListener("pointerover", (event) => {
       const node = token(event);
@@ -199,16 +214,31 @@ export class Transcript {
       const i = conversation.find(alert.token);
       if (i < 0 || marks.has(i)) continue;
       marks.add(i);
-      this.eachRun((run) => { if (run.conversation === conversation && run.start <= i && i < run.end) run.colour(this.paint); });
+      this.eachRun((run) => {
+        if (run.conversation === conversation && run.start <= i && i < run.end) run.colour(this.paint);
+      });
     }
   }
 
   note(view, turn) {
     const own = view.conversation.alerts.filter((alert) => view.conversation.turn[view.conversation.find(alert.token)] === turn);
     for (const alert of own.slice(view.noted)) {
-      view.notes.append(make("button", { type: "button", class: "note", onclick: () => this.reveal(view.conversation.find(alert.token)) },
-        icon("flag"), make("b", {}, alert.rule), make("span", {}, Object.entries(alert.scores).map(([name, z]) => `${name} ${signed(z)}`).join(", ")),
-        make("span", { class: "quiet" }, `token ${alert.token}`)));
+      view.notes.append(
+        make(
+          "button",
+          { type: "button", class: "note", onclick: () => this.reveal(view.conversation.find(alert.token)) },
+          icon("flag"),
+          make("b", {}, alert.rule),
+          make(
+            "span",
+            {},
+            Object.entries(alert.scores)
+              .map(([name, z]) => `${name} ${signed(z)}`)
+              .join(", "),
+          ),
+          make("span", { class: "quiet" }, `token ${alert.token}`),
+        ),
+      );
     }
     view.noted = own.length;
   }
@@ -268,26 +298,61 @@ export function showTip(element, conversation, i, { kind, name, names }) {
   }
   if (!tip.isConnected) document.body.append(tip);
   const own = [...new Set([name, ...names])].filter((each) => !Number.isNaN(conversation.at(kind, each, i)));
-  const strongest = conversation.ranked(i, { kind, alone: true }).filter(([each]) => !own.includes(each)).slice(0, 3);
-  const row = ([each, value], chosen) => make("div", { class: chosen ? "chosen" : "" }, make("dt", {}, each), make("dd", { class: level(value, 4) }, signed(value)));
-  const others = [["visible", "words alone"], ["gap", "gap"], ["steered", "while steered"]].filter(([each]) => each !== kind && !Number.isNaN(conversation.at(each, name, i)));
+  const strongest = conversation
+    .ranked(i, { kind, alone: true })
+    .filter(([each]) => !own.includes(each))
+    .slice(0, 3);
+  const row = ([each, value], chosen) =>
+    make("div", { class: chosen ? "chosen" : "" }, make("dt", {}, each), make("dd", { class: level(value, 4) }, signed(value)));
+  const others = [
+    ["visible", "words alone"],
+    ["gap", "gap"],
+    ["steered", "while steered"],
+  ].filter(([each]) => each !== kind && !Number.isNaN(conversation.at(each, name, i)));
   tip.replaceChildren(
-    make("p", {}, make("q", {}, conversation.tokens[i].replaceAll("\n", "⏎").trim() || "space"), make("span", { class: "quiet" }, `${conversation.roles[i]} · token ${conversation.positions[i]}`)),
+    make(
+      "p",
+      {},
+      make("q", {}, conversation.tokens[i].replaceAll("\n", "⏎").trim() || "space"),
+      make("span", { class: "quiet" }, `${conversation.roles[i]} · token ${conversation.positions[i]}`),
+    ),
     own.length + strongest.length
-      ? make("dl", {}, own.map((each) => row([each, conversation.at(kind, each, i)], each === name)),
-        others.map(([each, words]) => make("div", {}, make("dt", {}, `${name}, ${words}`), make("dd", {}, signed(conversation.at(each, name, i))))),
-        strongest.length ? make("div", { class: "rest" }, make("dt", {}, "strongest others")) : null, strongest.map((each) => row(each)))
-      : make("p", { class: "quiet" }, "not read"));
+      ? make(
+          "dl",
+          {},
+          own.map((each) => row([each, conversation.at(kind, each, i)], each === name)),
+          others.map(([each, words]) =>
+            make("div", {}, make("dt", {}, `${name}, ${words}`), make("dd", {}, signed(conversation.at(each, name, i)))),
+          ),
+          strongest.length ? make("div", { class: "rest" }, make("dt", {}, "strongest others")) : null,
+          strongest.map((each) => row(each)),
+        )
+      : make("p", { class: "quiet" }, "not read"),
+  );
   tip.hidden = false;
   const box = element.getClientRects()[0] ?? element.getBoundingClientRect();
   const left = Math.max(8, Math.min(box.left, innerWidth - tip.offsetWidth - 8));
   const above = box.top - tip.offsetHeight - 6;
   tip.style.transform = `translate(${Math.round(left)}px, ${Math.round(above > 60 ? above : box.bottom + 6)}px)`;
 }
-addEventListener("scroll", () => { tip.hidden = true; }, { passive: true, capture: true });
+addEventListener(
+  "scroll",
+  () => {
+    tip.hidden = true;
+  },
+  { passive: true, capture: true },
+);
 
 /** What the colours mean. */
 export const legend = (scale, unit) =>
-  make("div", { class: "legend", role: "img", "aria-label": `blue is below baseline, red above; full colour at ${plain(scale, scale < 1 ? 2 : 0)} ${unit}` },
-    make("span", {}, signed(-scale, scale < 1 ? 2 : 0)), make("i", { class: "ramp" }), make("span", {}, `${signed(scale, scale < 1 ? 2 : 0)} ${unit}`));
-
+  make(
+    "div",
+    {
+      class: "legend",
+      role: "img",
+      "aria-label": `blue is below baseline, red above; full colour at ${plain(scale, scale < 1 ? 2 : 0)} ${unit}`,
+    },
+    make("span", {}, signed(-scale, scale < 1 ? 2 : 0)),
+    make("i", { class: "ramp" }),
+    make("span", {}, `${signed(scale, scale < 1 ? 2 : 0)} ${unit}`),
+  );
