@@ -539,8 +539,10 @@ def serve(tmp_path: Path, *options: str) -> tuple[subprocess.Popen[str], str]:
     """``affectlens serve`` in a process of its own."""
     if not (tmp_path / "vectors").exists():
         toy_vectors().save(tmp_path / "vectors")
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "vectors" / "calibration.json").rename(tmp_path / "elsewhere" / "calibration.json")
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "affectlens.cli", "serve", "vectors", "--port", "0", *options]
+    command = [sys.executable, "-m", "affectlens.cli", "serve", "vectors", "--port", "0", "--calibration", "elsewhere", *options]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None
     said = ""
@@ -555,6 +557,7 @@ def serve(tmp_path: Path, *options: str) -> tuple[subprocess.Popen[str], str]:
 def test_a_signal_lets_replies_end(tmp_path: Path, number: signal.Signals) -> None:
     process, url = serve(tmp_path)
     try:
+        assert httpx.get(f"{url}/v1/emotions").json()["data"][0]["safe"] == [-0.15, 0.15]
         lines: list[str] = []
 
         def read() -> None:
