@@ -40,6 +40,7 @@ TEXT, GAP, OTHER = "text", "gap", "other "
 """What is kept beside the roles: replies read alone (and so any plain text), the gap, and roles by the other vectors."""
 
 
+_FIX = "measure it again with affectlens baseline"
 _ARRAYS = ("mean", "deviation", "mean_error", "deviation_error")
 
 
@@ -231,9 +232,17 @@ class Baseline:
         }
         return replace(self, names=tuple(names), other_names=tuple(other), spreads=spreads)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: what :meth:`save` writes."""
+        spreads = {
+            name: {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in vars(spread).items()}
+            for name, spread in self.spreads.items()
+        }
+        return {"format": FORMAT, "kind": "affectlens-baseline", **vars(self), "spreads": spreads}
+
     def save(self, file: str | Path) -> Path:
         """Write it as JSON, atomically."""
-        write_json(file, {"format": FORMAT, "kind": "affectlens-baseline", **vars(self)})
+        write_json(file, self.as_dict())
         return Path(file)
 
     @classmethod
@@ -243,12 +252,24 @@ class Baseline:
         Raises:
             FormatError: Missing, broken, or of another format.
         """
-        fix = "measure it again with affectlens baseline"
-        fields = read_json(file, fix=fix)
-        if not isinstance(fields, dict) or fields.pop("kind", None) != "affectlens-baseline":
-            raise FormatError(f"{file} is no baseline: {fix}")
+        return cls.of(read_json(file, fix=_FIX), str(file))
+
+    @classmethod
+    def of(cls, data: Any, where: str = "this") -> Baseline:
+        """From plain data, as :meth:`as_dict` gives it.
+
+        Args:
+            data: The data.
+            where: What an error calls it.
+
+        Raises:
+            FormatError: Broken, or of another format.
+        """
+        fields = dict(data) if isinstance(data, Mapping) else {}
+        if fields.pop("kind", None) != "affectlens-baseline":
+            raise FormatError(f"{where} is no baseline: {_FIX}")
         if fields.pop("format", None) != FORMAT:
-            raise FormatError(f"{file} is a baseline of another format: {fix}")
+            raise FormatError(f"{where} is a baseline of another format: {_FIX}")
         try:
             spreads = {
                 name: Spread(**{**spread, **{key: np.array(spread[key]) for key in _ARRAYS}})
@@ -265,7 +286,7 @@ class Baseline:
         except (TypeError, ValueError, AttributeError, KeyError):
             whole = False
         if not whole:
-            raise FormatError(f"{file} is not the whole of a baseline: {fix}")
+            raise FormatError(f"{where} is not the whole of a baseline: {_FIX}")
         return found
 
 

@@ -1023,6 +1023,48 @@ def features(
 
 
 @main.command()
+@click.argument("trace")
+@click.option(
+    "--store",
+    "source",
+    default="traces.db",
+    show_default=True,
+    metavar="URL|FILE",
+    help="Where it is kept: the store of a server, or a file that was exported as jsonl.",
+)
+@click.option("--vectors", metavar="VECTORS", help="The vectors that read it.  [default: where they were then]")
+@shared("model", "device", "dtype", "json")
+def replay(trace: str, source: str, vectors: str | None, model: str | None, device: str, dtype: str, as_json: bool) -> None:
+    """Make the stored reply TRACE again, with the same model, seed and steering, and compare it to the bit.
+
+    TRACE is the id of a reply. Exit 0 when the text, the tokens and all scores are the same; 1 with the first difference.
+    """
+    from dataclasses import asdict
+
+    from affectlens.errors import FormatError, MissingExtra
+    from affectlens.exchange import load_vectors
+
+    try:
+        from affectlens.server.replay import find, replay
+    except ModuleNotFoundError as error:
+        raise MissingExtra(error.name or "sqlalchemy", "serve") from None
+    record = find(source, trace)
+    kept = vectors or record.request.get("vectors", {}).get("path")
+    if not kept:
+        raise FormatError(f"{trace} does not say which vectors read it: name them with --vectors")
+    loaded = load_vectors(str(kept))
+    was = record.model
+    engine = _engine(
+        model or str(was["id"]),
+        device=str(was["device"]) if device == "auto" else device,
+        dtype=str(was["dtype"]) if dtype == "auto" else dtype,
+    )
+    found = replay(record, engine, loaded)
+    click.echo(json.dumps(asdict(found), ensure_ascii=False) if as_json else str(found))
+    sys.exit(0 if found.verdict == "same" else 1)
+
+
+@main.command()
 @click.argument("model")
 @shared("device", "dtype", "json")
 def doctor(model: str, device: str, dtype: str, as_json: bool) -> None:

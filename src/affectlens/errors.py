@@ -7,6 +7,7 @@
     ├── EngineError            a request cannot be run (prompt too long, hook that never fired, no reply position)
     ├── FormatError            a file is broken, empty or of another format
     ├── RuleError              a rule of the monitor cannot be understood; shows where
+    ├── StoreError             the store of traces cannot be opened, read or written, or has no room
     └── UnknownName            a name that does not exist; names the nearest ones
 
 Each has a page in ``docs/errors/``. A message is one line that ends by saying what to do; under that of a rule stands the rule,
@@ -54,6 +55,10 @@ class RuleError(AffectlensError):
         marks = " " * start + "^" * max(1, end - start)
         super().__init__(f"{problem}, column {start + 1}\n  {line}\n  {marks}")
         self.problem, self.rule, self.start, self.end = problem, rule, start, end
+
+
+class StoreError(AffectlensError):
+    """The store of traces cannot be opened, read or written, or has no room."""
 
 
 class MissingExtra(AffectlensError):

@@ -9,17 +9,18 @@ as well, and a steered reply needs the words read by the untouched model: both a
 made every :data:`EVERY` tokens and at the end. Rules that wait for one are looked at then; the alert says where it fired and when
 that was noticed.
 
-**An alarm is never hidden by steering it away.** When a reply goes on steered, rules watch what the *untouched* model reads in
-the very words that were said, and both readings are kept. Taking the steering off the residual of the same pass would be cheaper,
-and is the same where one layer is steered and that layer is read; above the steered layers it is wrong, since the earlier tokens
-were steered too. An untouched reply generated beside it would say other words. So the words are read again. Steering still
-changes what is said: that the untouched reading of calmer words is calmer is an effect, not a disguise.
+**An alarm is never hidden by steering it away.** When a reply is steered, by its caller or by a rule, rules watch what the
+*untouched* model reads in the very words that were said, and both readings are kept. Taking the steering off the residual of the
+same pass would be cheaper, and is the same where one layer is steered and that layer is read; above the steered layers it is
+wrong, since the earlier tokens were steered too. An untouched reply generated beside it would say other words. So the words are
+read again. Steering still changes what is said: that the untouched reading of calmer words is calmer is no disguise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -27,7 +28,8 @@ from affectlens import conversations
 from affectlens.actions import Policy, Reporter, Steer, Stop, policy
 from affectlens.baseline import NEUTRAL, Baseline, neutral_dialogues
 from affectlens.conversations import STRETCH, Conversation, Read
-from affectlens.engine import Chat, Engine, Layout, Request, Result, Sampling, Steering, Where
+from affectlens.engine import Chat, Engine, Layout, Logprob, Request, Result, Sampling, Steering, Where
+from affectlens.errors import EngineError
 from affectlens.rules import Kind, Rule
 from affectlens.traces import (
     Alert,
@@ -60,6 +62,7 @@ class Token:
         other: The same by the vectors of the other speaker, ``(M,)``.
         alerts: What was noticed at this token.
         steering: What is added to the residual stream.
+        logprob: How likely it was, where that was asked for.
     """
 
     text: str
@@ -69,6 +72,7 @@ class Token:
     other: np.ndarray | None = None
     alerts: tuple[Alert, ...] = ()
     steering: str = ""
+    logprob: Logprob | None = None
 
 
 class Monitor:
@@ -158,7 +162,14 @@ class Monitor:
             yield (None if trace is None else watched(baseline.standardise(trace), self.policies)), read
 
     def stream(
-        self, engine: Engine, prompt: str | Chat, *, sampling: Sampling = Sampling(), prefill: str = "", id: str = "reply"
+        self,
+        engine: Engine,
+        prompt: str | Chat,
+        *,
+        sampling: Sampling = Sampling(),
+        prefill: str = "",
+        steering: Steering = Steering(),
+        id: str = "reply",
     ) -> Stream:
         """Generate a reply and give each token with its scores as it comes; actions act.
 
@@ -167,6 +178,8 @@ class Monitor:
             prompt: A plain text, or a chat that ends with a user's turn.
             sampling: How to generate.
             prefill: Beginning of the reply.
+            steering: What to do to the residual stream all along; what rules add comes on top. Rules and the trace read the same
+                words by the untouched model, and :attr:`Token.scores` are those of the steered one.
             id: What alerts call the conversation.
 
         Returns:
@@ -175,8 +188,37 @@ class Monitor:
 
         Raises:
             EngineError: The request cannot be run.
+
+        Example:
+            >>> calmer = 0.05 * vectors["calm"]                                              # doctest: +SKIP
+            >>> for token in monitor.stream(engine, chat, steering=calmer): print(token.text)    # doctest: +SKIP
         """
-        return Stream(self, engine, prompt, sampling=sampling, prefill=prefill, id=id)
+        return Stream(self, engine, prompt, sampling=sampling, prefill=prefill, steering=steering, id=id)
+
+    def joined(self, rules: Iterable[str | Rule | Policy], *, without: Collection[str] = ()) -> Monitor:
+        """A monitor that watches more rules, or fewer, for one reply: it shares the baseline and the telling with this one.
+
+        Args:
+            rules: Rules to add. What they do is done to the reply only: they stop or steer it.
+            without: Names of rules of this monitor to leave out.
+
+        Raises:
+            RuleError: A rule cannot be understood, or names what does not exist.
+            EngineError: A rule has an action of another kind.
+
+        Example:
+            >>> monitor.joined(["calm < -2"]).stream(engine, chat)     # doctest: +SKIP
+        """
+        more = tuple(policy(rule) for rule in rules)
+        for each in more:
+            for action in each.actions:
+                if not isinstance(action, Stop | Steer):
+                    kind = type(action).__name__.lower()
+                    raise EngineError(f"a rule that is added can stop and steer, not {kind}: give the monitor itself the rule")
+        kept = tuple(each for each in self.policies if each.rule.name not in without)
+        other = Monitor(self.probe.vectors, self.baseline, rules=more, other=self.probe.other, gap=self.probe.alone)
+        other.policies, other.reporter = (*kept, *more), self.reporter
+        return other
 
     def close(self, timeout: float = 10.0) -> None:
         """Wait until webhooks have been told, ``timeout`` seconds at most."""
@@ -193,11 +235,19 @@ class Stream(Iterator[Token]):
     """A reply while it is generated and watched; made by :meth:`Monitor.stream`.
 
     ``text`` is the reply so far, ``alerts`` what fired so far, ``finish`` is ``stop`` or ``length`` as of any reply, or
-    ``stopped`` by a rule. ``trace`` is the whole conversation once the reply has ended.
+    ``stopped`` by a rule, or what was given to :meth:`end`. ``trace`` is the whole conversation once the reply has ended.
     """
 
     def __init__(
-        self, monitor: Monitor, engine: Engine, prompt: str | Chat, *, sampling: Sampling, prefill: str, id: str
+        self,
+        monitor: Monitor,
+        engine: Engine,
+        prompt: str | Chat,
+        *,
+        sampling: Sampling,
+        prefill: str,
+        steering: Steering,
+        id: str,
     ) -> None:
         self.text = prefill
         self.alerts: list[Alert] = []
@@ -226,9 +276,12 @@ class Stream(Iterator[Token]):
         self._layout: Layout | None = None
         self._generated, self._max_tokens = 0, sampling.max_tokens
         self._spans: list[tuple[int, int]] = []
-        self._steering, self._added = Steering(), ""
+        # Strength 0 is no steering, and then no second reading is needed.
+        self._given = Steering(tuple(term for term in steering.terms if not term.idle))
+        self._steering, self._added = self._given, str(self._given) if self._given.terms else ""
         self._steered_by: list[Policy] = []
         self._stopped: Stop | None = None
+        self._ended = ""
         self._restart = self._cut = False
         self._nothing = np.full(len(self._probe.vectors), np.nan, np.float32)
         self._tokens: Generator[Token, None, None] = self._run()
@@ -239,6 +292,36 @@ class Stream(Iterator[Token]):
     def close(self) -> None:
         """End the reply; its trace is not made."""
         self._tokens.close()
+
+    def end(self, finish: str) -> None:
+        """End the reply at its next token, from any thread; its trace is made.
+
+        Args:
+            finish: What :attr:`finish` shall say.
+        """
+        self._ended = finish
+
+    @property
+    def usage(self) -> tuple[int, int]:
+        """How many tokens the prompt has, and how many were generated."""
+        return self._layout.n_prompt if self._layout else 0, self._generated
+
+    @cached_property
+    def before(self) -> Trace:
+        """What was said before the reply (and its prefill) by the untouched model, in z; read when it is first asked for."""
+        request = replace(self._request, sampling=None)
+        (result,) = self._engine.run([request])
+        trace = trace_of(result, self._probe, id=self._id, format=self._format)
+        if self._probe.alone:
+            (trace,) = read_alone(self._engine.run, [trace], self._probe)
+        return self._baseline.standardise(trace)
+
+    @property
+    def _format(self) -> str:
+        """How the conversation is put to the model."""
+        if isinstance(self._request.prompt, str):
+            return "plain text"
+        return conversations.TRANSCRIPT if self._request.transcript else conversations.TEMPLATE
 
     def _run(self) -> Generator[Token, None, None]:
         if (first := self._before()) is not None:
@@ -254,11 +337,11 @@ class Stream(Iterator[Token]):
                         break
                     if (token := self._token(result)) is not None:
                         yield token
-                    if self._stopped or self._restart or self._cut:
+                    if self._stopped or self._restart or self._cut or self._ended:
                         break
             finally:
                 partials.close()  # type: ignore[attr-defined]
-            if not self._restart or self._stopped or self._cut:
+            if not self._restart or self._stopped or self._cut or self._ended:
                 break
             # What might be the beginning of a stop string still might: the engine does not look back behind its new beginning.
             self._released = self._reply()
@@ -267,7 +350,8 @@ class Stream(Iterator[Token]):
             yield Token(held, len(self._layout or ()) - 1, "assistant", self._nothing)
         if (last := self._last()) is not None:
             yield last
-        self.finish = "stopped" if self._stopped else "stop" if self._cut else final.finish if final else "length"
+        ended = self._ended or "length"
+        self.finish = "stopped" if self._stopped else "stop" if self._cut else final.finish if final else ended
         self._finish(final)
         if self._stopped and self._stopped.message:
             self.text += self._stopped.message
@@ -283,22 +367,17 @@ class Stream(Iterator[Token]):
         said = {"text"} if isinstance(request.prompt, str) else {role for role, _ in request.prompt}
         if not speakers & (said | ({"assistant"} if request.prefill else set())):
             return None
-        (result,) = self._engine.run([replace(request, sampling=None)])
-        trace = trace_of(result, self._probe, id=self._id, format="")
-        if self._probe.alone:
-            (trace,) = read_alone(self._engine.run, [trace], self._probe)
-        trace, self._layout = self._baseline.standardise(trace), result.layout
+        layout = self._layout = self.before.layout
         # Earlier replies were watched when they were generated; what came after the last of them was not.
-        earlier = [i for i, role in enumerate(result.layout.roles[: result.layout.n_prompt]) if role == "assistant"]
-        new = earlier[-1] + 1 if earlier else 0
+        new = unwatched(layout)
         alerts = []
-        for cell in cells_of(trace):
-            if cell.position >= result.layout.n_prompt:
+        for cell in cells_of(self.before):
+            if cell.position >= layout.n_prompt:
                 self._said.append(cell)
             for course in (self._now, self._late):
                 fired = course.step(cell)
-                alerts += self._raise(fired if cell.position >= new else [], cell, noticed=len(result.layout) - 1)
-        return Token("", len(result.layout) - 1, "template", self._nothing, alerts=tuple(alerts)) if alerts else None
+                alerts += self._raise(fired if cell.position >= new else [], cell, noticed=len(layout) - 1)
+        return Token("", len(layout) - 1, "template", self._nothing, alerts=tuple(alerts)) if alerts else None
 
     # ── token by token ──
 
@@ -308,7 +387,8 @@ class Stream(Iterator[Token]):
         text = self._shown(result.text)
         if self._cut or not len(result.readings[0].positions):
             # Text that was held back, or the end.
-            return Token(text, len(result.layout) - 1, "assistant", self._nothing, steering=self._added) if text else None
+            last = len(result.layout) - 1
+            return Token(text, last, "assistant", self._nothing, steering=self._added) if text else None
         position = int(result.readings[0].positions[-1])
         rows = [
             None if vectors is None else vectors.scores(reading)[-1:].astype(np.float32)
@@ -324,7 +404,8 @@ class Stream(Iterator[Token]):
         self._said.append(cell)
         self._generated += 1
         alerts = self._take(cell, rows[0][0])
-        return Token(text, position, "assistant", scores, other, tuple(alerts), cell.steering)
+        likely = result.logprobs[-1] if result.logprobs else None
+        return Token(text, position, "assistant", scores, other, tuple(alerts), cell.steering, likely)
 
     def _shown(self, text: str) -> str:
         """What can be shown now that the engine has released so much more: a stop string may reach over a restart."""
@@ -343,7 +424,8 @@ class Stream(Iterator[Token]):
         alerts = []
         if self._steering.terms:
             cell.steering, cell.raw = self._added, raw
-            self._for_now.append(cell)
+            if self._monitor.policies:
+                self._for_now.append(cell)
         else:
             alerts += self._raise(self._now.step(cell), cell, noticed=cell.position)
         if self._waits:
@@ -424,9 +506,9 @@ class Stream(Iterator[Token]):
         return alerts
 
     def _next_request(self) -> Request:
-        """The rest of the reply, steered from here on if a rule wants it."""
+        """The rest of the reply, steered from here on if a rule wants it; the caller's steering lies beneath."""
         if not self._steered_by:
-            return self._request
+            return replace(self._request, steering=self._given)
         vectors, sampling = self._probe.vectors, self._request.sampling
         assert sampling is not None
         mixture = Steering()
@@ -434,14 +516,14 @@ class Stream(Iterator[Token]):
             for action in each.actions:
                 for name, strength in action.add if isinstance(action, Steer) else ():
                     mixture = mixture + strength * vectors[name]
-        self._added = str(mixture)
+        self._added = str(self._given + mixture)
         if not self._reply():
             # The first token of the reply is drawn at the reply position.
-            self._steering = mixture.at(Where(part="prompt", last=1)) + mixture.at(Where(part="response"))
+            self._steering = self._given + mixture.at(Where(part="prompt", last=1)) + mixture.at(Where(part="response"))
             return replace(self._request, steering=self._steering)
         layout = self._untouched().layout
         # The latest token is steered as well: the next one is drawn at it. Those before it are not, and stay what they were.
-        self._steering = mixture.at(Where(part="response", after=max(0, len(layout) - layout.n_prompt - 1)))
+        self._steering = self._given + mixture.at(Where(part="response", after=max(0, len(layout) - layout.n_prompt - 1)))
         # Another seed: the numbers that drew the first tokens would come again.
         done = self._generated
         rest = replace(sampling, max_tokens=sampling.max_tokens - done, seed=sampling.seed + done)
@@ -477,10 +559,7 @@ class Stream(Iterator[Token]):
     def _finish(self, final: Result | None) -> None:
         """Make the trace: of the reply, or, where that was steered or stopped, of its words read by the untouched model."""
         whole = final if final is not None and not self._steering.terms else self._untouched()
-        format = conversations.TRANSCRIPT if self._request.transcript else conversations.TEMPLATE
-        if isinstance(self._request.prompt, str):
-            format = "plain text"
-        trace = trace_of(whole, self._probe, id=self._id, format=format)
+        trace = trace_of(whole, self._probe, id=self._id, format=self._format)
         if self._probe.alone:
             (trace,) = read_alone(self._engine.run, [trace], self._probe)
         steered = [cell for cell in self._said if cell.raw is not None]
@@ -494,6 +573,17 @@ class Stream(Iterator[Token]):
         places = zip(self.alerts, self._spans, strict=True)
         alerts = tuple(replace(alert, token=_place(alert.token, span, whole.layout)) for alert, span in places)
         self.trace = replace(self._baseline.standardise(trace), alerts=alerts)
+
+
+def unwatched(layout: Layout) -> int:
+    """The first token of a request that no earlier reply was watched with: the one behind the last words of the assistant in it.
+
+    Example:
+        >>> unwatched(Layout("abc", ("a", "b", "c"), (1, 2, 3), ((0, 1), (1, 2), (2, 3)), ("user", "assistant", "user"), 3))
+        2
+    """
+    earlier = [i for i, role in enumerate(layout.roles[: layout.n_prompt]) if role == "assistant"]
+    return earlier[-1] + 1 if earlier else 0
 
 
 def _place(token: int, span: tuple[int, int], layout: Layout) -> int:

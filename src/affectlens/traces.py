@@ -70,7 +70,7 @@ class Trace:
         gap: How far the reading in context lies above that of the words alone, ``(T, N)``; only in z.
         other: Scores by the vectors of the other speaker, ``(T, M)``.
         other_names: Their ``M`` concepts.
-        steered: What was read while the model was steered, ``(T, N)``; nan elsewhere; None when it never was.
+        steered: What was read of the reply while the model was steered, ``(T, N)``; nan elsewhere; None when it never was.
         steering: What was added.
         alerts: What fired, in the order of the tokens.
     """

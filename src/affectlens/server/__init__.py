@@ -1,0 +1,1 @@
+"""What `affectlens serve` runs: the API, the dashboard, and what they keep."""
