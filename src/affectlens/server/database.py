@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,17 @@ class Database:
     def insert_new(self, table: Any) -> Any:
         """An insert that passes over what is there already: another process may have been faster."""
         return (sqlite if self.sqlite else postgresql).insert(table).on_conflict_do_nothing()
+
+    def insert_peaks(self, connection: Connection, rows: Sequence[tuple[int, int, int, float]]) -> None:
+        """Write rows of the peaks: thousands to a batch, so past what builds a statement out of each."""
+        head = f"INSERT INTO {tables.PEAKS.name} (concept, created, seq, peak)"
+        if self.sqlite:
+            connection.exec_driver_sql(f"{head} VALUES (?, ?, ?, ?)", list(rows))
+            return
+        arrays = ", ".join(f"%s::{kind}[]" for kind in ("integer", "bigint", "bigint", "double precision"))
+        connection.exec_driver_sql(
+            f"{head} SELECT * FROM unnest({arrays})", tuple(list(column) for column in zip(*rows, strict=True))
+        )
 
     def used(self, connection: Connection) -> int:
         """Bytes in use: of SQLite's file without the pages that are free; in PostgreSQL the sum over records."""
