@@ -454,9 +454,9 @@ class Fake:
                 await self.tell("alert", {**alert, "key": ""})
             due += 1 / self.speed / len(told)
             await asyncio.sleep(max(0.0, due - time.monotonic()))
-        self.sent = time.monotonic()
         clamped = {name: strength for name, strength in bias.items() if abs(used[name] - strength) > 1e-9}
         self.live[id] = self.as_trace(told[0])
+        self.sent = time.monotonic()
         yield chunk(
             0,
             "",

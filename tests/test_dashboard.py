@@ -337,7 +337,7 @@ def test_numbers_on_hover(window: Open) -> None:
         expect(tip).to_contain_text(name)
     assert re.search(r"[+−]\d\.\d\d", tip.inner_text())
     expect(page.get_by_role("heading", name="Strongest")).to_be_visible()
-    assert "up to token" in page.locator("[aria-label='Live: strongest readings'] header").inner_text()
+    expect(page.locator("[aria-label='Live: strongest readings'] header")).to_contain_text("up to token")
     page.mouse.move(2, 2)
     expect(tip).to_be_hidden()
 
@@ -877,8 +877,15 @@ def test_alerts_come_in_wherever_one_is(window: Open) -> None:
     page.request.post(f"{own.url}/fake/traffic", data={"number": 0, "key": "bot"})
     expect(page.locator(".toast.alert").first).to_contain_text("fired", timeout=15_000)
     assert int(page.locator("nav .badge:not([hidden])").inner_text()) > before
-    page.locator(".toast.alert a").first.click()
+    # The reply goes on: it is shown when it has ended, and can be looked at until then.
     own.expected = {404}
+    page.locator(".toast.alert a").first.click()
+    expect(page.get_by_role("heading", name="This reply is still being generated")).to_be_visible()
+    page.get_by_role("link", name="Look on in Live").click()
+    expect(page.locator(".following")).to_contain_text("Following a reply for bot")
+    page.go_back()
+    expect(page.locator(".opened .turn.assistant")).to_be_visible(timeout=15_000)
+    own.expected = set()
     page.goto(f"{own.url}/#/alerts")
     page.request.post(f"{own.url}/fake/traffic", data={"number": 0, "key": "bot"})
     fresh = page.get_by_role("button", name=re.compile("new alert"))
@@ -1040,11 +1047,12 @@ def real(tmp_path: Path) -> Iterator[Callable[..., str]]:
 
 
 @pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
-def test_with_the_real_server(window: Open, real: Callable[..., str], size: tuple[int, int]) -> None:
+def test_with_the_real_server(real: Callable[..., str], window: Open, size: tuple[int, int]) -> None:
     """What the interface really answers: talk, steer, compare, look it up, arm a rule, acknowledge its alarm."""
     own = window(url=real(), size=size)
     own.expected = {400}
     page = own.go("#/live?steer=calm")
+    expect(page.get_by_label("Strength of calm")).to_be_focused()
     for _ in range(4):
         page.keyboard.press("ArrowRight")
     if size == NARROW:
@@ -1075,6 +1083,8 @@ def test_with_the_real_server(window: Open, real: Callable[..., str], size: tupl
     page.get_by_role("button", name="Arm", exact=True).click()
     expect(page.locator(".rulelist li")).to_contain_text("false alarms per 1,000 replies")
     page.goto(f"{own.url}/#/live")
+    page.get_by_role("button", name="New conversation").click()
+    page.get_by_label("Compare with the unsteered reply").uncheck()
     ask(page, "the garden")
     expect(page.locator(".turn .note").first).to_contain_text("mean(sad, 2) > -9", timeout=30_000)
     expect(link).to_be_visible(timeout=30_000)

@@ -27,7 +27,7 @@ OPEN = ("/", "/plotly.min.js", "/health", "/ready")
 """Paths that need no key: for whoever watches the process. The dashboard's files hold no data and need none either."""
 
 HEARD_OUT = 16
-"""So many times the largest body is heard out, and forgotten, before it is refused: who is cut off while sending sees no answer."""
+"""So many times the largest body is heard out before it is refused: who is cut off while sending sees no answer."""
 
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 

@@ -391,13 +391,14 @@ export function colour(name) {
 
 const recoloured = new Set();
 const dark = matchMedia("(prefers-color-scheme: dark)");
+/** Do something when the colours change, for as long as it does not answer false. */
 export const onTheme = (work) => {
   recoloured.add(work);
 };
 export const isDark = () => (document.documentElement.dataset.theme ?? (dark.matches ? "dark" : "light")) === "dark";
 export function themeChanged() {
   resolved = new Map();
-  recoloured.forEach((work) => work());
+  for (const work of recoloured) if (work() === false) recoloured.delete(work);
 }
 dark.addEventListener("change", themeChanged);
 

@@ -104,8 +104,9 @@ function fill(frame, run, list) {
     plots.forEach((plot) => plot.resized());
   }).observe(sheet.body);
   onTheme(() => {
-    if (!frame.isConnected) return;
+    if (!frame.isConnected) return false;
     theme();
     plots.forEach((plot) => plot.draw());
+    return true;
   });
 }

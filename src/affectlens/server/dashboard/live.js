@@ -6,7 +6,7 @@ import { catalog, onCatalog } from "./catalog.js";
 import { Conversation } from "./conversation.js";
 import { Reader } from "./reader.js";
 import { Dials } from "./dials.js";
-import { onTraffic } from "./traffic.js";
+import { traffic, onTraffic } from "./traffic.js";
 import { happening } from "./happening.js";
 
 const OPENINGS = [
@@ -476,6 +476,8 @@ export function live() {
         });
         dials.set(steer, dials.strengths.get(steer) ?? 0);
       }
+      const reply = traffic.replies.get(params.get("follow"));
+      if (reply) followReply(reply);
       const watch = params.get("watch");
       if (watch && catalog.emotion.has(watch)) reader.watch(watch);
     },

@@ -1,9 +1,10 @@
 // A stored conversation with everything the live view shows, and two of them side by side.
 
-import { make, button, icon, count, signed, plain, time, filled, toast } from "./dom.js";
+import { make, button, icon, count, signed, plain, time, blank, filled, toast } from "./dom.js";
 import { get, query, download, hasKey } from "./api.js";
 import { Conversation } from "./conversation.js";
 import { Reader } from "./reader.js";
+import { traffic, onTraffic } from "./traffic.js";
 
 export const path = (id) => `#/history/${encodeURIComponent(id)}`;
 const SAID = {
@@ -14,6 +15,25 @@ const SAID = {
   shutdown: "ended because the server shut down",
   read: "only read",
 };
+
+/** Readers are made once and shown again, so that what is kept does not grow with what was opened. */
+const readers = new Map();
+function readerAt(place, label, options = {}) {
+  if (!readers.has(place)) {
+    const scroller = make("div", { class: "scroller", tabindex: 0, role: "region", "aria-label": label });
+    readers.set(place, { scroller, reader: new Reader({ scroller, label: place, ...options }) });
+  }
+  return readers.get(place);
+}
+
+/** What is shown of a reply that has not ended: it is stored when it has. */
+let awaited = null;
+onTraffic((event, reply, data) => {
+  if (event !== "done" || awaited?.id !== data.trace) return;
+  const { again } = awaited;
+  awaited = null;
+  again();
+});
 
 // ── one ──
 
@@ -26,11 +46,24 @@ function titled(conversation) {
 /** One conversation in a place; gives what can go to one of its tokens. */
 export async function single(host, id) {
   let view = null;
-  await filled(host, async () => {
-    const trace = await get(`/v1/traces/${encodeURIComponent(id)}`);
+  const again = () => filled(host, load);
+  const load = async () => {
+    awaited = null;
+    let trace;
+    try {
+      trace = await get(`/v1/traces/${encodeURIComponent(id)}`);
+    } catch (error) {
+      const reply = traffic.replies.get(id);
+      if (error.status !== 404 || !reply || reply.ended) throw error;
+      awaited = { id, again: () => location.hash.startsWith(path(id)) && again() };
+      return blank(
+        "This reply is still being generated",
+        "It is stored when it has ended, and will be shown here then.",
+        make("a", { class: "button main", href: query("#/live", { follow: id }) }, "Look on in Live"),
+      );
+    }
     const conversation = Conversation.read(trace);
-    const scroller = make("div", { class: "scroller", tabindex: 0, role: "region", "aria-label": "Conversation" });
-    const reader = new Reader({ scroller, label: "Stored conversation" });
+    const { scroller, reader } = readerAt("Stored conversation", "Conversation");
     const parts = [
       make("a", { class: "backlink", href: "#/history" }, icon("back"), make("span", {}, "History")),
       make(
@@ -87,8 +120,9 @@ export async function single(host, id) {
       },
     };
     return make("div", { class: "reading" }, parts);
-  });
-  return view;
+  };
+  await again();
+  return { at: (token) => view?.at(token) };
 }
 
 const complain = (error) => toast(error.message, { kind: "bad" });
@@ -169,14 +203,9 @@ export async function comparison(host, first, second) {
     const traces = await Promise.all([first, second].map((id) => get(`/v1/traces/${encodeURIComponent(id)}`)));
     const sides = traces.map((trace, n) => {
       const conversation = Conversation.read(trace);
-      const scroller = make("div", {
-        class: "scroller",
-        tabindex: 0,
-        role: "region",
-        "aria-label": `${n ? "Second" : "First"} conversation`,
-      });
-      const reader = new Reader({ scroller, compact: true, height: 150, label: n ? "Second" : "First" });
-      return { trace, conversation, scroller, reader, name: n ? "B" : "A" };
+      const name = n ? "B" : "A";
+      const { scroller, reader } = readerAt(name, `Conversation ${name}`, { compact: true, height: 150 });
+      return { trace, conversation, scroller, reader, name };
     });
     const [a, b] = sides;
     a.reader.onview = (change) => b.reader.set(change, false);
