@@ -469,21 +469,13 @@ def _alerts() -> Select[Any]:
 
 def _summary(row: Row[Any], names: Sequence[str]) -> Summary:
     pairs = np.frombuffer(row.extremes, "<f4").reshape(-1, 2).tolist()
+    same = ("id", "kind", "key", "model", "finish", "title", "prompt_tokens", "tokens", "company", "alerts")
     return Summary(
-        id=row.id,
         created=from_micros(row.created),
-        kind=row.kind,
-        key=row.key,
-        model=row.model,
-        finish=row.finish,
-        title=row.title,
         steering=json.loads(row.steering),
-        prompt_tokens=row.prompt_tokens,
-        tokens=row.tokens,
-        company=row.company,
         peaks={name: peak for name, (peak, _) in zip(names, pairs, strict=False)},
         means={name: mean for name, (_, mean) in zip(names, pairs, strict=False)},
-        alerts=row.alerts,
+        **{name: getattr(row, name) for name in same},
     )
 
 
