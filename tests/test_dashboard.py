@@ -475,6 +475,7 @@ def test_options_are_sent(window: Open) -> None:
     page.get_by_label("Longest reply, tokens").fill("50")
     page.get_by_label("Seed").fill("9")
     ask(page)
+    expect(page.get_by_label("Seed")).to_be_hidden()
     finished(page)
     body = fake.asked[0]
     assert (body["temperature"], body["max_tokens"], body["seed"], body["messages"][0]) == (
