@@ -10,7 +10,7 @@ demo: $(VENV)/.ready
 	$(BIN)/affectlens study smollm2-135m --quick
 
 test: $(VENV)/.ready $(VENV)/.peers check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check src tests bench docs corpus

@@ -296,6 +296,9 @@ class Session:
         [(True, True)]
     """
 
+    exact = True
+    """Whether company changes no bit of a result."""
+
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._tickets = itertools.count()

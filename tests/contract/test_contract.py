@@ -788,6 +788,27 @@ def test_a_session_gives_what_each_request_gives_alone(subject: Subject) -> None
             subject.assert_same(partial, other)
 
 
+def test_which_models_share_passes_between_requests_that_come_and_go(subject: Subject, hf: Any) -> None:
+    """All whose caches hold keys and values; falcon_h1 has recurrent states as well."""
+    from affectlens.engines.batching import BatchSession
+
+    assert isinstance(hf.session(), BatchSession) == (subject.name != "falcon_h1")
+
+
+def test_passes_are_shared(subject: Subject, hf: Any) -> None:
+    if not hf.can_join:
+        pytest.skip("each request is a batch of its own")
+    session, passes = hf.session(), []
+    handle = hf.blocks[0].register_forward_pre_hook(lambda *_: passes.append(1))
+    try:
+        requests = [Request(text, sampling=Sampling(max_tokens=6, seed=n)) for n, text in enumerate(("the calm sea", "A", "She"))]
+        found = served(session, {0: requests[:1], 2: requests[1:]})
+    finally:
+        handle.remove()
+    longest = max(len(response(results[-1])) for results in found.values())
+    assert 0 < len(passes) <= 3 + 2 + longest, "a prompt each, two tokens before the others come, then one pass a token for all"
+
+
 def test_a_request_that_is_let_go_leaves_the_others_alone(subject: Subject) -> None:
     requests = traffic(subject)
     found = served(subject.engine.session(), {0: [*requests[:3], requests[5]], 2: [requests[4]]}, cancel={1: 0, 3: 2})

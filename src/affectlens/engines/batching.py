@@ -5,9 +5,13 @@ Here each row has a slot in which its own tokens stand from the beginning, whate
 to copy the newcomer's keys and values into a free slot; to leave is to hand the slot on. The model is told by the attention mask
 which of a slot's places count, and the position of its one new token.
 
+**Company changes nothing** but rounding. Where a matrix product gives a row the same bits whatever other rows there are (which is
+tried, :func:`indifferent`), it changes no bit: then prompts are run one by one, and attention looks at whole blocks of places, so
+that a row's sums are cut into the same pieces alone and in company. bfloat16 on a processor with AMX is such a case.
+
 This holds where what layers keep are keys and values, of all tokens or of a window, which is tried on load
-(:mod:`affectlens.engines.checks`). Recurrent states and compressed caches are something else: there each request is a batch of its
-own (:class:`affectlens.engine.Session`).
+(:mod:`affectlens.engines.checks`). Recurrent states and compressed caches are something else: there each request is a batch of
+its own (:class:`affectlens.engine.Session`).
 """
 
 from __future__ import annotations
@@ -22,23 +26,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from affectlens.engine import Reading, Request, Result, Sampling, Session, check_request, refuse_too_long
+from affectlens.engines.changes import by_rows
 from affectlens.engines.decode import (
     Course,
     Part,
     Prompts,
     Reply,
     alike,
-    begin,
     draw,
     end_tokens,
     logprobs_of,
     may_grow,
     partials,
     reading_of,
-    starts_of,
     unpooled,
 )
 from affectlens.engines.hf import GENERATE_TOKENS, Row
@@ -52,6 +55,12 @@ if TYPE_CHECKING:
 BETWEEN = 4
 """Of a pass's token budget a fourth may be spent on newcomers between two tokens of those that are there, and as much on requests
 that only read: what one token of a stream may have to wait for."""
+
+LEAST = 128
+"""A pass over fewer tokens takes about as long as one over so many."""
+
+BLOCK = 16
+"""Places that the kernels of attention take together: vectors of a processor have as many float32 values at most."""
 
 Came = list[tuple[int, Result | AffectlensError]]
 
@@ -93,12 +102,12 @@ class _Layer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    def take(self, keys: torch.Tensor, values: torch.Tensor, *, slot: int, length: int) -> None:
-        """Keep the newest keys and values ``(heads, T, D)`` of a newcomer with ``length`` tokens."""
+    def take(self, keys: torch.Tensor, values: torch.Tensor, *, slot: int) -> None:
+        """Keep the keys and values ``(heads, T, D)`` of a newcomer."""
         self.keys = self._with_room(self.keys, keys, slot)
         self.values = self._with_room(self.values, values, slot)
-        self.keys[slot, :, length - keys.shape[1] : length] = keys
-        self.values[slot, :, length - values.shape[1] : length] = values
+        self.keys[slot, :, : keys.shape[1]] = keys
+        self.values[slot, :, : values.shape[1]] = values
 
     def _with_room(self, held: torch.Tensor | None, new: torch.Tensor, slot: int) -> torch.Tensor:
         """``held`` with a slot and places for the newcomer, and some slots more."""
@@ -115,16 +124,16 @@ class Slots:
     """A cache for passes over one new token of each row, whose rows come and go.
 
     Args:
-        like: The cache of a pass over prompts: how many layers keep keys and values, and over which window.
+        windows: For each layer how many tokens it looks back on, or None for all.
         device: Where masks and positions are wanted.
         dtype: Of masks, where attention adds them; None where it asks which places count.
     """
 
-    def __init__(self, like: Any, *, device: torch.device, dtype: torch.dtype | None) -> None:
+    def __init__(self, windows: Sequence[int | None], *, device: torch.device, dtype: torch.dtype | None) -> None:
         self.device, self.dtype = device, dtype
         self.lengths: list[int] = []
         self.room = self.width = 0
-        self.layers = [_Layer(self, getattr(layer, "sliding_window", None)) for layer in like.layers]
+        self.layers = [_Layer(self, window) for window in windows]
         self.windows = {layer.window for layer in self.layers}
         self.cache = Cache(layers=[*self.layers])
         self.numbers = self.places = torch.empty(0, dtype=torch.long)
@@ -133,16 +142,14 @@ class Slots:
         """Take a row of another cache into the next slot.
 
         Args:
-            cache: Of the pass over the newcomers' prompts, padded on the left.
+            cache: Of the pass over the newcomers' prompts, padded on the right.
             row: Its number there.
             length: How many tokens it has.
             more: How many it may come to have behind them.
         """
-        self.room = max(self.room, length + more)
+        self.room = max(self.room, in_blocks(length + more + 1))
         for layer, other in zip(self.layers, cache.layers, strict=True):
-            first = max(0, other.keys.shape[2] - length)
-            keys, values = other.keys[row, :, first:], other.values[row, :, first:]
-            layer.take(keys, values, slot=len(self.lengths), length=length)
+            layer.take(other.keys[row, :, :length], other.values[row, :, :length], slot=len(self.lengths))
         self.lengths.append(length)
 
     def leave(self, slot: int) -> None:
@@ -163,7 +170,8 @@ class Slots:
     def begin(self) -> dict[str, Any]:
         """Prepare a pass over one token of each row; what the model has to be given besides the tokens."""
         lengths = torch.tensor(self.lengths)
-        self.width = int(lengths.max()) + 1
+        # One place more than is needed: without anything to leave out attention would be worked out in another way.
+        self.width = in_blocks(int(lengths.max()) + 2)
         self.numbers = torch.arange(len(lengths), device=self.device)
         self.places = lengths.to(self.device)
         self.lengths = [length + 1 for length in self.lengths]
@@ -186,11 +194,25 @@ class Slots:
         return torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, torch.finfo(self.dtype).min)
 
 
-def _over_prompts(model: Any, input_ids: torch.Tensor, generation_config: Any = None, **model_kwargs: Any) -> Any:
-    """The model's own pass over a batch of prompts, with its cache."""
-    for name in ("logits_processor", "stopping_criteria", "synced_gpus"):
-        model_kwargs.pop(name, None)
-    return model._prefill(input_ids, generation_config, model_kwargs)
+def in_blocks(n: int) -> int:
+    """So many places in whole blocks."""
+    return -(-n // BLOCK) * BLOCK
+
+
+def windows_of(engine: HFEngine) -> list[int | None] | None:
+    """For each layer with a cache how many tokens it looks back on; None if what is kept is not just keys and values."""
+    layers = DynamicCache(config=engine.model.config.get_text_config(decoder=True)).layers
+    if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        return None
+    windows = [getattr(layer, "sliding_window", None) for layer in layers]
+    return windows if len({*windows} - {None}) < 2 else None
+
+
+class _OneByOne(Recorder):
+    """Records as others do, each row with the bits that it has alone."""
+
+    def project(self, x: torch.Tensor, onto: torch.Tensor) -> torch.Tensor:
+        return by_rows(x, onto.T)
 
 
 # ── the session ──
@@ -236,9 +258,13 @@ class BatchSession(Session):
         self._reads: deque[tuple[int, Request, Layout]] = deque()
         self._waiting: deque[tuple[int, Row]] = deque()
         self._seats: list[_Seat] = []
-        self._slots: Slots | None = None
+        adds = engine.model.config.get_text_config(decoder=True)._attn_implementation == "eager"
+        windows = windows_of(engine)
+        assert windows is not None, "tried on load"
+        self._slots = Slots(windows, device=engine.device, dtype=engine.model.dtype if adds else None)
         self._takes_positions = "position_ids" in inspect.signature(engine.model.forward).parameters
         self._ends = end_tokens(engine)
+        self.exact = indifferent(engine)
         self._changed = True
         self._course = Course(engine, [])
         self._recorders: list[tuple[Recorder, list[tuple[int, int]]]] = []
@@ -273,15 +299,17 @@ class BatchSession(Session):
     def step(self) -> Came:
         out, newcomers = self._read(), self._newcomers()
         try:
-            if newcomers:
-                self._join(newcomers, out)
+            for group in newcomers:
+                self._join(group, out)
             if self._seats:
                 self._advance(out)
         except (AffectlensError, torch.OutOfMemoryError) as error:
             # A pass is everybody's: what its caches hold cannot be trusted any more.
             full = EngineError("the device's memory is full: serve fewer at once")
             ended = {ticket for ticket, result in out if not isinstance(result, Result) or result.done}
-            concerned = dict.fromkeys([ticket for ticket, _ in newcomers] + [seat.ticket for seat in self._seats])
+            concerned = dict.fromkeys(
+                [ticket for group in newcomers for ticket, _ in group] + [seat.ticket for seat in self._seats]
+            )
             known = error if isinstance(error, AffectlensError) else full
             out += [(ticket, known) for ticket in concerned if ticket not in ended]
             self._leave([seat.ticket for seat in self._seats])
@@ -315,42 +343,54 @@ class BatchSession(Session):
 
     # ── newcomers ──
 
-    def _newcomers(self) -> list[tuple[int, Row]]:
-        """Who may join now: as many as there is room for, in the order in which they came."""
-        hf, taken = self._hf, list[tuple[int, Row]]()
+    def _newcomers(self) -> list[list[tuple[int, Row]]]:
+        """Who may join now, in the order in which they came, and whose prompts run together: as many as there is room for."""
+        hf, groups, seats = self._hf, list[list[tuple[int, Row]]](), len(self._seats)
         room = hf.token_budget // BETWEEN
         longest = max((_longest(seat.reply.row) for seat in self._seats), default=0)
-        while self._waiting:
-            ticket, row = self._waiting[0]
-            seats, longest = len(self._seats) + len(taken) + 1, max(longest, _longest(row))
-            widest = max(len(row), *(len(other) for _, other in taken), 0)
-            full = seats > hf.generate_rows or seats * longest > GENERATE_TOKENS
-            if (full and seats > 1) or (taken and ((len(taken) + 1) * widest > room or not hf.can_pad_left)):
+        while self._waiting and seats < hf.generate_rows:
+            row = self._waiting[0][1]
+            longest = max(longest, _longest(row))
+            group = [] if self.exact or not groups else groups[-1]
+            widest = in_blocks(max(len(other) for _, other in (*group, self._waiting[0])))
+            joins = bool(group) and hf.can_pad
+            cost = max(LEAST, widest * (len(group) + 1)) - (max(LEAST, widest * len(group)) if joins else 0)
+            if (seats and (seats + 1) * longest > GENERATE_TOKENS) or (groups and cost > room):
                 break
-            taken.append((ticket, row))
-            self._waiting.popleft()
-        return taken
+            if not joins:
+                groups.append([])
+            groups[-1].append(self._waiting.popleft())
+            room -= cost
+            seats += 1
+        return groups
 
     def _join(self, newcomers: Sequence[tuple[int, Row]], out: Came) -> None:
         hf, rows = self._hf, [row for _, row in newcomers]
         replies = [Reply(row, row.request.sampling or Sampling()) for row in rows]
-        starts = starts_of(rows)
+        width = in_blocks(max(map(len, rows)))
+        ids = torch.zeros((len(rows), width), dtype=torch.long)
+        for n, row in enumerate(rows):
+            ids[n, : len(row)] = torch.tensor(row.layout.ids)
+        starts = [n * width for n in range(len(rows))]
         prompts = Prompts(rows, starts, hf.device)
         now = Pass(*Course(hf, rows).prompt(starts), prompts.recorders)
+        cache = Cache(layers=[DynamicLayer() for _ in self._slots.layers])
+        ends = torch.tensor([len(row) - 1 for row in rows], device=hf.device)
+        inputs: dict[str, Any] = {}
+        if hf.model._supports_logits_to_keep():
+            inputs["logits_to_keep"], ends = torch.unique(ends, return_inverse=True)
+        # Padding on the right needs no mask: in a causal model later tokens change nothing before them.
         with torch.inference_mode(), Taps(hf.blocks, now.layers) as taps:
             taps.current = now
-            made = begin(hf, replies, _over_prompts)
+            logits = hf.model(input_ids=ids.to(hf.device), past_key_values=cache, use_cache=True, **inputs).logits
         now.confirm()
         seen = prompts.take()
-        if self._slots is None:
-            adds = hf.model.config.get_text_config(decoder=True)._attn_implementation == "eager"
-            self._slots = Slots(made.past_key_values, device=hf.device, dtype=hf.model.dtype if adds else None)
         for n, ((ticket, row), reply) in enumerate(zip(newcomers, replies, strict=True)):
-            self._slots.join(made.past_key_values, n, length=len(row), more=reply.sampling.max_tokens + 1)
+            self._slots.join(cache, n, length=len(row), more=reply.sampling.max_tokens + 1)
             own = {r: seen[n, r] for r in range(len(row.request.readouts)) if (n, r) in seen}
             self._seats.append(_Seat(ticket, reply, own))
         self._changed = True
-        self._draw(self._seats[-len(rows) :], made.logits[:, -1].float(), out)
+        self._draw(self._seats[-len(rows) :], logits[torch.arange(len(rows)), ends].float(), out)
 
     # ── a token further ──
 
@@ -366,7 +406,6 @@ class BatchSession(Session):
         last = max(layer for recorder in recorders for layer in recorder.readout.layers) if over else None
         now = Pass(*self._course.step(replies, [True] * len(replies)), recorders, last)
         newest = torch.tensor([[reply.ids[-1]] for reply in replies], device=hf.device)
-        assert self._slots is not None, "whoever sits has a slot"
         inputs = self._slots.begin()
         if not self._takes_positions:
             del inputs["position_ids"]
@@ -394,7 +433,7 @@ class BatchSession(Session):
         self._changed = False
         self._course = Course(self._hf, rows)
         self._recorders = [
-            (Recorder(unpooled(readout), [np.array([n]) for n, _ in own], self._hf.device), own)
+            (_OneByOne(unpooled(readout), [np.array([n]) for n, _ in own], self._hf.device), own)
             for readout, own in alike(rows)
             if may_grow(readout.where)
         ]
@@ -424,7 +463,6 @@ class BatchSession(Session):
     def _leave(self, tickets: Sequence[int]) -> None:
         for ticket in tickets:
             n = next(n for n, seat in enumerate(self._seats) if seat.ticket == ticket)
-            assert self._slots is not None, "whoever sits has a slot"
             self._slots.leave(n)
             self._seats[n] = self._seats[-1]
             self._seats.pop()
@@ -436,11 +474,16 @@ def _longest(row: Row) -> int:
     return len(row) + row.request.sampling.max_tokens
 
 
-def can_share(engine: HFEngine) -> bool:
-    """Whether what the layers of the model's cache keep are keys and values, of all tokens or of one window."""
-    row = Row(0, Request("A"), engine.layout(Request("A")))
+def indifferent(engine: HFEngine) -> bool:
+    """Whether the model's matrix products give a row the same bits alone and among as many as may be generated together."""
+    rows = engine.generate_rows
+    weights = [*engine.blocks[-1].parameters(), engine.model.get_output_embeddings().weight]
+    distinct = {(tuple(w.shape), w.dtype): w for w in weights if w.dim() == 2}
+    generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
-        made = begin(engine, [Reply(row, Sampling(max_tokens=1))], _over_prompts)
-    layers = getattr(made.past_key_values, "layers", None) or [None]
-    windows = {getattr(layer, "sliding_window", None) for layer in layers} - {None}
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers) and len(windows) < 2
+        for weight in distinct.values():
+            x = torch.randn(rows, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+            among = torch.nn.functional.linear(x, weight)
+            if any(not torch.equal(torch.nn.functional.linear(x[-m:], weight), among[-m:]) for m in (1, 2, 3, 5, 8, 13, 16, 21)):
+                return False
+    return True

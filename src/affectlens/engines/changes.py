@@ -35,6 +35,15 @@ class Tokens:
         return scope.shares(self.masks[scope.where], self.numbers)
 
 
+def by_rows(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """``x @ matrix``, where each row of ``x`` gets the same bits whatever other rows there are.
+
+    A product of two matrices is divided according to their sizes, and its sums are rounded accordingly. What is done to a token
+    and read of it should not depend on who else is served.
+    """
+    return torch.bmm(x[:, None], matrix.expand(len(x), *matrix.shape))[:, 0]
+
+
 class Sensor:
     """A gate on the device."""
 
@@ -46,7 +55,9 @@ class Sensor:
     def opened(self, flat: torch.Tensor) -> torch.Tensor:
         """At which of the residuals ``(tokens, D)`` the gate is open."""
         x = flat.float() if self.centre is None else flat.float() - self.centre
-        score = (x @ self.direction / x.norm(dim=1).clamp(min=1e-30) - self.gate.mean) / self.gate.deviation
+        score = (
+            by_rows(x, self.direction[:, None])[:, 0] / x.norm(dim=1).clamp(min=1e-30) - self.gate.mean
+        ) / self.gate.deviation
         is_open = torch.ones_like(score, dtype=torch.bool)
         if self.gate.above is not None:
             is_open &= score > self.gate.above
@@ -110,16 +121,16 @@ class Pin:
     def apply(self, flat: torch.Tensor, opened: Opened) -> None:
         before = flat[self.rows]
         x = before.float()
-        coordinates = x @ self.basis.T
+        coordinates = by_rows(x, self.basis.T)
         amount = self.amount
         if any(self.gates):
             always = torch.ones(len(self.rows), dtype=torch.bool, device=flat.device)
             is_open = [always if gate is None else opened[gate].to(flat.device)[self.rows] for gate in self.gates]
             amount = amount * torch.stack(is_open, dim=1)
         if self.dual is not None:
-            step = ((self.target - coordinates) * amount) @ self.dual.T
+            step = by_rows((self.target - coordinates) * amount, self.dual.T)
         else:
-            step = settle(coordinates, self.basis, self.target, amount.expand_as(coordinates), self.limit) @ self.basis
+            step = by_rows(settle(coordinates, self.basis, self.target, amount.expand_as(coordinates), self.limit), self.basis)
         flat[self.rows] = (x + step).to(flat.dtype)
 
 

@@ -150,11 +150,11 @@ def _generated_together(engine: HFEngine, requests: list[Request], layouts: list
 
 def _joined(engine: HFEngine, requests: list[Request], limit: float) -> float:
     """How much of what is read while generating changes when a request joins others, and when others leave before it."""
-    from affectlens.engines.batching import BatchSession, can_share
+    from affectlens.engines.batching import BatchSession, windows_of
 
     longer = [replace(request, sampling=Sampling(max_tokens=2 + n, temperature=0)) for n, request in enumerate(requests)]
     try:
-        if not can_share(engine):
+        if windows_of(engine) is None:
             return float("inf")
         alone = [_read(engine, [request])[0] for request in longer]
         session = BatchSession(engine)

@@ -27,7 +27,7 @@ TOGETHER = 256
 """Tokens whose residuals wait to be projected together, so that the directions are not read from memory for each of them."""
 
 
-def forward_steps(
+def _forward_steps(
     model: Any, input_ids: torch.Tensor, generation_config: Any = None, **model_kwargs: Any
 ) -> Generator[torch.Tensor, torch.Tensor, None]:
     """Yield the logits of the next token ``(B, V)``; take the tokens chosen, run them, and so on."""
@@ -131,42 +131,32 @@ class Reply:
         del self.logprobs[len(self.ids) :]
 
 
-def starts_of(rows: Sequence[Row]) -> list[int]:
-    """Where each row's first token stands in the flattened pass over a left-padded batch."""
-    width = max(map(len, rows))
-    return [n * width + width - len(row) for n, row in enumerate(rows)]
-
-
-def begin(engine: HFEngine, replies: Sequence[Reply], how: Callable[..., Any]) -> Any:
-    """Let the model's own ``generate`` prepare a left-padded batch of prompts; returns what ``how`` makes of it."""
+def decode(engine: HFEngine, batch: list[Row]) -> Iterator[tuple[Row, Result]]:
+    """Generate for a batch of rows; yields partial results of requests that stream, and every final one at the end."""
     from transformers import GenerationConfig
 
-    rows = [reply.row for reply in replies]
-    width = max(map(len, rows))
+    replies = [Reply(row, row.request.sampling or Sampling()) for row in batch]
+    width = max(len(row) for row in batch)
     pad = next(t for t in (engine.tokenizer.pad_token_id, engine.tokenizer.eos_token_id, 0) if t is not None)
-    ids = torch.full((len(rows), width), pad, dtype=torch.long)
+    ids = torch.full((len(batch), width), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)
-    for n, row in enumerate(rows):
+    for n, row in enumerate(batch):
         ids[n, width - len(row) :] = torch.tensor(row.layout.ids)
         mask[n, width - len(row) :] = 1
+    ends = end_tokens(engine)
+    course = Course(engine, batch)
     config = GenerationConfig(
         do_sample=False,
         use_cache=True,  # checkpoints saved in training often say False, and without a cache a single token has no past
-        max_new_tokens=max(reply.sampling.max_tokens for reply in replies) + 1,
+        max_new_tokens=max(r.sampling.max_tokens for r in replies) + 1,
         pad_token_id=pad,
         eos_token_id=None,
     )
-    return engine.model.generate(
-        ids.to(engine.device), attention_mask=mask.to(engine.device), generation_config=config, custom_generate=how
+    steps = engine.model.generate(
+        ids.to(engine.device), attention_mask=mask.to(engine.device), generation_config=config, custom_generate=_forward_steps
     )
 
-
-def decode(engine: HFEngine, batch: list[Row]) -> Iterator[tuple[Row, Result]]:
-    """Generate for a batch of rows; yields partial results of requests that stream, and every final one at the end."""
-    replies = [Reply(row, row.request.sampling or Sampling()) for row in batch]
-    ends = end_tokens(engine)
-    course = Course(engine, batch)
-    steps, starts = begin(engine, replies, forward_steps), starts_of(batch)
+    starts = [n * width + width - len(row) for n, row in enumerate(batch)]
     record = _Record(engine, batch, starts)
 
     with Taps(engine.blocks, course.plan.layers | record.layers) as taps:

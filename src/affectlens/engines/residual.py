@@ -84,7 +84,11 @@ class Recorder:
                 self.sizes[:, None] > 0, x[ends.clamp(min=0)] if len(x) else x.new_zeros(len(ends), x.shape[1]), torch.nan
             )
         self.norms[layer] = x.norm(dim=1)
-        self.values[layer] = x if self.onto is None else x @ self.onto[self.readout.layers.index(layer)].T
+        self.values[layer] = x if self.onto is None else self.project(x, self.onto[self.readout.layers.index(layer)])
+
+    def project(self, x: torch.Tensor, onto: torch.Tensor) -> torch.Tensor:
+        """Dot products of residuals ``(n, D)`` with directions ``(k, D)``."""
+        return x @ onto.T
 
     def _mean(self, x: torch.Tensor) -> torch.Tensor:
         sums = torch.zeros(len(self.counts), x.shape[1], device=x.device).index_add_(0, self.segment, x)

@@ -165,6 +165,7 @@ def _steering(arms: Sequence[Mapping[str, Any]], held_out: Sequence[Mapping[str,
             name=name,
             hovertemplate="<b>%{customdata}</b><br>r = %{x:+.2f}, %{y:+.0f} Elo<extra></extra>",
         )
+    figure.update_layout(showlegend=len(figure.data) > 1)
     every = [*emotions, *random, *held_out]
     points = np.array([[arm["r"], arm["shift"]] for arm in every], dtype=float)
     show = _ends(points[: len(emotions), 1])
