@@ -1,0 +1,522 @@
+"""``affectlens serve`` in a process of its own, and callers who look closely at what it answers: for ``bench/reliability.py``."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import random
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import numpy as np
+from scipy.stats import linregress, t
+
+from affectlens.engines.toy import PLAIN
+from affectlens.stats import Estimate
+
+START = 300.0
+"""Seconds after which a server that does not listen is taken for broken."""
+
+WORDS = PLAIN.split()
+CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+
+_IMPATIENT = """
+from functools import partial
+from affectlens.server import settings
+settings.Settings = partial(settings.Settings, stall={stall})
+from affectlens.cli import main
+main()
+"""
+
+
+class Server:
+    """A server that runs until the block ends: by SIGTERM then, and its exit must be clean.
+
+    Args:
+        folder: What it writes; a server that begins again in the same folder finds its store there.
+        vectors: Of which model.
+        options: Of ``affectlens serve``.
+        environment: Variables beside those of this process.
+        stall: Seconds that a slow reader has, where they are not to be the server's own: there is no option for it.
+        store: Its store; by default in the folder.
+
+    Raises:
+        RuntimeError: It does not start, or fails at its end.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *options: str,
+        vectors: Path,
+        environment: Mapping[str, str] | None = None,
+        stall: float | None = None,
+        store: str | None = None,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.store = store or str(folder / "traces.db")
+        self.log = folder / "server.log"
+        how = ["-m", "affectlens.cli"] if stall is None else ["-c", _IMPATIENT.format(stall=stall)]
+        command = [sys.executable, *how, "serve", str(vectors), "--port", "0", "--store", self.store, *options]
+        began = time.monotonic()
+        with self.log.open("ab") as log:
+            start = log.tell()
+            env = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
+            self._process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env)
+        while not (match := re.search(rb"(\S+) at (http://\S+)/v1", said := self.log.read_bytes()[start:])):
+            if self._process.poll() is not None or time.monotonic() - began > START:
+                self.kill()
+                raise RuntimeError(f"the server did not start: {said.decode(errors='replace')[-3000:]}")
+            time.sleep(0.02)
+        self.seconds = time.monotonic() - began
+        """From its command to its first answer."""
+        self.model, self.url = Path(match[1].decode()).name, match[2].decode()
+        where = urlsplit(self.url)
+        self.address = (str(where.hostname), int(where.port or 80))
+        self.pid = self._process.pid
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self.stop()
+        except RuntimeError:
+            if kind is None:
+                raise
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def stop(self) -> float:
+        """Seconds from SIGTERM to its end."""
+        began = time.monotonic()
+        if self.running:
+            self._process.terminate()
+        try:
+            code = self._process.wait(120)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise RuntimeError("the server did not end within two minutes of SIGTERM") from None
+        if code not in (0, -9):
+            raise RuntimeError(f"the server ended with {code}: {self.log.read_text(errors='replace')[-3000:]}")
+        return time.monotonic() - began
+
+    def kill(self) -> None:
+        """kill -9."""
+        self._process.kill()
+        self._process.wait()
+
+    def get(self, path: str) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection(*self.address, timeout=60)
+        with contextlib.closing(connection):
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+
+    def ready(self) -> tuple[int, dict[str, Any]]:
+        status, body = self.get("/ready")
+        return status, json.loads(body)
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample of ``/metrics``, by name and labels as they stand there."""
+        lines = [line for line in self.get("/metrics")[1].decode().splitlines() if line and not line.startswith("#")]
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+    def counted(self, name: str) -> float:
+        """The sum of a metric over its labels."""
+        return sum(value for key, value in self.metrics().items() if key.partition("{")[0] == name)
+
+    def idle(self, seconds: float = 60.0) -> bool:
+        """Whether nobody waits or has a place any more, before so long."""
+        return until(lambda: (found := self.ready()[1])["live"] == found["waiting"] == 0, seconds) is not None
+
+    @property
+    def memory(self) -> float:
+        """Resident, in MB."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
+
+
+def until(true: Callable[[], object], seconds: float, *, every: float = 0.02) -> float | None:
+    """Seconds until something is true; None when it is not within so many."""
+    began = time.monotonic()
+    while not true():
+        if time.monotonic() - began > seconds:
+            return None
+        time.sleep(every)
+    return time.monotonic() - began
+
+
+class Memory:
+    """Resident memory of a server while something is done to it, against how much of that is done.
+
+    Args:
+        server: Whose.
+        done: How many requests have been answered.
+        every: Seconds between two looks.
+    """
+
+    def __init__(self, server: Server, done: Callable[[], int], *, every: float = 0.25) -> None:
+        self.samples: list[tuple[int, float]] = []
+        self._server, self._done, self._every = server, done, every
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(self._every):
+            with contextlib.suppress(OSError):  # it may have ended meanwhile
+                self.samples.append((self._done(), self._server.memory))
+
+    def slope(self, *, after: float = 0.5, parts: int = 20) -> Estimate:
+        """KB that each request leaves behind, by a line through the means of equal parts of what came after the warm-up.
+
+        Neighbouring looks are alike: the interval is that of a line through the means of a few long parts.
+
+        Args:
+            after: The share of the requests that counts as warm-up.
+            parts: How many parts.
+        """
+        done, used = np.array(self.samples).T
+        begin, end = after * done[-1], done[-1]
+        edges = np.linspace(begin, end, parts + 1)
+        inside = [(done >= low) & (done <= high) for low, high in zip(edges, edges[1:], strict=False)]
+        points = [(done[part].mean(), 1024 * used[part].mean()) for part in inside if part.any()]
+        if len(points) < 4 or points[0][0] == points[-1][0]:
+            return Estimate(float("nan"), float("nan"), float("nan"), len(points), unit="KB")
+        line = linregress(*np.array(points).T)
+        wide = float(t.ppf(0.975, len(points) - 2) * line.stderr)
+        return Estimate(float(line.slope), float(line.slope - wide), float(line.slope + wide), len(points), unit="KB")
+
+
+# ── what is asked ──
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request: its number, path and body."""
+
+    number: int
+    path: str
+    body: dict[str, Any]
+
+    @property
+    def replies(self) -> int:
+        return 2 if self.body.get("compare") else int(self.body.get("n", 1))
+
+
+def mixed(number: int, *, model: str, names: Sequence[str], longest: int, strength: float, seed: int = 0) -> Asked:
+    """The ``number``-th of many requests that differ in everything a request can differ in; the same number gives the same.
+
+    Args:
+        number: Which.
+        model: Of whom.
+        names: Emotions.
+        longest: Tokens of a reply at most.
+        strength: Largest strength of steering.
+        seed: Of the whole series.
+    """
+    rng = random.Random(f"{seed} {number}")
+    pick, chance = rng.choice, lambda share: rng.random() < share
+    words = lambda: f"case {number}: {' '.join(rng.choices(WORDS, k=rng.randint(3, 16)))}"  # noqa: E731
+    some = lambda most: rng.sample(list(names), rng.randint(1, min(most, len(names))))  # noqa: E731
+    body: dict[str, Any] = {"model": model, "max_tokens": rng.randint(1, longest), "seed": rng.randrange(2**31)}
+    if chat := chance(0.75):
+        turns = [{"role": "user", "content": words()}]
+        if chance(0.3):
+            turns = [{"role": "user", "content": words()}, {"role": "assistant", "content": words()}, *turns]
+        if chance(0.3):
+            turns = [{"role": "system", "content": words()}, *turns]
+        body["messages"] = turns
+    else:
+        body["prompt"] = words()
+    if chance(0.5):
+        body["stream"] = True
+        if chance(0.5):
+            body["stream_options"] = {"include_usage": True}
+    if chance(0.1):
+        body["compare"] = True
+    elif chance(0.2):
+        body["n"] = rng.randint(2, 3)
+    body["temperature"] = pick([0, 0.7, 1, 1.3])
+    if chance(0.3):
+        body[pick(["top_p"])] = pick([0.5, 0.9])
+    if chance(0.2):
+        body["top_k"] = pick([1, 5, 50])
+    if chance(0.15):
+        body["stop"] = [f" {pick(WORDS)}", "."][: rng.randint(1, 2)]
+    if chance(0.15):
+        body |= {"logprobs": True, "top_logprobs": rng.randint(0, 3)} if chat else {"logprobs": rng.randint(0, 3)}
+    if chance(0.6):
+        body["emotion_bias"] = {name: round(rng.uniform(-strength, strength), 3) for name in some(3)}
+    if chance(0.5):
+        wanted = {"emotions": pick(["all", some(4)]), "every": pick([1, 1, 3]), "prompt": chance(0.3)}
+        body["readings"] = pick([True, wanted])
+    if chance(0.4):
+        rule = pick([f'"{pick(names)}" > 1', f'mean("{pick(names)}", 4) > 0.5', f'"{pick(names)}" < -0.5 for 2 tokens'])
+        acting = [{"do": "stop", "message": "Stopped."}, {"do": "steer", "add": {pick(names): round(strength / 2, 3)}}]
+        body["rules"] = [rule if chance(0.6) else {"when": rule, "actions": [pick(acting)]}]
+    return Asked(number, CHAT if chat else COMPLETION, body)
+
+
+# ── what is answered ──
+
+
+@dataclass
+class Reply:
+    """One choice of an answer, as its caller saw it: all that is the same whenever the same is asked."""
+
+    text: str = ""
+    finish: str | None = None
+    trace: str = ""
+    rows: list[Any] = field(default_factory=list)
+    likely: list[Any] = field(default_factory=list)
+    said: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Answer:
+    """What came of a request.
+
+    Args:
+        asked: The request.
+        replies: Its choices.
+        usage: Tokens, where they were told.
+        first: Seconds to the first token of a stream; None for plain answers.
+        total: Seconds to its end.
+        busy: How often it was told to come again.
+        problems: What was wrong with it; empty when it is whole.
+    """
+
+    asked: Asked
+    replies: list[Reply] = field(default_factory=list)
+    usage: dict[str, int] | None = None
+    first: float | None = None
+    total: float = 0.0
+    busy: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def facts(self) -> Any:
+        """What must be the same when the same is asked again."""
+        return [(each.text, each.finish, each.rows, each.likely, each.said) for each in self.replies], self.usage
+
+
+class Caller:
+    """Somebody with one connection that is kept alive."""
+
+    def __init__(self, server: Server, *, timeout: float = 120.0) -> None:
+        self._connection = http.client.HTTPConnection(*server.address, timeout=timeout)
+        self._seen: set[str] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
+    def ask(self, asked: Asked, *, again: bool = True) -> Answer:
+        """Ask, come again when told to, and look at every piece of what comes.
+
+        Args:
+            asked: What.
+            again: Whether to come again; otherwise 429 is a problem.
+        """
+        answer = Answer(asked, [Reply() for _ in range(asked.replies)])
+        body = json.dumps(asked.body)
+        try:
+            while True:
+                began = time.monotonic()
+                self._connection.request("POST", asked.path, body, {"Content-Type": "application/json"})
+                came = self._connection.getresponse()
+                if came.status != 429 or not again:
+                    break
+                came.read()
+                answer.busy += 1
+                time.sleep(float(came.headers["Retry-After"]))
+            if came.status != 200:
+                answer.problems.append(f"status {came.status}: {came.read()[:300].decode(errors='replace')}")
+            elif asked.body.get("stream"):
+                self._streamed(came, answer, began)
+            else:
+                self._whole(json.loads(came.read()), answer)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            answer.problems.append(f"{type(error).__name__}: {error}")
+            self._connection.close()
+        answer.total = time.monotonic() - began
+        if not answer.problems:
+            answer.problems += [f"choice {i} has no end" for i, each in enumerate(answer.replies) if each.finish is None]
+        return answer
+
+    def _streamed(self, came: http.client.HTTPResponse, answer: Answer, began: float) -> None:
+        done, id, seen = False, None, set[int]()
+        for line in came:
+            if not line.strip():
+                continue
+            if not line.startswith(b"data: "):
+                answer.problems.append(f"no event: {line[:80]!r}")
+                continue
+            if done:
+                answer.problems.append("something came after [DONE]")
+            if line.strip() == b"data: [DONE]":
+                done = True
+                continue
+            chunk = json.loads(line[6:])
+            if "error" in chunk:
+                answer.problems.append(f"error: {chunk['error']}")
+                continue
+            id = id or chunk["id"]
+            if chunk["id"] != id:
+                answer.problems.append(f"a chunk of {chunk['id']} in {id}")
+            if chunk.get("usage"):
+                answer.usage = chunk["usage"]
+            for choice in chunk["choices"]:
+                reply, ours = answer.replies[choice["index"]], chunk.get("affectlens") or {}
+                piece = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+                if reply.finish is not None:
+                    answer.problems.append(f"choice {choice['index']} goes on after its end")
+                if piece and answer.first is None:
+                    answer.first = time.monotonic() - began
+                reply.text += piece
+                reply.likely += _likely(choice["logprobs"])
+                reply.finish = choice["finish_reason"]
+                if "scores" in ours:
+                    reply.rows.append(ours)
+                elif choice["index"] not in seen:
+                    seen.add(choice["index"])
+                    reply.said["began"] = {key: value for key, value in ours.items() if key != "id"}
+                if reply.finish is not None:
+                    reply.trace, reply.said["ended"] = ours["trace"], _again(ours)
+        if not done and not answer.problems:
+            answer.problems.append("the stream has no [DONE]")
+
+    def _whole(self, data: dict[str, Any], answer: Answer) -> None:
+        answer.usage = data["usage"]
+        if len(data["choices"]) != len(answer.replies):
+            answer.problems.append(f"{len(data['choices'])} choices in place of {len(answer.replies)}")
+        for choice, reply in zip(data["choices"], answer.replies, strict=False):
+            ours = dict(choice.get("affectlens") or data["affectlens"])
+            reply.text = choice["text"] if "text" in choice else choice["message"]["content"]
+            reply.finish, reply.trace, reply.rows = choice["finish_reason"], ours["trace"], ours.pop("tokens", [])
+            reply.likely, reply.said["ended"] = _likely(choice["logprobs"]), _again(ours)
+
+
+def _again(ours: Mapping[str, Any]) -> dict[str, Any]:
+    """What affectlens says of a reply, without its id."""
+    alerts = [{key: value for key, value in each.items() if key != "conversation"} for each in ours["alerts"]]
+    return {**{key: value for key, value in ours.items() if key != "trace"}, "alerts": alerts}
+
+
+def _likely(logprobs: dict[str, Any] | None) -> list[Any]:
+    if not logprobs:
+        return []
+    if "content" in logprobs:
+        return list(logprobs["content"])
+    return list(
+        zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], logprobs["text_offset"], strict=True)
+    )
+
+
+def crowd(
+    server: Server, requests: Sequence[Asked], *, callers: int, answered: Callable[[Answer], None] = lambda _: None
+) -> list[Answer]:
+    """Ask everything, so many at a time; the answers in the order of the requests."""
+    waiting, lock = iter(requests), threading.Lock()
+    answers: dict[int, Answer] = {}
+
+    def work() -> None:
+        with Caller(server) as caller:
+            while True:
+                with lock:
+                    asked = next(waiting, None)
+                if asked is None:
+                    return
+                answer = caller.ask(asked)
+                with lock:
+                    answers[asked.number] = answer
+                    answered(answer)
+
+    threads = [threading.Thread(target=work, name=f"caller {i}", daemon=True) for i in range(callers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [answers[asked.number] for asked in requests if asked.number in answers]
+
+
+@contextlib.contextmanager
+def callers_without_end(server: Server, requests: Iterator[Asked], *, callers: int, kept: list[Answer]) -> Iterator[None]:
+    """So many callers, each with the next request as soon as it is answered, until the block ends; answers are put into ``kept``."""
+    over, lock = threading.Event(), threading.Lock()
+
+    def work() -> None:
+        with Caller(server, timeout=60) as caller:
+            while not over.is_set():
+                with lock:
+                    asked = next(requests)
+                answer = caller.ask(asked)
+                answer.began = time.monotonic() - answer.total  # type: ignore[attr-defined]
+                with lock:
+                    kept.append(answer)
+                if not server.running:
+                    return
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(callers)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+def begin(server: Server, asked: Asked, *, receive: int | None = None) -> socket.socket:
+    """Send a request and read nothing of its answer.
+
+    Args:
+        server: Whom.
+        asked: What.
+        receive: Bytes that the kernel takes for a reader who does not read.
+    """
+    connection = socket.socket()
+    if receive is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
+    connection.connect(server.address)
+    data = json.dumps(asked.body).encode()
+    head = (
+        f"POST {asked.path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
+    connection.sendall(head.encode() + data)
+    return connection
+
+
+def share(values: Sequence[float], *percent: float) -> list[float]:
+    """Percentiles; nan of nothing."""
+    return [float(np.percentile(values, each)) if len(values) else float("nan") for each in percent]
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values) if values else float("nan")
