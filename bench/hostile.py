@@ -1,4 +1,4 @@
-"""Requests that nobody should send, as bytes: what ``bench/reliability.py`` throws at a server. The same number gives the same."""
+"""Requests that nobody should send, as bytes, for ``bench/reliability.py``; the same number gives the same."""
 
 from __future__ import annotations
 
@@ -204,8 +204,9 @@ def _encoded(rng: random.Random) -> Made:
 
 def _declared(rng: random.Random) -> Made:
     """A right body that is said to be something else."""
-    kinds = [b"text/plain", b"", b"multipart/form-data; boundary=x", b"application/x-www-form-urlencoded", b"application/xml", b"json",
-             b"application/json, text/plain", b"application/jsonp", b"\xff\xfe", b"application/json\x00", b"a" * 4000]  # fmt: skip
+    kinds = [b"text/plain", b"", b"multipart/form-data; boundary=x", b"application/x-www-form-urlencoded", b"application/xml",
+             b"json", b"application/json, text/plain", b"application/jsonp", b"\xff\xfe", b"application/json\x00",
+             b"a" * 4000]  # fmt: skip
     path = _path(rng)
     return _request(path, _text(rng, path).encode(), b"Content-Type: " + rng.choice(kinds)), True
 

@@ -1,4 +1,4 @@
-"""Whether a server holds: ``affectlens serve`` in a process of its own, under load, through faults, against those who mean it harm.
+"""Whether a server holds: ``affectlens serve`` in a process of its own, under load, through faults, under attack.
 
     python bench/reliability.py                          every section; about an hour on two cores
     python bench/reliability.py --only load-toy kill     these
@@ -15,13 +15,14 @@ import argparse
 import contextlib
 import datetime
 import http.client
+import inspect
 import itertools
 import json
 import os
 import random
 import resource
-import select
 import shutil
+import signal
 import socket
 import sqlite3
 import struct
@@ -31,7 +32,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -43,7 +44,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 
 from affectlens.calibration import Bounds, Calibration  # noqa: E402
-from affectlens.engine import open_engine  # noqa: E402
+from affectlens.engine import Readout, Where, open_engine  # noqa: E402
 from affectlens.engines.toy import ToyEngine  # noqa: E402
 from affectlens.runs import provenance, read_json, write_json  # noqa: E402
 from affectlens.server.records import Record  # noqa: E402
@@ -51,7 +52,7 @@ from affectlens.server.store import Store  # noqa: E402
 from affectlens.stats import Estimate, bootstrap  # noqa: E402
 from affectlens.vectors import ConceptVectors  # noqa: E402
 from extraction import machine, say  # noqa: E402
-from hostile import KINDS, attack  # noqa: E402
+from hostile import KINDS, Attack, attack  # noqa: E402
 from running import (  # noqa: E402
     CHAT,
     Answer,
@@ -71,6 +72,9 @@ from running import (  # noqa: E402
 RESULT = HERE / "results" / "reliability.json"
 COMMIT, STALL = 5.0, 30.0
 """The server's own: how long the end of a reply waits for the store, and how long a reader may take nothing."""
+
+PATIENCE = 10.0
+"""Seconds after which an answer to a hostile request is late."""
 
 TOY_STRENGTH = 0.15
 
@@ -110,14 +114,13 @@ class Setting:
         folder: For everything that is written.
         quick: The short form.
         toy: Folder of the toy's vectors.
-        demo: Folder of the demo model's vectors.
-        address: A server that runs already, for sections of the short form that need no options of their own.
+        demo: Folder of the demo model's vectors; None without load-demo.
     """
 
     folder: Path
     quick: bool
     toy: Path
-    demo: Path
+    demo: Path | None
 
     def of(self, whole: Any, short: Any) -> Any:
         """The one or the other, by how thorough this is."""
@@ -136,8 +139,6 @@ def toy_vectors(folder: Path) -> Path:
     engine = ToyEngine()
     truth, info = engine.truth, engine.info
     layers, n = info.n_layers, len(truth.names)
-    from affectlens.engine import Readout, Where
-
     words = [
         "the old door by the sea was open and nobody said a word",
         "she took the book and went to the station before the hour",
@@ -188,6 +189,7 @@ def load_demo(setting: Setting) -> Section:
     Met when: as on the toy, with 20 KB a request, since the scores of 171 emotions alone are that much.
     """
     requests = setting.of(2000, 24)
+    assert setting.demo is not None, "asked for with --demo"
     return _load(setting, "smollm2-135m", setting.demo, requests=requests, again=setting.of(200, 8), longest=8, growth=20.0)
 
 
@@ -247,15 +249,15 @@ def _load(setting: Setting, model: str, vectors: Path, *, requests: int, again: 
         Check("nothing at work or waiting at the end; clean exit", "yes", "yes" if idle else "no", idle),
     )
     also = (
-        f"Time to the first token of {len(first)} streams: median {p50:.2f} s, 95th percentile {p95:.2f} s, waiting included; whole "
-        f"answers {whole[0]:.2f} s and {whole[1]:.2f} s.",
-        f"{tokens / seconds:,.0f} tokens a second in {seconds:,.0f} s; a reply shared its passes with {company - 1:g} others (median).",
+        f"Time to the first token of {len(first)} streams: median {p50:.2f} s, 95th percentile {p95:.2f} s, waiting included; "
+        f"whole answers {whole[0]:.2f} s and {whole[1]:.2f} s.",
+        f"{tokens / seconds:,.0f} tokens a second in {seconds:,.0f} s; a reply had the company of {company - 1:g} others (median).",
         f"{busy} times a caller was told to come again (429), and did.",
         f"Resident memory {memory.samples[0][1]:.0f} MB at the start, {memory.samples[-1][1]:.0f} MB at the end.",
     )
     caption = (
-        f"{model}: {len(asked):,} requests of 64 callers ({streams:,} streams; {sum(each.replies for each in asked):,} replies of at "
-        f"most {longest} tokens), {len(pairs):,} of them asked again alone."
+        f"{model}: {len(asked):,} requests of 64 callers ({streams:,} streams, {sum(each.replies for each in asked):,} replies of "
+        f"at most {longest} tokens), {len(pairs):,} of them asked again alone."
     )
     figures = {
         "exact": exact,
@@ -266,7 +268,7 @@ def _load(setting: Setting, model: str, vectors: Path, *, requests: int, again: 
         "bits": bits,
         "absent": absent[:50],
         "slope_kb": asdict(slope),
-        "memory": memory.samples[:: max(1, len(memory.samples) // 400)],
+        "memory": memory.few(),
         "first": [p50, p95],
         "whole": whole,
         "tokens_per_second": tokens / seconds,
@@ -302,7 +304,8 @@ def kill(setting: Setting) -> Section:
     """
     rounds = setting.of(10, 1)
     folder = setting.place("kill")
-    requests = iter(mixed(i, model="toy", names=_names(setting), longest=40, strength=TOY_STRENGTH) for i in itertools.count())
+    names = _names(setting)
+    requests = (mixed(i, model="toy", names=names, longest=40, strength=TOY_STRENGTH) for i in itertools.count())
     rng = random.Random(2)
     options = ["--concurrency", "16", "--queue", "16"]
     if not setting.quick:
@@ -310,7 +313,7 @@ def kill(setting: Setting) -> Section:
     server = Server(folder, *options, vectors=setting.toy)
     first, starts = server.seconds, list[float]()
     acknowledged: dict[str, str] = {}
-    unfinished, unsound, missing, other = list[int](), list[str](), list[str](), list[str]()
+    unfinished, unsound = list[int](), list[str]()
     for _ in range(rounds):
         answers: list[Answer] = []
         with unending(server, requests, callers=16, kept=answers):
@@ -438,13 +441,543 @@ def database(setting: Setting) -> Section:
     cluster = Cluster()
     try:
 
-        def signalled(name: str) -> Callable[[Server], None]:
-            return lambda _: subprocess.run(["pkill", name, "-f", f"^(postgres|{cluster._bin}/postgres)"], check=True) and None
+        def signalled(number: signal.Signals) -> Callable[[Server], None]:
+            def send(_: Server) -> None:
+                for pid in _family(cluster):
+                    os.kill(pid, number)
+
+            return send
 
         faults += [
             Fault("PostgreSQL killed", cluster.database(), lambda _: cluster.stop(), lambda _: cluster.start()),
-            Fault("PostgreSQL stopped answering", cluster.database(), cluster.freeze, cluster.thaw),
+            Fault("PostgreSQL does not answer", cluster.database(), signalled(signal.SIGSTOP), signalled(signal.SIGCONT)),
         ]
         return _outages(setting, folder, faults)
     finally:
         cluster.remove()
+
+
+def _family(cluster: Any) -> list[int]:
+    """The processes of a PostgreSQL: the one that was started, and those that it started."""
+    main = int((Path(cluster.data) / "postmaster.pid").read_text().split()[0])
+    return [main, *map(int, Path(f"/proc/{main}/task/{main}/children").read_text().split())]
+
+
+def _outages(setting: Setting, folder: Path, faults: Sequence[Fault]) -> Section:
+    checks, also, figures = list[Check](), list[str](), dict[str, Any]()
+    before, during = setting.of((10.0, 10.0), (1.5, 2.0))
+    for number, fault in enumerate(faults):
+        requests = (mixed(i, model="toy", names=_names(setting), longest=12, strength=TOY_STRENGTH) for i in itertools.count())
+        own = folder / f"server{number}"
+        with Server(own, "--concurrency", "16", vectors=setting.toy, store=fault.store) as server:
+            answers: list[Answer] = []
+            with unending(server, requests, callers=8, kept=answers):
+                time.sleep(before)
+                broken = time.monotonic()
+                fault.do(server)
+                noticed = until(lambda server=server: _not_ready(server), 30.0, every=0.1)
+                told = {name: server.metrics()[f"affectlens_store_{name}"] for name in ("up", "waiting_records")}
+                time.sleep(max(0.0, broken + during - time.monotonic()))
+                mended = time.monotonic()
+                fault.undo(server)
+                back = until(lambda server=server: server.ready()[0] == 200 and not _waiting(server), 60.0, every=0.1)
+                time.sleep(setting.of(2.0, 0.2))
+            server.idle()
+            lost, waiting = server.counted("affectlens_store_lost_total"), _waiting(server)
+            acknowledged = {reply.trace: reply.text for each in answers for reply in each.replies if reply.finish is not None}
+            missing, other = _not_kept(fault.store, acknowledged)
+        failed = [problem for each in answers for problem in each.problems]
+        well = [each.total for each in answers if each.began + each.total < broken]
+        ill = [each.total for each in answers if broken <= each.began < mended]
+        ends = [each.began + each.total for each in answers]
+        rates = [sum(a <= end < b for end in ends) / (b - a) for a, b in ((broken - before, broken), (broken, mended))]
+        slowest, took = max(well, default=0.0) + COMMIT, max(ill, default=0.0)
+        seen = "never" if noticed is None else f"after {noticed:.1f} s, {told['waiting_records']:.0f} records waiting"
+        outcome = {
+            "requests that failed": ("0", f"{len(failed)} of {len(answers)}", not failed),
+            "/ready and /metrics say so": (
+                "within 10 s",
+                seen,
+                noticed is not None and noticed <= 10 and (told["up"] == 0 or told["waiting_records"] > 0),
+            ),
+            f"the slowest of {len(ill)} replies meanwhile": (f"{slowest:.1f} s at most", f"{took:.1f} s", 0 < took <= slowest),
+            "replies a second meanwhile": (f"half of {rates[0]:.1f} at least", f"{rates[1]:.1f}", rates[1] >= rates[0] / 2),
+            "acknowledged replies missing or altered afterwards": (
+                "0",
+                f"{len(missing) + len(other)} of {len(acknowledged):,}",
+                not (missing or other or lost or waiting),
+            ),
+        }
+        checks += [Check(f"{fault.name}: {what}", *found) for what, found in outcome.items()]
+        also.append(f"{fault.name}: what waited was written {'never' if back is None else f'{back:.1f} s after it was back'}.")
+        figures[fault.name] = {"noticed": noticed, "told": told, "back": back, "well": well, "ill": ill, "rates": rates}
+        figures[fault.name] |= {"failed": failed[:20], "missing": missing, "other": other, "lost": lost, "answers": len(answers)}
+    return Section(f"8 callers; the store is away for {during:g} s.", tuple(checks), tuple(also), figures)
+
+
+def _not_ready(server: Server) -> bool:
+    status, parts = server.ready()
+    return status == 503 and not parts["store"]
+
+
+def _waiting(server: Server) -> float:
+    return server.counted("affectlens_store_waiting_records")
+
+
+# ── a webhook that hangs ──
+
+
+class _Target:
+    """Where webhooks go: one that answers at once, or takes everything and never answers."""
+
+    def __init__(self, *, hangs: bool) -> None:
+        self.took = 0
+        over = self._over = threading.Event()
+        target = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                target.took += 1
+                if hangs:
+                    over.wait()
+                    return
+                self.send_response(204)
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/alarms"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def __enter__(self) -> _Target:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def webhook(setting: Setting) -> Section:
+    """Two servers with ten rules each that fire in every reply: the alarms of one go to a target that takes them and never
+    answers, those of the other to one that answers at once. The same request goes to both, in turns, 200 times.
+
+    Met when: a reply takes at most 5 % longer where the target hangs, by the upper end of the interval of the median ratio; every
+    alarm that was not delivered is counted (waiting, given up, dropped); the server with the hanging target ends within 20 seconds
+    of SIGTERM.
+    """
+    pairs = setting.of(200, 12)
+    names = _names(setting)
+    folder = setting.place("webhook")
+    with contextlib.ExitStack() as stack:
+        servers, targets = list[Server](), list[_Target]()
+        for kind in ("hangs", "answers"):
+            target = stack.enter_context(_Target(hangs=kind == "hangs"))
+            rules = folder / f"{kind}.toml"
+            actions = f'[{{ do = "webhook", url = "{target.url}", secret = "ALARM_KEY" }}]'
+            when = [f"rule {i}: {names[i % len(names)]} > -{50 + i}" for i in range(10)]
+            rules.write_text("".join(f'[[rules]]\nwhen = "{each}"\nactions = {actions}\n' for each in when))
+            server = Server(folder / kind, "--rules", str(rules), vectors=setting.toy, environment={"ALARM_KEY": "x"})
+            servers.append(stack.enter_context(server))
+            targets.append(target)
+        callers = [stack.enter_context(Caller(server)) for server in servers]
+        rng = random.Random(3)
+        times: list[tuple[float, float]] = []
+        failed = 0
+        for i in range(-3, pairs):
+            took = {}
+            for which in rng.sample([0, 1], 2):
+                answer = callers[which].ask(_stream(f"case {i}", i, tokens=24))
+                took[which] = answer.total
+                failed += bool(answer.problems)
+            if i >= 0:  # the first ones warm up
+                times.append((took[0], took[1]))
+        fired = [round(server.counted("affectlens_alerts_total")) for server in servers]
+        until(lambda: targets[1].took >= fired[1], 30)
+        counts = [{key: n for key, n in server.metrics().items() if key.startswith("affectlens_webhook")} for server in servers]
+        ended = servers[0].stop()
+    ratio = _ratio(times)
+    undelivered = [sum(each.values()) for each in counts]
+    checks = (
+        Check("time of a reply where the target hangs, over that where it answers", *_at_most(1.05, ratio)),
+        Check("replies that failed", "0", f"{failed}", not failed),
+        Check(
+            "alarms that are counted as not delivered",
+            f"all {fired[0]:,} where the target hangs, none elsewhere",
+            f"{undelivered[0]:,.0f}, and {undelivered[1]:,.0f} elsewhere",
+            undelivered == [fired[0], 0] and fired[0] > 0 and targets[1].took == fired[1],
+        ),
+        Check("it ends in spite of the hanging target", "within 20 s", f"after {ended:.1f} s", ended <= 20),
+    )
+    figures = {
+        "times": times,
+        "fired": fired,
+        "counts": counts,
+        "delivered": targets[1].took,
+        "ended": ended,
+        "ratio": asdict(ratio),
+    }
+    return Section(f"{pairs} requests to both servers, {fired[0]:,} alarms each.", checks, (), figures)
+
+
+def _stream(words: str, seed: int, *, tokens: int, **more: Any) -> Asked:
+    messages = [{"role": "user", "content": words}]
+    return Asked(seed, CHAT, {"model": "toy", "messages": messages, "max_tokens": tokens, "seed": seed, "stream": True, **more})
+
+
+def _ratio(pairs: Sequence[tuple[float, float]]) -> Estimate:
+    """The median of the first over the second of pairs."""
+    ratios = [a / b for a, b in pairs]
+    return bootstrap(lambda index: median([ratios[i] for i in index]), len(ratios))
+
+
+def _at_most(limit: float, found: Estimate) -> tuple[str, str, bool]:
+    """What is wanted of an estimate, what it is, and whether its whole interval is so."""
+    return f"≤ {limit:g} at the interval's end", str(found), found.high <= limit
+
+
+# ── malformed and hostile requests ──
+
+
+def fuzz(setting: Setting) -> Section:
+    """100,000 malformed and hostile requests (``bench/hostile.py``) over kept-alive connections from four threads.
+
+    Met when: no status is 5xx; no connection ends without the answer that has to come; every answer comes within ten seconds;
+    a refusal by the application has OpenAI's shape; memory grows by less than 0.1 KB a request after the first half, by the
+    upper end of the interval; the server is ready afterwards, nothing is at work, and a request has the answer it had before.
+    """
+    number = setting.of(100_000, 1000)
+    counted: Counter[tuple[str, str]] = Counter()
+    wrong: list[str] = []
+    slowest = 0.0
+    lock, numbers = threading.Lock(), iter(range(number))
+    with Server(setting.place("fuzz"), vectors=setting.toy) as server:
+
+        def work() -> None:
+            nonlocal slowest
+            attacker = _Attacker(server)
+            while True:
+                with lock:
+                    i = next(numbers, None)
+                if i is None:
+                    return attacker.leave()
+                case, began = attack(i), time.monotonic()
+                status, problem = attacker.throw(case)
+                took = time.monotonic() - began
+                with lock:
+                    counted[case.kind, status] += 1
+                    slowest = max(slowest, took)
+                    if problem or status.startswith("5") or took > PATIENCE:
+                        wrong.append(f"{i} ({case.kind}): {status} after {took:.1f} s; {problem}")
+
+        usual = Asked(0, CHAT, {"model": "toy", "messages": [{"role": "user", "content": "the sea"}], "max_tokens": 8, "seed": 5})
+        with Caller(server) as caller:
+            before = caller.ask(usual)
+        with Memory(server, lambda: sum(counted.values())) as memory:
+            began = time.monotonic()
+            workers = [threading.Thread(target=work) for _ in range(4)]
+            for thread in workers:
+                thread.start()
+            for thread in workers:
+                thread.join()
+            seconds = time.monotonic() - began
+        idle, ready = server.idle(), server.ready()[0] == 200
+        with Caller(server) as caller:
+            after = caller.ask(usual)
+    for each in wrong[:20]:
+        say(f"  {each}")
+    statuses = Counter[str]()
+    for (_, status), n in counted.items():
+        statuses[status] += n
+    failures = sum(n for status, n in statuses.items() if status.startswith("5"))
+    well = ready and idle and not after.problems and before.facts == after.facts
+    late = f"{len(wrong)}; the slowest answer took {slowest:.1f} s"
+    slope = memory.slope()
+    checks = (
+        Check("answers with 5xx", "0", f"{failures} of {number:,}", failures == 0),
+        Check(f"answers that do not come, come after {PATIENCE:g} s or have another shape", "0", late, not wrong),
+        Check("memory that a request leaves behind", "< 0.1 KB at the interval's end", f"{slope}", slope.high < 0.1),
+        Check("ready, idle, and the usual answer afterwards", "yes", "yes" if well else "no", well),
+    )
+    known = sorted(statuses)
+    table = [f"| kind | {' | '.join(known)} |", "|---" * (len(known) + 1) + "|"]
+    table += [f"| {kind} | {' | '.join(f'{counted[kind, status]:,}' for status in known)} |" for kind in KINDS]
+    also = ("\n".join(['Answers by status; "none" where the caller hung up or spoke no HTTP.', "", *table]),)
+    figures = {"statuses": dict(statuses), "counted": [[*key, n] for key, n in sorted(counted.items())], "wrong": wrong[:100]}
+    figures |= {"slope_kb": asdict(slope), "slowest": slowest, "memory": memory.few()}
+    return Section(f"{number:,} requests in {seconds:,.0f} s.", checks, also, figures)
+
+
+class _Attacker:
+    """One connection, and another when the server has closed it."""
+
+    def __init__(self, server: Server) -> None:
+        self._address = server.address
+        self._connection: socket.socket | None = None
+
+    def throw(self, case: Attack) -> tuple[str, str]:
+        """Send an attack: the status that is answered, ``none`` without one, and what is wrong with it."""
+        kept = self._connection is not None
+        status, problem = self._once(case)
+        if kept and status == "none" and problem:  # what was kept may have been closed meanwhile: that is no answer to this
+            status, problem = self._once(case)
+        return status, problem
+
+    def leave(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+
+    def _once(self, case: Attack) -> tuple[str, str]:
+        try:
+            connection = self._connection = self._connection or socket.create_connection(self._address, timeout=PATIENCE)
+            with contextlib.suppress(OSError):  # it may be answered, and closed, before all is sent
+                connection.sendall(case.data)
+            if not case.answered:
+                self.leave()
+                return "none", ""
+            answer = http.client.HTTPResponse(connection, method=case.data.partition(b" ")[0].decode("latin-1"))
+            answer.begin()
+            body = answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            self.leave()
+            return "none", f"{type(error).__name__}: {error}"
+        if case.alone or answer.will_close:
+            self.leave()
+        ours = answer.status >= 400 and answer.headers.get("X-Request-Id") and not case.data.startswith(b"HEAD ")
+        return str(answer.status), "" if not ours or _openais(body) else f"another shape: {body[:200]!r}"
+
+
+def _openais(body: bytes) -> bool:
+    """Whether this is an error as OpenAI's clients know it."""
+    try:
+        error = json.loads(body)["error"]
+        return set(error) == {"message", "type", "param", "code"} and bool(error["message"])
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+# ── slow readers ──
+
+
+def slow_readers(setting: Setting) -> Section:
+    """8 places, 4 ordinary callers, and 8 callers of long streams: in one half of a round these read as fast as they can, in the
+    other half 4 of them take a byte a second and 4 stop reading. Both halves have the same requests; their order is drawn.
+
+    Met when: the ordinary callers' time to the first token and to the end is at most 10 % longer beside slow readers, by the upper
+    end of the interval of the median ratio of pairs; every slow reader's connection is over within twice the stated time (30 s
+    of taking nothing) and ten seconds; memory after the last round is at most 10 MB above that after the second.
+    """
+    stall, rounds, each, tokens = setting.of((STALL, 6, 40, 300), (1.5, 1, 10, 150))
+    first, whole = list[tuple[float, float]](), list[tuple[float, float]]()
+    gone, memory, failed = list[float | None](), list[float](), list[str]()
+    rng = random.Random(4)
+    options = ["--concurrency", "8", "--queue", "64"]
+    with Server(setting.place("slow"), *options, vectors=setting.toy, stall=stall if setting.quick else None) as server:
+        for turn in range(rounds):
+            big: dict[str, Any] = {"temperature": 1.5, "logprobs": True, "top_logprobs": 20, "readings": {"emotions": "all"}}
+            longs = [_stream(f"long {i}", i, tokens=tokens, **big) for i in range(8 * turn, 8 * turn + 8)]
+            shorts = [_stream(f"short {i}", i, tokens=16) for i in range(each * turn, each * turn + each)]
+            took: dict[str, list[Answer]] = {}
+            for half in rng.sample(["fast", "slow"], 2):
+                if half == "fast":
+                    beside = threading.Thread(target=crowd, args=(server, longs), kwargs={"callers": 8})
+                    beside.start()
+                    took[half] = crowd(server, shorts, callers=4)
+                    beside.join()
+                else:
+                    with _Slow(server, longs) as slow:
+                        took[half] = crowd(server, shorts, callers=4)
+                        gone += slow.over(2 * stall + 10)
+                if not server.idle():
+                    failed.append("places are still taken")
+            failed += [problem for half in took.values() for answer in half for problem in answer.problems]
+            pairs = list(zip(took["slow"], took["fast"], strict=True))
+            first += [(a.first, b.first) for a, b in pairs if a.first is not None and b.first is not None]
+            whole += [(a.total, b.total) for a, b in pairs]
+            memory.append(server.memory)
+    harm = _ratio(first), _ratio(whole)
+    known = [seconds for seconds in gone if seconds is not None]
+    late = f"{len(gone) - len(known)} of {len(gone)}; the last after {max(known, default=float('nan')):.0f} s"
+    grown = memory[-1] - memory[min(1, len(memory) - 1)]
+    checks = (
+        Check("others' time to the first token, beside slow readers over beside fast ones", *_at_most(1.1, harm[0])),
+        Check("others' time to the end", *_at_most(1.1, harm[1])),
+        Check("others' requests that failed", "0", f"{len(failed)}", not failed),
+        Check(f"slow readers still connected {2 * stall + 10:g} s after their request", "0", late, len(known) == len(gone)),
+        Check("memory after the last round above that after the second", "≤ 10 MB", f"{grown:.1f} MB", grown <= 10),
+    )
+    figures = {"first": first, "whole": whole, "gone": gone, "memory": memory, "failed": failed[:20], "stall": stall}
+    figures |= {"ratio_first": asdict(harm[0]), "ratio_whole": asdict(harm[1])}
+    return Section(f"{rounds} rounds, {len(whole)} pairs of requests, {len(gone)} slow readers.", checks, (), figures)
+
+
+class _Slow:
+    """Readers of long streams: one half takes a byte a second, the other half stops at once."""
+
+    def __init__(self, server: Server, requests: Sequence[Asked]) -> None:
+        self._began = time.monotonic()
+        self._connections = [begin(server, each, receive=4096) for each in requests]
+        self._port = server.address[1]
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._sip, daemon=True)
+
+    def __enter__(self) -> _Slow:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        for each in self._connections:
+            each.close()
+
+    def _sip(self) -> None:
+        while not self._over.wait(1.0):
+            for each in self._connections[::2]:
+                with contextlib.suppress(OSError):
+                    each.recv(1, socket.MSG_DONTWAIT)
+
+    def over(self, seconds: float) -> list[float | None]:
+        """After how many seconds the server had no connection to each any more; None where it still has."""
+        ports = [each.getsockname()[1] for each in self._connections]
+        ended: dict[int, float] = {}
+
+        def all_over() -> bool:
+            up = _connected(self._port)
+            for port in ports:
+                if port not in up:
+                    ended.setdefault(port, time.monotonic() - self._began)
+            return len(ended) == len(ports)
+
+        until(all_over, seconds - (time.monotonic() - self._began), every=0.1)
+        return [ended.get(port) for port in ports]
+
+
+def _connected(port: int) -> set[int]:
+    """The other ends' ports of the connections that a port of this machine has."""
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return {int(line[2].split(":")[1], 16) for line in lines if line[3] == "01" and int(line[1].split(":")[1], 16) == port}
+
+
+# ── who hangs up ──
+
+
+def hang_up(setting: Setting) -> Section:
+    """Callers hang up: in the middle of a stream, before its first token, in the middle of a plain answer, while they wait in the
+    queue; by closing, and by a reset. Thirteen times each, beside others.
+
+    Met when: each one's place is free within two seconds, and the median within a quarter of one.
+    """
+    freed: dict[str, list[float | None]] = {}
+    kinds = ("in a stream", "before the first token", "in a plain answer", "in the queue")
+    with Server(setting.place("hang-up"), "--concurrency", "2", "--queue", "4", vectors=setting.toy) as server:
+
+        def depth(live: int, waiting: int) -> Callable[[], bool]:
+            def found() -> bool:
+                parts = server.ready()[1]
+                return (parts["live"], parts["waiting"]) == (live, waiting)
+
+            return found
+
+        for i, kind, way in itertools.product(range(setting.of(13, 1)), kinds, ("closed", "reset")):
+            queued = int(kind == "in the queue")
+            others = [begin(server, _stream("other", 1000 + i + k, tokens=1500, temperature=1.5)) for k in range(1 + queued)]
+            until(depth(1 + queued, 0), 30, every=0.005)
+            leaver = begin(server, _stream("long", i, tokens=1500, temperature=1.5, stream=kind != "in a plain answer"))
+            if kind == "in a stream":
+                leaver.settimeout(30)
+                while b"data: " not in leaver.recv(65536):
+                    pass
+            until(depth(2, queued), 30, every=0.005)
+            if kind == "in a plain answer":
+                time.sleep(0.2)
+            if way == "reset":
+                leaver.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            leaver.close()
+            freed.setdefault(f"{kind}, {way}", []).append(until(depth(1 + queued, 0), 10, every=0.002))
+            for each in others:
+                each.close()
+            server.idle()
+    every = [each for own in freed.values() for each in own]
+    known = [each for each in every if each is not None]
+    slow = max(known, default=float("nan"))
+    last = f"{len(known)} of {len(every)}, the last after {slow:.2f} s"
+    checks = (
+        Check("places that are free again", "all, within 2 s", last, len(known) == len(every) and slow <= 2),
+        Check("median time until then", "≤ 0.25 s", f"{median(known):.2f} s", median(known) <= 0.25),
+    )
+    return Section(f"{len(every)} callers hung up.", checks, (), {"freed": freed})
+
+
+# ── running them ──
+
+SECTIONS: dict[str, Callable[[Setting], Section]] = {
+    "load-toy": load_toy,
+    "kill": kill,
+    "disk": disk,
+    "database": database,
+    "webhook": webhook,
+    "fuzz": fuzz,
+    "slow-readers": slow_readers,
+    "hang-up": hang_up,
+    "load-demo": load_demo,
+}
+
+
+def measure(name: str, setting: Setting) -> dict[str, Any]:
+    """Run a section."""
+    say(f"{name} …")
+    began = time.monotonic()
+    found = SECTIONS[name](setting)
+    for check in found.checks:
+        verdict = {True: "met", False: "MISSED", None: "–"}[check.met]
+        say(f"  {verdict:7} {check.what}: {check.found} (wanted: {check.wanted})")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "what": inspect.cleandoc(SECTIONS[name].__doc__ or ""),
+        "seconds": time.monotonic() - began,
+        "load_average": os.getloadavg()[2],
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "machine": machine(),
+        "provenance": provenance(),
+        **asdict(found),
+    }
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), help="these sections; the results of others are kept")
+    parser.add_argument("--quick", action="store_true", help="a short form; results are written only where --out says so")
+    parser.add_argument("--demo", type=Path, help="folder of the demo model's vectors, which load-demo needs")
+    parser.add_argument("--folder", type=Path, help="where to work; by default a temporary folder that is removed")
+    parser.add_argument("--out", type=Path, help=f"where the results go; by default {RESULT.relative_to(HERE.parent)}")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
+    out = args.out or (None if args.quick else RESULT)
+    chosen = args.only or [name for name in SECTIONS if name != "load-demo" or args.demo]
+    if "load-demo" in chosen and not args.demo:
+        say("load-demo needs the demo model's vectors: --demo FOLDER")
+        return 2
+    missed = 0
+    with contextlib.ExitStack() as stack:
+        folder = (args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="reliability-")))).resolve()
+        setting = Setting(folder, args.quick, toy_vectors(folder / "vectors"), args.demo and args.demo.resolve())
+        results: dict[str, Any] = read_json(out) if out is not None and out.exists() else {"sections": {}}
+        for name in chosen:
+            found = results["sections"][name] = measure(name, setting)
+            missed += sum(check["met"] is False for check in found["checks"])
+            if out is not None:
+                write_json(out, results)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

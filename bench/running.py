@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import random
@@ -189,6 +190,10 @@ class Memory:
             with contextlib.suppress(OSError):  # it may have ended meanwhile
                 self.samples.append((self._done(), self._server.memory))
 
+    def few(self) -> list[tuple[int, float]]:
+        """Some hundred of the samples, for the record."""
+        return self.samples[:: max(1, len(self.samples) // 400)]
+
     def slope(self, *, after: float = 0.5, parts: int = 20) -> Estimate:
         """KB that each request leaves behind, by a line through the means of equal parts of what came after the warm-up.
 
@@ -201,7 +206,7 @@ class Memory:
         done, used = np.array(self.samples).T
         begin, end = after * done[-1], done[-1]
         edges = np.linspace(begin, end, parts + 1)
-        inside = [(done >= low) & (done <= high) for low, high in zip(edges, edges[1:], strict=False)]
+        inside = [(done >= low) & (done <= high) for low, high in itertools.pairwise(edges)]
         points = [(done[part].mean(), 1024 * used[part].mean()) for part in inside if part.any()]
         if len(points) < 4 or points[0][0] == points[-1][0]:
             return Estimate(float("nan"), float("nan"), float("nan"), len(points), unit="KB")
@@ -261,7 +266,7 @@ def mixed(number: int, *, model: str, names: Sequence[str], longest: int, streng
         body["n"] = rng.randint(2, 3)
     body["temperature"] = pick([0, 0.7, 1, 1.3])
     if chance(0.3):
-        body[pick(["top_p"])] = pick([0.5, 0.9])
+        body["top_p"] = pick([0.5, 0.9])
     if chance(0.2):
         body["top_k"] = pick([1, 5, 50])
     if chance(0.15):
@@ -303,6 +308,7 @@ class Answer:
         asked: The request.
         replies: Its choices.
         usage: Tokens, where they were told.
+        began: When it was asked, the last time.
         first: Seconds to the first token of a stream; None for plain answers.
         total: Seconds to its end.
         busy: How often it was told to come again.
@@ -312,6 +318,7 @@ class Answer:
     asked: Asked
     replies: list[Reply] = field(default_factory=list)
     usage: dict[str, int] | None = None
+    began: float = 0.0
     first: float | None = None
     total: float = 0.0
     busy: int = 0
@@ -328,7 +335,6 @@ class Caller:
 
     def __init__(self, server: Server, *, timeout: float = 120.0) -> None:
         self._connection = http.client.HTTPConnection(*server.address, timeout=timeout)
-        self._seen: set[str] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -347,7 +353,7 @@ class Caller:
         body = json.dumps(asked.body)
         try:
             while True:
-                began = time.monotonic()
+                answer.began = time.monotonic()
                 self._connection.request("POST", asked.path, body, {"Content-Type": "application/json"})
                 came = self._connection.getresponse()
                 if came.status != 429 or not again:
@@ -358,18 +364,18 @@ class Caller:
             if came.status != 200:
                 answer.problems.append(f"status {came.status}: {came.read()[:300].decode(errors='replace')}")
             elif asked.body.get("stream"):
-                self._streamed(came, answer, began)
+                self._streamed(came, answer)
             else:
                 self._whole(json.loads(came.read()), answer)
         except (OSError, http.client.HTTPException, ValueError) as error:
             answer.problems.append(f"{type(error).__name__}: {error}")
             self._connection.close()
-        answer.total = time.monotonic() - began
+        answer.total = time.monotonic() - answer.began
         if not answer.problems:
             answer.problems += [f"choice {i} has no end" for i, each in enumerate(answer.replies) if each.finish is None]
         return answer
 
-    def _streamed(self, came: http.client.HTTPResponse, answer: Answer, began: float) -> None:
+    def _streamed(self, came: http.client.HTTPResponse, answer: Answer) -> None:
         done, id, seen = False, None, set[int]()
         for line in came:
             if not line.strip():
@@ -397,7 +403,7 @@ class Caller:
                 if reply.finish is not None:
                     answer.problems.append(f"choice {choice['index']} goes on after its end")
                 if piece and answer.first is None:
-                    answer.first = time.monotonic() - began
+                    answer.first = time.monotonic() - answer.began
                 reply.text += piece
                 reply.likely += _likely(choice["logprobs"])
                 reply.finish = choice["finish_reason"]
@@ -466,8 +472,8 @@ def crowd(
 
 
 @contextlib.contextmanager
-def callers_without_end(server: Server, requests: Iterator[Asked], *, callers: int, kept: list[Answer]) -> Iterator[None]:
-    """So many callers, each with the next request as soon as it is answered, until the block ends; answers are put into ``kept``."""
+def unending(server: Server, requests: Iterator[Asked], *, callers: int, kept: list[Answer]) -> Iterator[None]:
+    """So many callers, each with its next request as soon as one is answered, until the block ends; answers go into ``kept``."""
     over, lock = threading.Event(), threading.Lock()
 
     def work() -> None:
@@ -476,7 +482,6 @@ def callers_without_end(server: Server, requests: Iterator[Asked], *, callers: i
                 with lock:
                     asked = next(requests)
                 answer = caller.ask(asked)
-                answer.began = time.monotonic() - answer.total  # type: ignore[attr-defined]
                 with lock:
                     kept.append(answer)
                 if not server.running:
@@ -513,7 +518,7 @@ def begin(server: Server, asked: Asked, *, receive: int | None = None) -> socket
     return connection
 
 
-def share(values: Sequence[float], *percent: float) -> list[float]:
+def percentiles(values: Sequence[float], *percent: float) -> list[float]:
     """Percentiles; nan of nothing."""
     return [float(np.percentile(values, each)) if len(values) else float("nan") for each in percent]
 
