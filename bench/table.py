@@ -572,6 +572,58 @@ def monitoring(result: dict[str, Any]) -> str:
     return "\n".join([caption, *lines])
 
 
+SERVING_TIMES, SERVING_COST = 3.0, 0.08
+
+
+def serving(result: dict[str, Any]) -> str:
+    """The table of ``bench/serving.py`` as Markdown."""
+    from affectlens.stats import bootstrap
+
+    machine, ways = result["machine"], result["ways"]
+    counts = sorted({int(count) for way in ways.values() for count in way["callers"]})
+    heads = [f"{count} caller{'s' * (count > 1)}: tokens/s | first token, s (p95)" for count in counts]
+    lines = ["", f"| way | {' | '.join(heads)} |", "|---|" + "---|" * (2 * len(counts))]
+
+    def rate(key: str, count: int) -> float | None:
+        found = ways.get(key, {"callers": {}})["callers"].get(str(count))
+        return found["tokens"] / found["seconds"] if found else None
+
+    for key, way in ways.items():
+        cells = [way["label"]]
+        for count in counts:
+            found = way["callers"].get(str(count))
+            if found is None:
+                cells += [way.get("problem", "–"), "–"]
+            else:
+                cells += [f"{rate(key, count):,.0f}", f"{found['first']['median']:.2f} ({found['first']['p95']:.2f})"]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| target | wanted | measured | |", "|---|---|---|---|"]
+    loop, mine = rate("loop", 8), rate("everything", 8)
+    if loop and mine:
+        met = "met" if mine / loop >= SERVING_TIMES else "**missed**"
+        what = "8 callers who steer and read everything, over the loop"
+        lines.append(f"| {what} | at least {SERVING_TIMES:g} times | {mine / loop:.1f} times | {met} |")
+    for together, pairs in result["passes"].items():
+        ratios = [pair["full"][0] / pair["full"][1] / (pair["plain"][0] / pair["plain"][1]) - 1 for pair in pairs]
+        cost = bootstrap(lambda index, ratios=ratios: statistics.median(ratios[i] for i in index), len(ratios))
+        what = f"readings of {result['emotions']} emotions and mixed steering, {together} at a time"
+        shown = (
+            f"{100 * cost.value:+.1f} % [{100 * cost.low:+.1f}, {100 * cost.high:+.1f}] of a token's time, {len(ratios)} rounds"
+        )
+        met = "met" if cost.value <= SERVING_COST else "**missed**"
+        lines.append(f"| {what} | at most {SERVING_COST:.0%} | {shown} | {met} |")
+    most = max(rate(key, count) or 0.0 for key in ways for count in counts)
+    peak = result["peak_tflops"][result["dtype"]]["seconds"]
+    caption = (
+        f"Replies of up to {result['tokens']} tokens, streamed. {result['model']}, {result['dtype']}, {result['threads']} "
+        f"thread(s), clients on the same machine, {result['date'][:10]}. {machine['processor']} family {machine['family']} "
+        f"({', '.join(machine['bf16']) or 'no bf16 instructions'}), {machine['cores']} cores. Matrix-multiply peak "
+        f"{peak:.2f} TFLOP/s, of which the fastest row uses {2 * result['parameters'] * most / (1e12 * peak):.1%}. "
+        f"A reply has the same bits alone and in company here: {'yes' if result['exact'] else 'no'}."
+    )
+    return "\n".join([caption, *lines])
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "extraction": extraction,
     "profile_reading": profile_reading,
@@ -583,6 +635,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "preferences": preferences,
     "monitoring": monitoring,
     "training": training,
+    "serving": serving,
 }
 
 

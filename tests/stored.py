@@ -121,9 +121,14 @@ def missing(what: str) -> None:
 
 
 class Cluster:
-    """A PostgreSQL of our own in a temporary folder; root starts it as nobody, since it refuses to run as root."""
+    """A PostgreSQL of our own in a temporary folder; root starts it as nobody, since it refuses to run as root.
 
-    def __init__(self) -> None:
+    Args:
+        fsync: Whether it waits for the disk, as it does by itself. Tests of ours need not.
+    """
+
+    def __init__(self, *, fsync: bool = False) -> None:
+        self._fsync = fsync
         found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
         if not found:
             missing("postgresql")

@@ -29,7 +29,8 @@ def requests(engine: Engine) -> list[Request]:
     gate = Gate("a", LAYER, unit[0], above=0.0)
     steerings = (Steering(), push, other.ramp(4), other.when(gate), push.clamp(0.05), push.ablate())
     readouts = (Readout((LAYER,), Where(after=1), "none", unit[None, :171]),)
-    return [
+    reads = [Request(prompt, steering=push, readouts=readouts) for prompt in PROMPTS[:2]]
+    return reads + [
         Request(prompt, sampling=Sampling(max_tokens=6 + n, seed=n, logprobs=2), steering=steering, readouts=readouts)
         for n, (prompt, steering) in enumerate((prompt, steering) for prompt in PROMPTS for steering in steerings)
     ]

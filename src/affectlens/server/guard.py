@@ -26,6 +26,9 @@ LOG = logging.getLogger("affectlens.server")
 OPEN = ("/", "/plotly.min.js", "/health", "/ready")
 """Paths that need no key: for whoever watches the process. The dashboard's files hold no data and need none either."""
 
+HEARD_OUT = 16
+"""So many times the largest body is heard out, and forgotten, before it is refused: who is cut off while sending sees no answer."""
+
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 
 POLICY = "; ".join(
@@ -178,7 +181,7 @@ class Guard:
             413, f"the body is larger than {most} bytes: send less at once", code="body_too_large", Connection="close"
         )
         length = headers.get("content-length")
-        if length is not None and (not length.isascii() or not length.isdigit() or int(length[:20]) > most):
+        if length is not None and (not length.isascii() or not length.isdigit() or int(length[:20]) > HEARD_OUT * most):
             raise too_much
         pieces, size = [], 0
         try:
@@ -187,10 +190,10 @@ class Guard:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise _Left
-                    piece = message.get("body", b"")
-                    pieces.append(piece)
-                    size += len(piece)
-                    if size > most:
+                    size += len(message.get("body", b""))
+                    if size <= most:
+                        pieces.append(message.get("body", b""))
+                    elif size > HEARD_OUT * most:
                         raise too_much
                     if not message.get("more_body", False):
                         break
@@ -198,6 +201,8 @@ class Guard:
             raise Refused(
                 408, f"the body did not arrive within {self._settings.body_time:g} seconds: send it at once", Connection="close"
             ) from None
+        if size > most:
+            raise too_much
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if size and kind != "application/json":
             # Also what keeps forms of web pages elsewhere away: a browser asks before it sends this kind.

@@ -270,6 +270,7 @@ class Encoded:
         names: The hash of the concepts' names.
         words: What is searched: the words of the conversation in lower case, or the hashes of its messages.
         title: The beginning of what was asked, where texts are kept.
+        digest: Content hash: tells a record that is there already from another one of the same name.
     """
 
     record: Record
@@ -280,6 +281,7 @@ class Encoded:
     names: str
     words: str
     title: str
+    digest: str
 
     @property
     def steering(self) -> str:
@@ -289,11 +291,6 @@ class Encoded:
     def size(self) -> int:
         """Bytes, about: what it takes in a store and in memory."""
         return len(self.body) + len(self.scores) + 2 * len(self.words) + 30 * len(self.extremes) + 1000
-
-    @property
-    def digest(self) -> str:
-        """Content hash: tells a record that is there already from another one of the same name."""
-        return hashlib.sha256(self.body + self.scores).hexdigest()[:32]
 
 
 def encode(record: Record, *, text: Text = "full", secret: bytes = b"") -> Encoded:
@@ -331,15 +328,18 @@ def encode(record: Record, *, text: Text = "full", secret: bytes = b"") -> Encod
         "trace": {name: getattr(trace, name) for name in ("id", "format", "layer", "unit", "steering")},
         "tables": [[name, values.dtype.newbyteorder("<").str, list(values.shape)] for name, values in tables],
     }
+    packed = zlib.compress(_json(body), 6)
+    scores = _packed(b"".join(_shuffled(values) for _, values in tables))
     return Encoded(
         record,
         record.extremes(),
-        zlib.compress(_json(body), 6),
-        zlib.compress(b"".join(_shuffled(values) for _, values in tables), 1),
+        packed,
+        scores,
         parts,
         own["names"],
         _words(record, text),
         record.title if text == "full" else "",
+        hashlib.sha256(packed + scores).hexdigest()[:32],
     )
 
 
@@ -463,6 +463,12 @@ def _shuffled(values: np.ndarray) -> bytes:
     """The numbers with all first bytes in front, then all second ones: signs and exponents are alike and compress."""
     plain = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
     return plain.view(np.uint8).reshape(-1, plain.dtype.itemsize).T.tobytes() if plain.size else b""
+
+
+def _packed(data: bytes) -> bytes:
+    """Compressed. Only what repeats at once is looked for: in the noise of mantissas a longer search finds nothing and takes long."""
+    packing = zlib.compressobj(1, strategy=zlib.Z_RLE)
+    return packing.compress(data) + packing.flush()
 
 
 def _unshuffled(raw: bytes, dtype: np.dtype[Any], shape: Sequence[int]) -> np.ndarray:

@@ -1,0 +1,353 @@
+"""How fast are replies when several people ask at once, and what do readings and steering cost then?
+
+python bench/serving.py --vectors FOLDER      results/serving.json (some twelve minutes on two idle cores)
+
+Callers ask over HTTP, each for one reply after the other, streaming; all ways get the same prompts, seeds and lengths. Measured
+are generated tokens per second over all callers, from the first request to the last token, and the time to the first token.
+
+* **a loop**: one request at a time through ``Engine.stream`` in this process, without HTTP: what somebody writes first.
+* **transformers serve**, where it runs, in its default settings and with continuous batching, in a process of its own.
+* **affectlens serve** in a process of its own. It always reads 171 emotions of every token, watches rules, and keeps every
+  reply; the rows differ in what callers ask for besides: nothing, readings of all emotions with every token, their own steering.
+* **the passes alone**: the same requests through :meth:`Engine.session` in this process with and without readouts and steering,
+  in turn. What readings and steering cost is told here, apart from HTTP and the store.
+
+Targets, fixed beforehand: at 8 callers at least 3 times the loop; readings of 171 emotions and mixed steering together cost at
+most 8 % of the passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import torch
+
+import affectlens as al
+from affectlens.corpus import load
+from affectlens.engine import Request, Result, Sampling, Where
+from affectlens.engines.hf import HFEngine
+from affectlens.runs import provenance
+from extraction import machine, say
+from monitoring import peak
+from table import serving
+
+HERE = Path(__file__).resolve().parent
+MODEL = "smollm2-135m"
+SEED = 20261129
+STRENGTH = 0.05
+DIALS = ("calm", "desperate", "angry", "happy")
+START = 180.0  # seconds that a server may take to start
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One reply that somebody wants."""
+
+    prompt: str
+    seed: int
+    dial: tuple[str, float]
+
+
+def asked(count: int) -> list[Asked]:
+    """Requests for stories; each caller turns another dial."""
+    stories = load("stories")
+    step = len(stories) // count
+    prompts = [f"Tell me a long story about {stories[i * step]['topic']}." for i in range(count)]
+    return [
+        Asked(prompt, SEED + i, (DIALS[i % len(DIALS)], STRENGTH * (-1) ** (i // len(DIALS)))) for i, prompt in enumerate(prompts)
+    ]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """When its first token came, in seconds after it was asked for, and how many tokens it has."""
+
+    first: float
+    tokens: int
+
+
+# ── callers ──
+
+
+def callers(count: int, wanted: Sequence[Asked], ask: Callable[[Asked], Reply]) -> dict[str, Any]:
+    """All requests, shared out among so many callers; each asks for its next reply when it has one."""
+    waiting, replies, errors = list(wanted)[::-1], list[Reply](), list[BaseException]()
+    lock = threading.Lock()
+
+    def work() -> None:
+        while not errors:
+            with lock:
+                if not waiting:
+                    return
+                each = waiting.pop()
+            try:
+                reply = ask(each)
+            except BaseException as error:
+                errors.append(error)
+                return
+            with lock:
+                replies.append(reply)
+
+    threads = [threading.Thread(target=work) for _ in range(count)]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - start
+    if errors:
+        raise errors[0]
+    firsts = sorted(reply.first for reply in replies)
+    return {
+        "replies": len(replies),
+        "tokens": sum(reply.tokens for reply in replies),
+        "seconds": seconds,
+        "first": {"median": statistics.median(firsts), "p95": firsts[min(len(firsts) - 1, int(0.95 * len(firsts)))]},
+    }
+
+
+def over_http(url: str, model: str, tokens: int, extra: Callable[[Asked], dict[str, Any]]) -> Callable[[Asked], Reply]:
+    """Ask an OpenAI-compatible server for a streamed chat completion."""
+    client = httpx.Client(base_url=url, timeout=300, limits=httpx.Limits(max_connections=None))
+
+    def ask(each: Asked) -> Reply:
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": each.prompt}],
+            "max_tokens": tokens,
+            "temperature": 0.0,
+            "seed": each.seed,
+            "stream": True,
+            **extra(each),
+        }
+        start, first, pieces = time.perf_counter(), None, 0
+        with client.stream("POST", "/v1/chat/completions", json=body) as response:
+            if response.status_code != 200:
+                raise RuntimeError(f"{url} answered {response.status_code}: {response.read()[:300]!r}")
+            for line in response.iter_lines():
+                if not line.startswith("data: ") or line == "data: [DONE]":
+                    continue
+                choices = json.loads(line[6:]).get("choices") or [{}]
+                if (choices[0].get("delta") or {}).get("content"):
+                    first = time.perf_counter() - start if first is None else first
+                    pieces += 1
+        return Reply(first or time.perf_counter() - start, pieces)
+
+    return ask
+
+
+def in_a_loop(engine: HFEngine, tokens: int) -> Callable[[Asked], Reply]:
+    """Answer one request after the other in this process."""
+    lock = threading.Lock()
+
+    def ask(each: Asked) -> Reply:
+        start, first, pieces = time.perf_counter(), None, 0
+        with lock:
+            sampling = Sampling(max_tokens=tokens, temperature=0.0, seed=each.seed)
+            for result in engine.stream(Request((("user", each.prompt),), sampling=sampling)):
+                if not result.done and result.text:
+                    first = time.perf_counter() - start if first is None else first
+                    pieces += 1
+        return Reply(first or 0.0, pieces)
+
+    return ask
+
+
+# ── servers ──
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def server(command: list[str], url: str, ready: str, threads: int) -> Iterator[None]:
+    """A server in a process of its own, until the block ends."""
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
+        )
+        try:
+            end = time.monotonic() + START
+            while True:
+                try:
+                    if httpx.get(url + ready, timeout=5).status_code < 400:
+                        break
+                except httpx.HTTPError:
+                    pass
+                if process.poll() is not None or time.monotonic() > end:
+                    log.seek(0)
+                    raise RuntimeError(f"{command[0]} does not serve: {log.read()[-2000:].decode(errors='replace')}")
+                time.sleep(0.3)
+            yield
+        finally:
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def saved(engine: HFEngine, folder: Path) -> Path:
+    """The model as a folder, which transformers' server can load."""
+    if not (folder / "config.json").exists():
+        engine.model.save_pretrained(folder)
+        engine.tokenizer.save_pretrained(folder)
+    return folder
+
+
+# ── the passes alone ──
+
+
+def passes(engine: HFEngine, requests: Sequence[Request], together: int) -> tuple[float, int]:
+    """Seconds, and tokens generated, when so many requests are with a session at any time."""
+    session, waiting, tokens = engine.session(), list(requests)[::-1], 0
+    start = time.perf_counter()
+    while waiting or session.live:
+        while waiting and session.live < together:
+            session.submit(waiting.pop())
+        for _, result in session.step():
+            if not isinstance(result, Result):
+                raise result
+            tokens += 0 if result.done else 1
+    session.close()
+    return time.perf_counter() - start, tokens
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vectors", type=Path, required=True, help="vectors of the demo model")
+    parser.add_argument("--callers", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--replies", type=int, default=3, help="of each caller; twice as many where there is one caller")
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=5, help="of the passes alone")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--quick", action="store_true", help="few and short replies, results not kept")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "serving.json")
+    args = parser.parse_args()
+    if args.quick:
+        args.callers, args.replies, args.tokens, args.rounds = [1, 4], 1, 6, 2
+        args.out = HERE / ".cache" / "quick.json"
+    torch.set_num_threads(args.threads)
+    engine = HFEngine.load(MODEL)
+    vectors = al.ConceptVectors.load(args.vectors)
+    tokens = args.tokens
+    result: dict[str, Any] = {
+        "benchmark": "serving",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "model": engine.info.id,
+        "dtype": engine.info.dtype,
+        "parameters": engine.info.n_parameters,
+        "threads": args.threads,
+        "tokens": tokens,
+        "emotions": len(vectors),
+        "peak_tflops": peak(args.threads, engine),
+        "exact": engine.session().exact,
+        "ways": {},
+        "passes": {},
+        "provenance": provenance(),
+    }
+
+    def measure(key: str, label: str, ask: Callable[[Asked], Reply], counts: Sequence[int]) -> None:
+        callers(1, asked(1), ask)  # caches of shapes, connections
+        entry = result["ways"].setdefault(key, {"label": label, "callers": {}})
+        for count in counts:
+            replies = args.replies * count * (2 if count == 1 else 1)
+            entry["callers"][str(count)] = found = callers(count, asked(replies), ask)
+            say(f"  {key:12} {count:3} callers: {found['tokens'] / found['seconds']:6.1f} tokens/s, first {found['first']}")
+        args.out.parent.mkdir(exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    measure("loop", "a loop, one at a time, no HTTP", in_a_loop(engine, tokens), args.callers[:2])
+
+    dials: dict[str, Callable[[Asked], dict[str, Any]]] = {
+        "affectlens": lambda each: {},
+        "readings": lambda each: {"readings": {"emotions": "all"}},
+        "steered": lambda each: {"emotion_bias": dict([each.dial])},
+        "everything": lambda each: {"readings": {"emotions": "all"}, "emotion_bias": dict([each.dial])},
+    }
+    labels = {
+        "affectlens": "**affectlens serve**",
+        "readings": "**affectlens serve**, 171 readings with every token",
+        "steered": "**affectlens serve**, each caller steers",
+        "everything": "**affectlens serve**, both",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        port = free_port()
+        url = f"http://127.0.0.1:{port}"
+        command = [
+            str(Path(sys.executable).with_name("affectlens")), "serve", str(args.vectors), "--port", str(port), "--allow-unsafe",
+            "--store", f"{folder}/traces.db", "--rules", "desperate > 9 for 20 tokens", "--model", MODEL,
+        ]  # fmt: skip
+        with server(command, url, "/ready", args.threads):
+            for key, extra in dials.items():
+                measure(key, labels[key], over_http(url, MODEL, tokens, extra), args.callers)
+
+        model = saved(engine, Path(folder) / "model")
+        for key, label, options in (
+            ("transformers", "transformers serve", []),
+            ("continuous", "transformers serve, continuous batching", ["--continuous-batching"]),
+        ):
+            port = free_port()
+            url = f"http://127.0.0.1:{port}"
+            command = [
+                str(Path(sys.executable).with_name("transformers")), "serve", str(model), "--host", "127.0.0.1",
+                "--port", str(port), "--device", "cpu", "--dtype", engine.info.dtype, *options,
+            ]  # fmt: skip
+            try:
+                with server(command, url, "/health", args.threads):
+                    measure(key, label, over_http(url, str(model), tokens, lambda each: {}), args.callers)
+            except (RuntimeError, httpx.HTTPError) as error:
+                say(f"{label} could not be measured: {str(error)[-500:]}")
+                result["ways"].setdefault(key, {"label": label, "callers": {}})["problem"] = (
+                    str(error).strip().splitlines()[-1][-200:]
+                )
+
+    readouts = (vectors.readout(where=Where(after=1), pool="none"),)
+    for together in args.callers[1:]:
+        plain = [
+            Request((("user", each.prompt),), sampling=Sampling(max_tokens=tokens, temperature=0.0, seed=each.seed), stream=True)
+            for each in asked(2 * together)
+        ]
+        full = [
+            replace(request, readouts=readouts, steering=each.dial[1] * vectors[each.dial[0]])
+            for request, each in zip(plain, asked(2 * together), strict=True)
+        ]
+        passes(engine, plain[:together], together)
+        passes(engine, full[:together], together)
+        pairs = []
+        for number in range(args.rounds):
+            order = [("plain", plain), ("full", full)][:: 1 if number % 2 else -1]
+            pairs.append({key: passes(engine, requests, together) for key, requests in order})
+        result["passes"][str(together)] = pairs
+        costs = [pair["full"][0] / pair["full"][1] / (pair["plain"][0] / pair["plain"][1]) - 1 for pair in pairs]
+        say(f"  passes of {together}: readings and steering cost {100 * float(np.median(costs)):+.1f} %")
+    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(serving(result))
+    say(f"written to {args.out}; python bench/table.py puts it into docs/benchmarks.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""How fast is the store, and how large: writing replies as they come, and finding some among many.
+
+    python bench/store.py                          # SQLite and, where it is installed, PostgreSQL; some minutes, 2 GB of disk
+    python bench/store.py --records 2000           # a first look
+
+Records are made up: 171 emotions, replies of 40 tokens (20,000 of them), or of 300 tokens (200 of them, for their size and for
+the time of a commit). Scores are normal noise, which compresses worse than real ones do. Written: one at a time, each waited for
+(what a single caller sees), and from 32 threads (what a full server does). Read: the median and the 95th percentile of 200
+questions of each kind, a page of 50 each. Writes ``bench/results/store.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests")]
+
+from affectlens.concepts import ConceptSet  # noqa: E402
+from affectlens.runs import provenance, write_json  # noqa: E402
+from affectlens.server.records import encode  # noqa: E402
+from affectlens.server.store import Store  # noqa: E402
+from stored import NOON, Cluster, fired, made  # noqa: E402
+
+RESULT = ROOT / "bench" / "results" / "store.json"
+NAMES = ConceptSet.load("emotions").names
+SHORT, LONG = 40, 300
+CALLERS = 32
+QUESTIONS = 200
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=int, default=20_000)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
+    found: dict[str, Any] = {"records": options.records, "emotions": len(NAMES), "tokens": SHORT, "provenance": provenance()}
+    with tempfile.TemporaryDirectory() as folder:
+        found["sqlite"] = measured(f"sqlite:///{folder}/traces.db", options.records, lambda: size_of(Path(folder)))
+    if any(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
+        cluster = Cluster(fsync=True)
+        try:
+            address = cluster.database()
+            name = address.rpartition("/")[2]
+            found["postgresql"] = measured(
+                address, options.records, lambda: int(cluster.sql(f"select pg_database_size('{name}')"))
+            )
+        finally:
+            cluster.remove()
+    write_json(options.out, found)
+    for kind in ("sqlite", "postgresql"):
+        print(kind, found.get(kind))
+
+
+def measured(url: str, records: int, size: Callable[[], int]) -> dict[str, Any]:
+    """One database: writing, size, reading."""
+    with Store(url) as store:
+        written = writing(store)
+        start, before = time.perf_counter(), size()
+        futures = []
+        for n in range(records):
+            futures.append(store.put(short(n)))
+            if len(futures) > 256:
+                futures.pop(0).result()
+        for future in futures:
+            future.result()
+        filled = time.perf_counter() - start
+        took = {name: quantiles(question) for name, question in questions(store, records)}
+    packed = encode(made(1, names=NAMES, tokens=LONG))
+    return {
+        "commit, ms": written,
+        "records a second, filling": round(records / filled, 1),
+        "bytes a record on disk": round((size() - before) / records),
+        "bytes of the scores of a long record": {"float32": 4 * len(NAMES) * (LONG + 6), "kept": len(packed.scores)},
+        "reading, ms": took,
+    }
+
+
+def short(n: int) -> Any:
+    """Record ``n``: one in ten has an alert; the times are an hour apart in steps of a minute."""
+    alerts = (fired("panic: desperate > 3"),) if n % 10 == 0 else ()
+    return made(n, names=NAMES, tokens=SHORT, alerts=alerts, created=NOON + timedelta(minutes=n), prompt=f"question {n} of them")
+
+
+def writing(store: Store) -> dict[str, Any]:
+    """Milliseconds from ``put`` to the commit of replies of 300 tokens: alone, and with others."""
+
+    def put(n: int) -> float:
+        record = made(n, names=NAMES, tokens=LONG)
+        start = time.perf_counter()
+        store.put(record).result()
+        return 1000 * (time.perf_counter() - start)
+
+    alone = [put(1_000_000 + n) for n in range(100)]
+    start = time.perf_counter()
+    with ThreadPoolExecutor(CALLERS) as pool:
+        together = list(pool.map(put, range(2_000_000, 2_000_320)))
+    rate = 320 / (time.perf_counter() - start)
+    return {"alone": summary(alone), f"{CALLERS} callers": summary(together), "records a second": round(rate, 1)}
+
+
+def questions(store: Store, records: int) -> Iterator[tuple[str, Callable[[random.Random], Any]]]:
+    """Kinds of questions, each with a fresh one for every call."""
+
+    def name(rng: random.Random) -> str:
+        return rng.choice(NAMES)
+
+    yield "the newest", lambda _: store.search()
+    yield "a page in the middle", lambda rng: store.search(after=f"{_micros(rng.randrange(records))}-{rng.randrange(records)}")
+    yield "emotion above 2.5 (one in four)", lambda rng: store.search(emotion=name(rng), above=2.5)
+    yield "emotion above 4.2 (a handful in 20,000)", lambda rng: store.search(emotion=name(rng), above=4.2)
+    yield "emotion above 9 (none: all are looked through)", lambda rng: store.search(emotion=name(rng), above=9.0)
+    yield "words that many have", lambda _: store.search(words="harbour")
+    yield "words that one has", lambda rng: store.search(words=f"question {rng.randrange(records)} of them")
+    yield "words that none has", lambda _: store.search(words="no such words")
+    yield "a rule's alarms", lambda _: store.search(alert="panic")
+    yield (
+        "emotion, words, alarm and time",
+        lambda rng: store.search(
+            emotion=name(rng), above=2.0, words="storm", alert=True, since=NOON + timedelta(minutes=rng.randrange(records))
+        ),
+    )
+    yield "inbox of alerts", lambda _: store.alerts(state="open")
+    yield "strongest passages", lambda rng: store.strongest(name(rng))
+    yield "one record", lambda rng: store.get(f"chatcmpl-{rng.randrange(records):06d}")
+
+
+def _micros(n: int) -> int:
+    from affectlens.server.records import micros
+
+    return micros(NOON + timedelta(minutes=n))
+
+
+def quantiles(question: Callable[[random.Random], Any]) -> dict[str, float]:
+    rng, took = random.Random(7), []
+    for _ in range(QUESTIONS):
+        start = time.perf_counter()
+        question(rng)
+        took.append(1000 * (time.perf_counter() - start))
+        if sum(took) > 30_000:
+            break
+    return summary(took)
+
+
+def summary(took: list[float]) -> dict[str, float]:
+    return {"median": round(float(np.median(took)), 2), "p95": round(float(np.quantile(took, 0.95)), 2), "n": len(took)}
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+if __name__ == "__main__":
+    main()
