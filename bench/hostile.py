@@ -1,19 +1,32 @@
-"""Requests that nobody should send, as bytes, for ``bench/reliability.py``; the same number gives the same."""
+"""Requests that nobody should send, as bytes, and a server that gets them: a section of ``bench/reliability.py``."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gzip
+import http.client
 import json
 import random
+import socket
+import threading
+import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 from urllib.parse import quote
 
+from callers import Asked, Caller
+from extraction import say
+from running import Check, Memory, Section, Server, Setting
+
+PATIENCE = 10.0
+"""Seconds after which an answer is late."""
+
 JSON = b"Content-Type: application/json"
 
-CHAT: dict[str, Any] = {
+WHOLE: dict[str, Any] = {
     "model": "toy",
     "messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "the old door"}],
     "max_tokens": 2,
@@ -32,7 +45,7 @@ CHAT: dict[str, Any] = {
     "compare": False,
 }
 VALID: dict[str, tuple[float, dict[str, Any]]] = {
-    "/v1/chat/completions": (6.0, CHAT),
+    "/v1/chat/completions": (6.0, WHOLE),
     "/v1/completions": (3.0, {"model": "toy", "prompt": ["the sea", "the door"], "max_tokens": 2, "logprobs": 2, "echo": False}),
     "/v1/score": (1.0, {"messages": [{"role": "user", "content": "the calm sea"}], "emotions": ["calm"]}),
     "/v1/rules": (0.5, {"text": "fuzz: calm > 90", "actions": [{"do": "stop", "message": "x"}], "armed": False}),
@@ -364,3 +377,128 @@ KINDS: dict[str, tuple[float, Callable[[random.Random], Made]]] = {
     "hostile query": (4, _query),
 }
 """How often each kind comes, of a hundred, and what makes it."""
+
+
+# ── the section ──
+
+
+def fuzz(setting: Setting) -> Section:
+    """100,000 malformed and hostile requests (``bench/hostile.py``) over kept-alive connections from four threads.
+
+    Met when: no status is 5xx; no connection ends without the answer that has to come; every answer comes within ten seconds;
+    a refusal by the application has OpenAI's shape; memory grows by less than 0.1 KB a request after the first half, by the
+    upper end of the interval; the server is ready afterwards, nothing is at work, and a request has the answer it had before.
+    """
+    number = setting.of(100_000, 1000)
+    counted: Counter[tuple[str, str]] = Counter()
+    wrong: list[str] = []
+    slowest = 0.0
+    lock, numbers = threading.Lock(), iter(range(number))
+    with Server(setting.place("fuzz"), vectors=setting.toy) as server:
+
+        def work() -> None:
+            nonlocal slowest
+            attacker = _Attacker(server)
+            while True:
+                with lock:
+                    i = next(numbers, None)
+                if i is None:
+                    return attacker.leave()
+                case, began = attack(i), time.monotonic()
+                status, problem = attacker.throw(case)
+                took = time.monotonic() - began
+                with lock:
+                    counted[case.kind, status] += 1
+                    slowest = max(slowest, took)
+                    if problem or status.startswith("5") or took > PATIENCE:
+                        wrong.append(f"{i} ({case.kind}): {status} after {took:.1f} s; {problem}")
+
+        usual = Asked(
+            0,
+            "/v1/chat/completions",
+            {"model": "toy", "messages": [{"role": "user", "content": "the sea"}], "max_tokens": 8, "seed": 5},
+        )
+        with Caller(server) as caller:
+            before = caller.ask(usual)
+        with Memory(server, lambda: sum(counted.values())) as memory:
+            began = time.monotonic()
+            workers = [threading.Thread(target=work) for _ in range(4)]
+            for thread in workers:
+                thread.start()
+            for thread in workers:
+                thread.join()
+            seconds = time.monotonic() - began
+        idle, ready = server.idle(), server.ready()[0] == 200
+        with Caller(server) as caller:
+            after = caller.ask(usual)
+    for each in wrong[:20]:
+        say(f"  {each}")
+    statuses = Counter[str]()
+    for (_, status), n in counted.items():
+        statuses[status] += n
+    failures = sum(n for status, n in statuses.items() if status.startswith("5"))
+    well = ready and idle and not after.problems and before.facts == after.facts
+    late = f"{len(wrong)}; the slowest answer took {slowest:.1f} s"
+    slope = memory.slope()
+    checks = (
+        Check("answers with 5xx", "0", f"{failures} of {number:,}", failures == 0),
+        Check(f"answers that do not come, come after {PATIENCE:g} s or have another shape", "0", late, not wrong),
+        Check("memory that a request leaves behind", "< 0.1 KB at the interval's end", f"{slope}", slope.high < 0.1),
+        Check("ready, idle, and the usual answer afterwards", "yes", "yes" if well else "no", well),
+    )
+    known = sorted(statuses)
+    table = [f"| kind | {' | '.join(known)} |", "|---" * (len(known) + 1) + "|"]
+    table += [f"| {kind} | {' | '.join(f'{counted[kind, status]:,}' for status in known)} |" for kind in KINDS]
+    also = ("\n".join(['Answers by status; "none" where the caller hung up or spoke no HTTP.', "", *table]),)
+    figures = {"statuses": dict(statuses), "counted": [[*key, n] for key, n in sorted(counted.items())], "wrong": wrong[:100]}
+    figures |= {"slope_kb": asdict(slope), "slowest": slowest, "memory": memory.few()}
+    return Section(f"{number:,} requests in {seconds:,.0f} s.", checks, also, figures)
+
+
+class _Attacker:
+    """One connection, and another when the server has closed it."""
+
+    def __init__(self, server: Server) -> None:
+        self._address = server.address
+        self._connection: socket.socket | None = None
+
+    def throw(self, case: Attack) -> tuple[str, str]:
+        """Send an attack: the status that is answered, ``none`` without one, and what is wrong with it."""
+        kept = self._connection is not None
+        status, problem = self._once(case)
+        if kept and status == "none" and problem:  # what was kept may have been closed meanwhile: that is no answer to this
+            status, problem = self._once(case)
+        return status, problem
+
+    def leave(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+
+    def _once(self, case: Attack) -> tuple[str, str]:
+        try:
+            connection = self._connection = self._connection or socket.create_connection(self._address, timeout=PATIENCE)
+            with contextlib.suppress(OSError):  # it may be answered, and closed, before all is sent
+                connection.sendall(case.data)
+            if not case.answered:
+                self.leave()
+                return "none", ""
+            answer = http.client.HTTPResponse(connection, method=case.data.partition(b" ")[0].decode("latin-1"))
+            answer.begin()
+            body = answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            self.leave()
+            return "none", f"{type(error).__name__}: {error}"
+        if case.alone or answer.will_close:
+            self.leave()
+        ours = answer.status >= 400 and answer.headers.get("X-Request-Id") and not case.data.startswith(b"HEAD ")
+        return str(answer.status), "" if not ours or _openais(body) else f"another shape: {body[:200]!r}"
+
+
+def _openais(body: bytes) -> bool:
+    """Whether this is an error as OpenAI's clients know it."""
+    try:
+        error = json.loads(body)["error"]
+        return set(error) == {"message", "type", "param", "code"} and bool(error["message"])
+    except (ValueError, KeyError, TypeError):
+        return False
