@@ -309,7 +309,7 @@ def webhook(setting: Setting) -> Section:
             target = stack.enter_context(_Target(hangs=kind == "hangs"))
             rules = folder / f"{kind}.toml"
             actions = f'[{{ do = "webhook", url = "{target.url}", secret = "ALARM_KEY" }}]'
-            when = [f"rule {i}: {names[i % len(names)]} > -{50 + i}" for i in range(10)]
+            when = [f"r{i}: {names[i % len(names)]} > -{50 + i}" for i in range(10)]
             rules.write_text("".join(f'[[rules]]\nwhen = "{each}"\nactions = {actions}\n' for each in when))
             server = Server(folder / kind, "--rules", str(rules), vectors=setting.toy, environment={"ALARM_KEY": "x"})
             servers.append(stack.enter_context(server))

@@ -273,7 +273,7 @@ def run(app: FastAPI, *, ready: Callable[[str], None] = lambda address: None) ->
     settings = service.settings
 
     class Server(uvicorn.Server):
-        """Says when it listens, and begins to drain at the signal; what uvicorn itself does at the end comes after the last reply."""
+        """Says when it listens, and begins to drain at the signal; what uvicorn does at the end comes after the last reply."""
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
