@@ -237,7 +237,7 @@ def _chunked(rng: random.Random) -> Made:
     if twist == 1:
         return head + b"".join(chunks) + b"0\r\nX-Trailer: " + rng.choice([b"x", b"\x00", b"y" * 3000]) + b"\r\n\r\n", True
     if twist == 2:
-        size = rng.choice([b"zz", b"-5", b"0x5", b"F" * 20, b"5;" + b"x" * 2000, b" 5", b"\xff", b"5\n"])
+        size = rng.choice([b"zz", b"-5", b"0x5", b"F" * 30, b"5;" + b"x" * 2000, b" 5", b"\xff", b"5\n"])
         return head + size + b"\r\nhello\r\n0\r\n\r\n", True
     whole = head + b"".join(chunks)
     return whole[: rng.randrange(len(head), len(whole) + 1)], True, False
@@ -252,7 +252,7 @@ def _cut(rng: random.Random) -> Made:
 def _large(rng: random.Random) -> Made:
     """Bodies above the limit, by what they say or by what comes."""
     if rng.random() < 0.9:
-        return _request(_path(rng), b"", length=rng.choice([2**22 + 1, 2**31, 2**63, 10**25])), True
+        return _request(_path(rng), b"", length=rng.choice([2**26 + 1, 2**31, 2**63, 10**25])), True
     return _request(_path(rng), b'{"model": "' + b"x" * (2**22 + 10)), True
 
 

@@ -38,7 +38,7 @@ def slow_readers(setting: Setting) -> Section:
     options = ["--concurrency", "8", "--queue", "64"]
     with Server(setting.place("slow"), *options, vectors=setting.toy, stall=stall if setting.quick else None) as server:
         for turn in range(rounds):
-            big: dict[str, Any] = {"temperature": 1.5, "logprobs": True, "top_logprobs": 20, "readings": {"emotions": "all"}}
+            big: dict[str, Any] = {"top_k": 5, "logprobs": True, "top_logprobs": 20, "readings": {"emotions": "all"}}
             longs = [stream(f"long {i}", i, tokens=tokens, **big) for i in range(8 * turn, 8 * turn + 8)]
             shorts = [stream(f"short {i}", i, tokens=16) for i in range(each * turn, each * turn + each)]
             took: dict[str, list[Answer]] = {}
@@ -145,14 +145,15 @@ def hang_up(setting: Setting) -> Section:
 
         for i, kind, way in itertools.product(range(setting.of(13, 1)), kinds, ("closed", "reset")):
             queued = int(kind == "in the queue")
-            others = [begin(server, stream("other", 1000 + i + k, tokens=1500, temperature=1.5)) for k in range(1 + queued)]
+            others = [begin(server, stream("other", 1000 + i + k, tokens=1500, top_k=5)) for k in range(1 + queued)]
             until(depth(1 + queued, 0), 30, every=0.005)
-            leaver = begin(server, stream("long", i, tokens=1500, temperature=1.5, stream=kind != "in a plain answer"))
+            leaver = begin(server, stream("long", i, tokens=1500, top_k=5, stream=kind != "in a plain answer"))
             if kind == "in a stream":
                 leaver.settimeout(30)
                 while b"data: " not in leaver.recv(65536):
                     pass
-            until(depth(2, queued), 30, every=0.005)
+            if until(depth(2, queued), 30, every=0.005) is None:
+                raise RuntimeError("a caller who was to hang up never had a place")
             if kind == "in a plain answer":
                 time.sleep(0.2)
             if way == "reset":
