@@ -31,6 +31,7 @@ from affectlens.server.app import refuse_open
 from affectlens.server.keys import Key, Keyring, digest, new_key, read_keys
 from affectlens.server.settings import Settings
 from affectlens.server.shared import Cancelled, ModelFailed, SharedEngine, TimedOut
+from affectlens.server.store import Status
 from served import HI, Running, Slow, serving, toy_vectors
 
 LONG = {"model": "toy", "messages": HI, "max_tokens": 400, "seed": 3}
@@ -381,7 +382,7 @@ def test_waiting_has_an_end_too(tmp_path: Path) -> None:
 
 
 def test_a_slow_reader_is_cut_off_and_holds_nobody_up(tmp_path: Path) -> None:
-    with serving(tmp_path, concurrency=2, stall=0.5, buffer=16) as server:
+    with serving(tmp_path, engine=Slow(0.002), concurrency=2, stall=0.5, buffer=16) as server:
         body = {**LONG, "max_tokens": 1500, "stream": True, "readings": {"emotions": "all"}, "n": 1}
         stuck = begin(server, body, receive=4096)
         before = time.monotonic()
@@ -400,6 +401,22 @@ def test_a_slow_reader_is_cut_off_and_holds_nobody_up(tmp_path: Path) -> None:
         except OSError:
             pass
         assert b"[DONE]" not in came, "it was cut off"
+
+
+def test_what_was_said_needs_no_place_however_slowly_it_is_read(tmp_path: Path) -> None:
+    with serving(tmp_path, concurrency=2) as server:
+        body = {**LONG, "max_tokens": 600, "stream": True, "logprobs": True, "top_logprobs": 20, "readings": {"emotions": "all"}}
+        stuck = [begin(server, {**body, "seed": seed}, receive=4096) for seed in (2, 5)]
+        until_both = time.monotonic() + 10
+        while server.service.engine.depth != (0, 2) and time.monotonic() < until_both:
+            time.sleep(0.005)
+        assert server.idle(20), "a reader has 30 seconds before it is cut off"
+        ended = [server.service.store.search().items[i].tokens for i in range(2)]
+        assert all(n > 300 for n in ended), "they were generated to their end and are kept"
+        for each in stuck:
+            each.close()
+        time.sleep(0.1)
+        assert 'affectlens_requests_total{kind="chat",outcome="cancelled"} 0.0' in server.client.get("/metrics").text
 
 
 def test_a_reader_who_is_slow_but_reads_gets_all(tmp_path: Path) -> None:
@@ -468,6 +485,24 @@ def test_a_store_that_does_not_answer_costs_no_reply(tmp_path: Path, monkeypatch
         monkeypatch.setattr(server.service.store, "healthy", lambda: False)
         answer = server.client.get("/ready")
         assert answer.status_code == 503 and not answer.json()["store"]
+
+
+def test_a_store_that_hangs_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(tmp_path, commit=30) as server:
+        store, hang = server.service.store, threading.Event()
+        monkeypatch.setattr(store, "put", lambda record: Future())
+        monkeypatch.setattr(store, "status", lambda: Status(waiting=1, lag=31.0))
+        monkeypatch.setattr(store, "rules", lambda: hang.wait(30) and [])
+        server.service.armed._read = -float("inf")
+        looking = [threading.Thread(target=lambda: server.client.get("/v1/rules")) for _ in range(45)]
+        for thread in looking:  # more than there are threads for those who look
+            thread.start()
+        before = time.monotonic()
+        assert server.chat()["usage"]["completion_tokens"] == 20 and time.monotonic() - before < 10
+        assert not store.healthy()
+        hang.set()
+        for thread in looking:
+            thread.join(30)
 
 
 def test_a_fault_of_ours_has_openais_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
