@@ -28,8 +28,8 @@ def slow_readers(setting: Setting) -> Section:
     other half 4 of them take a byte a second and 4 stop reading. Both halves have the same requests; their order is drawn.
 
     Met when: the ordinary callers' time to the first token and to the end is at most 10 % longer beside slow readers, by the
-    upper end of the interval of the median ratio of pairs; every slow reader's connection is over within twice the stated time (30 s
-    of taking nothing) and ten seconds; memory after the last round is at most 10 MB above that after the second.
+    upper end of the interval of the median ratio of pairs; every slow reader's connection is over within twice the stated time
+    (30 s of taking nothing) and ten seconds; memory after the last round is at most 10 MB above that after the second.
     """
     stall, rounds, each, tokens = setting.of((STALL, 6, 40, 300), (1.5, 1, 10, 150))
     first, whole = list[tuple[float, float]](), list[tuple[float, float]]()

@@ -188,7 +188,8 @@ HOSTILE = [
     b'{"n": NaN}', b'{"model": "toy", "messages": {"0": 1}}',
     b'{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}',
     said('"\\ud800"'), said('"\\u0000"'), said('""'), said("{}"), said('"x"', ', "seed": ' + "9" * 5000),
-    said('"x"', ', "\\ud800": 1'), said('"x"', ', "rules": ["' + "(" * 999 + '"]'), said('"x"', ', "emotion_bias": {"\\ud800": 0.1}'),
+    said('"x"', ', "\\ud800": 1'), said('"x"', ', "rules": ["' + "(" * 999 + '"]'),
+    said('"x"', ', "emotion_bias": {"\\ud800": 0.1}'),
     said('"x"', ', "metadata": {"a": {"b": 1}}'), said('"x"', ', "model": "other"'),
     said('"x"}' + ', {"role": "user", "content": "x"}' * 2500),
 ]  # fmt: skip
