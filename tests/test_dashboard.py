@@ -759,7 +759,7 @@ def test_search_filter_page_and_compare(window: Open, size: tuple[int, int]) -> 
     expect(rows).to_have_count(64)
     expect(page.get_by_role("button", name="Show more")).to_be_hidden()
     page.get_by_label("Words").fill("desk")
-    expect(rows).to_have_count(16)
+    expect(rows).to_have_count(15)
     assert "q=desk" in page.url
     if size == NARROW:
         page.get_by_role("button", name="Filters").click()
