@@ -13,7 +13,7 @@ watches: in how many does it fire, and after how many tokens. A rule without an 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -177,19 +177,32 @@ def arm(
 
 def ordinary_traces(engine: Engine, monitor: Monitor, talks: Iterable[Conversation]) -> list[Trace]:
     """Traces of ordinary conversations with the alerts of all rules; of the scores, only those that rules name are kept."""
-    baseline, probe, policies = monitor.ready(engine), monitor.probe_of(engine), monitor.policies
-    signals = [signal for policy in policies for signal in policy.rule.signals]
+    signals = [signal for policy in monitor.policies for signal in policy.rule.signals]
     names = tuple(dict.fromkeys(signal.concept for signal in signals if signal.kind != "other"))
     others = tuple(dict.fromkeys(signal.concept for signal in signals if signal.kind == "other"))
-    kept, sums = [], Sums()
-    for trace, each in read_traces(engine.run, talks, probe):
+    return [watched(trace, monitor.policies) for trace in standardised(engine, monitor, talks, names=names, other=others)]
+
+
+def standardised(
+    engine: Engine, monitor: Monitor, talks: Iterable[Conversation], *, names: Sequence[str], other: Sequence[str] = ()
+) -> Iterator[Trace]:
+    """Traces of ordinary conversations in z; where they are those of the baseline, each is stated against the others.
+
+    Args:
+        engine: The model.
+        monitor: Its vectors and its baseline; rules do not matter.
+        talks: Ordinary conversations.
+        names, other: The concepts whose scores are kept, and those by the vectors of the other speaker.
+    """
+    baseline, kept, sums = monitor.ready(engine), [], Sums()
+    for trace, each in read_traces(engine.run, talks, monitor.probe_of(engine)):
         if trace is not None:
-            kept.append(trace.select(names, others))
+            kept.append(trace.select(names, other))
             sums.add(kept[-1], each.talk)
-    chosen = baseline.select(names, others)
+    chosen = baseline.select(names, other)
     own = texts_id(sums.hashes) == baseline.texts
-    standards = (sums.without(chosen, i) if own else chosen for i in range(len(kept)))
-    return [watched(standard.standardise(trace), policies) for standard, trace in zip(standards, kept, strict=True)]
+    for i, trace in enumerate(kept):
+        yield (sums.without(chosen, i) if own else chosen).standardise(trace)
 
 
 def turns_of_rule(rule: Rule, trace: Trace) -> tuple[int, int, int]:

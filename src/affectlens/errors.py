@@ -8,7 +8,8 @@
     ├── FormatError            a file is broken, empty or of another format
     ├── RuleError              a rule of the monitor cannot be understood; shows where
     ├── StoreError             the store of traces cannot be opened, read or written, or has no room
-    └── UnknownName            a name that does not exist; names the nearest ones
+    ├── UnknownName            a name that does not exist; names the nearest ones
+    └── Busy                   a server has no room for a request now; says when it might
 
 Each has a page in ``docs/errors/``. A message is one line that ends by saying what to do; under that of a rule stands the rule,
 with the place marked.
@@ -73,6 +74,19 @@ class UnknownName(AffectlensError):
 
     def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
         super().__init__(f"unknown {what} {name!r}: {nearest(name, known)}")
+
+
+class Busy(AffectlensError):
+    """A server has no room for a request now.
+
+    Args:
+        message: What is full, and when to come again.
+        after: In how many seconds there might be room.
+    """
+
+    def __init__(self, message: str, after: float = 1.0) -> None:
+        super().__init__(message)
+        self.after = after
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -18,6 +18,10 @@ from affectlens.server import tables
 BUSY = 30.0
 """Seconds that a process waits for another one that writes to the same SQLite file."""
 
+READERS = {"pool_size": 8, "max_overflow": 8, "pool_timeout": 5.0}
+"""How many may read at once, and for how many seconds others wait: fewer than the server has threads, so that a database that
+does not answer cannot take all of them."""
+
 # The order matters: how room is given back must be settled before anything is written.
 _PRAGMAS = ("auto_vacuum = INCREMENTAL", "journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "secure_delete = ON")
 
@@ -124,7 +128,7 @@ class Database:
         self._readers.dispose()
 
     def _connect(self, *, writer: bool) -> Engine:
-        pool = {"pool_size": 1, "max_overflow": 0} if writer else {"pool_size": 8, "max_overflow": 24}
+        pool: dict[str, Any] = {"pool_size": 1, "max_overflow": 0} if writer else READERS
         if not self.sqlite:
             # A database that is cut off has to be noticed: by itself TCP waits for a quarter of an hour.
             arguments = {"connect_timeout": 5, "tcp_user_timeout": 15000, "application_name": "affectlens"}

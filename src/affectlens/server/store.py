@@ -396,7 +396,7 @@ class Store:
     def healthy(self) -> bool:
         """Whether it can be written to: by the latest commit, or, when that was a while ago, by a trial."""
         status = self.status()
-        if self._writer.closed or (status.error and status.waiting):
+        if self._writer.closed or (status.waiting and (status.error or status.lag > PATIENCE)):
             return False
         if time.monotonic() - self._writer.well < FRESH:
             return True
