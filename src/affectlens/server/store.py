@@ -498,10 +498,8 @@ def _stored_rule(row: Row[Any]) -> StoredRule:
 
 
 def _cursor(text: str, n: int) -> tuple[int, ...]:
-    try:
-        numbers = tuple(int(part) for part in text.split("-"))
-    except ValueError:
-        numbers = ()
-    if len(numbers) != n or not all(0 <= number < 2**63 for number in numbers):
+    parts = text.split("-")
+    numbers = tuple(int(part) for part in parts if part.isascii() and part.isdigit() and len(part) < 20)
+    if len(numbers) != n or len(parts) != n or max(numbers) >= 2**63:
         raise StoreError(f"{text[:40]!r} is no place to go on from: give what the page before said as next")
     return numbers
