@@ -12,13 +12,14 @@ questions of each kind, a page of 50 each. Writes ``bench/results/store.json``.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     found: dict[str, Any] = {"records": options.records, "emotions": len(NAMES), "tokens": SHORT, "provenance": provenance()}
+    found["load"] = os.getloadavg()[1]
+    found["date"] = datetime.now(UTC).isoformat(timespec="seconds")
     with tempfile.TemporaryDirectory() as folder:
         found["sqlite"] = measured(f"sqlite:///{folder}/traces.db", options.records, lambda: size_of(Path(folder)))
     if any(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
@@ -76,6 +79,7 @@ def measured(url: str, records: int, size: Callable[[], int]) -> dict[str, Any]:
         for future in futures:
             future.result()
         filled = time.perf_counter() - start
+        store._database.give_back()  # what autovacuum does within a minute; SQLite has nothing to do
         took = {name: quantiles(question) for name, question in questions(store, records)}
     packed = encode(made(1, names=NAMES, tokens=LONG))
     return {

@@ -572,6 +572,45 @@ def monitoring(result: dict[str, Any]) -> str:
     return "\n".join([caption, *lines])
 
 
+def store(result: dict[str, Any]) -> str:
+    """The tables of ``bench/store.py`` as Markdown."""
+    kinds = [kind for kind in ("sqlite", "postgresql") if kind in result]
+    names = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}
+    packages = result["provenance"]["packages"]
+    lines = [
+        f"{result['records']:,} made-up records of {result['tokens']} tokens with {result['emotions']} emotions each; affectlens "
+        f"{packages['affectlens']}, {result['provenance']['cpus']} cores at a load of {result['load']:.1f}, {result['date'][:10]}"
+        ". Milliseconds, the median and the 95th percentile.",
+        "",
+        f"| question, a page of 50 | {' | '.join(names[kind] for kind in kinds)} |",
+        f"|---|{'---|' * len(kinds)}",
+    ]
+    for question in result[kinds[0]]["reading, ms"]:
+        cells = (result[kind]["reading, ms"][question] for kind in kinds)
+        lines.append(f"| {question} | " + " | ".join("{median:.1f} ({p95:.1f})".format(**cell) for cell in cells) + " |")
+    lines += [
+        "",
+        f"| writing, replies of 300 tokens | {' | '.join(names[kind] for kind in kinds)} |",
+        f"|---|{'---|' * len(kinds)}",
+    ]
+    for what, words in (("alone", "from put to the commit, one caller"), ("32 callers", "the same, 32 callers at once")):
+        cells = (result[kind]["commit, ms"][what] for kind in kinds)
+        lines.append(f"| {words} | " + " | ".join("{median:.1f} ({p95:.1f})".format(**cell) for cell in cells) + " |")
+    rates = " | ".join(f"{result[kind]['commit, ms']['records a second']:.0f}" for kind in kinds)
+    sizes = " | ".join(f"{result[kind]['bytes a record on disk'] / 1000:.0f} kB" for kind in kinds)
+    long = result[kinds[0]]["bytes of the scores of a long record"]
+    return "\n".join(
+        [
+            *lines,
+            f"| records a second, 32 callers | {rates} |",
+            f"| on disk, a reply of {result['tokens']} tokens | {sizes} |",
+            "",
+            f"The scores of a reply of 300 tokens are {long['float32'] / 1000:.0f} kB as float32, and "
+            f"{long['kept'] / 1000:.0f} kB as they are kept, to the bit.",
+        ]
+    )
+
+
 SERVING_TIMES, SERVING_COST = 3.0, 0.08
 
 
@@ -635,6 +674,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "preferences": preferences,
     "monitoring": monitoring,
     "training": training,
+    "store": store,
     "serving": serving,
 }
 

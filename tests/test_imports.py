@@ -58,7 +58,9 @@ ENGINES = tuple(name for name in MODULES if name.startswith("engines."))
 STUDIES = tuple(name for name in MODULES if name.startswith("studies."))
 AUDIT = tuple(name for name in MODULES if name.startswith("audit."))
 CURATION = tuple(name for name in MODULES if name.startswith("curation."))
+SERVER = tuple(name for name in MODULES if name == "server" or name.startswith("server."))
 HEAVY = ("torch", "transformers", "accelerate", "safetensors", "pandas", "pyarrow", "plotly", "scipy", "sklearn", "rich", "gguf")
+SERVING = ("fastapi", "uvicorn", "starlette", "pydantic", "sqlalchemy", "alembic", "prometheus_client", "opentelemetry")
 VAGUE = ("utils", "util", "helpers", "helper", "common", "manager", "factory", "misc", "base", "core")
 
 
@@ -102,7 +104,7 @@ def ours(module: str, *, lazy: bool = True, typing: bool = False) -> set[str]:
 
 def test_the_rings_are_complete() -> None:
     """A new module has to be put into a ring, or nothing guards it."""
-    known = {*SEAM, "errors", "engines", *NOUNS, *VERBS, *DOORS, *ENGINES, *STUDIES, *AUDIT, *CURATION}
+    known = {*SEAM, "errors", "engines", *NOUNS, *VERBS, *DOORS, *ENGINES, *STUDIES, *AUDIT, *CURATION, *SERVER}
     assert set(MODULES) == known
 
 
@@ -132,6 +134,20 @@ def test_verbs_import_no_backend_and_no_door(verb: str) -> None:
     assert ours(verb, typing=True) & {"engines", *ENGINES, *DOORS} <= doors
 
 
+@pytest.mark.parametrize("module", SERVER)
+def test_the_server_imports_no_backend_and_no_command(module: str) -> None:
+    assert ours(module, typing=True) & {"engines", *ENGINES, "cli"} == set()
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - set(SERVER)))
+def test_only_the_server_imports_what_serves(module: str) -> None:
+    """And of it only the command line knows, when a command needs it."""
+    assert {name.partition(".")[0] for name in imports(MODULES[module], typing=True)} & set(SERVING) == set()
+    if module != "cli":
+        assert not ours(module, typing=True) & set(SERVER)
+    assert not ours(module, lazy=False) & set(SERVER)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engines_import_the_seam_and_each_other(engine: str) -> None:
     assert ours(engine, typing=True) - {engine} <= {*SEAM, "errors", "models", "engines", *ENGINES}
@@ -157,7 +173,7 @@ def loaded(statement: str) -> set[str]:
 
 @pytest.mark.parametrize("statement", ["import affectlens", "import affectlens.cli"])
 def test_importing_loads_nothing_heavy(statement: str) -> None:
-    assert loaded(statement) & {*HEAVY, "numpy"} == set()
+    assert loaded(statement) & {*HEAVY, *SERVING, "numpy"} == set()
 
 
 def test_nouns_and_verbs_do_without_torch() -> None:

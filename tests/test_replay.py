@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from affectlens.actions import Call, Log, Policy, Steer, Stop, Webhook
 from affectlens.baseline import NEUTRAL, Baseline, neutral_dialogues, vectors_id
 from affectlens.cli import main
-from affectlens.engine import Sampling
+from affectlens.engine import Sampling, Session
 from affectlens.engines.toy import ToyEngine
 from affectlens.errors import FormatError, MismatchError
 from affectlens.monitor import Monitor
@@ -181,6 +181,20 @@ def test_company_is_said_where_it_may_matter(serve: Serve, vectors: ConceptVecto
     scores = record.trace.scores + np.float32(2e-6)
     found = replay(replace(record, trace=replace(record.trace, scores=scores)), ENGINE, vectors)
     assert found.verdict == "rounding" and "with up to 6 others" in str(found) and "the same but for rounding" in str(found)
+
+
+def test_it_goes_the_way_that_the_server_goes(serve: Serve, vectors: ConceptVectors) -> None:
+    """Through a session, in which the second readings of a steered reply run beside the reply itself."""
+    calls: list[str] = []
+
+    class Told(ToyEngine):
+        def session(self) -> Session:
+            calls.append("session")
+            return super().session()
+
+    rule = Policy(parse("early: desperate > -9 for 4 tokens"), (Steer((("calm", 0.3),)),))
+    record = serve(rules=(rule,), sampling=replace(SAMPLING, max_tokens=80), gap=True)
+    assert replay(record, Told(), vectors).verdict == "same" and calls == ["session"]
 
 
 def test_a_reply_that_was_cut_off_is_made_up_to_there(serve: Serve, vectors: ConceptVectors) -> None:

@@ -407,8 +407,8 @@ def test_what_changes_nothing_is_taken(server: Running) -> None:
 
 def test_legacy_completions_refuse_what_they_cannot_do(server: Running) -> None:
     for change, param in (
-        ({"prompt": [1, 2, 3]}, "prompt"), ({"prompt": []}, "prompt"), ({"best_of": 3}, "best_of"),
-        ({"echo": True, "logprobs": 1}, "echo"), ({"suffix": "x"}, "suffix"), ({"logprobs": 6}, "logprobs"), ({"prompt": ""}, None),
+        ({"prompt": [1, 2, 3]}, "prompt"), ({"prompt": []}, "prompt"), ({"best_of": 3}, "best_of"), ({"suffix": "x"}, "suffix"),
+        ({"echo": True, "logprobs": 1}, "echo"), ({"logprobs": 6}, "logprobs"), ({"prompt": ""}, None),
     ):  # fmt: skip
         error = refused(server.post("/v1/completions", {"model": "toy", "prompt": "the sea", **change}))
         assert error["param"] is not None and error["param"].split(".")[0] == param if param else "empty" in error["message"]
@@ -609,7 +609,7 @@ def test_events_tell_what_happens(server: Running) -> None:
     assert {data["trace"] for _, data in seen} == {made["affectlens"]["trace"]} and {data["key"] for _, data in seen} == {""}
     assert "".join(data["text"] for event, data in seen if event == "token") == made["choices"][0]["message"]["content"]
     assert seen[0][1]["model"] == "toy" and set(seen[1][1]["scores"]) == set(server.service.watched)
-    assert seen[-1][1]["finish"] == "length" and seen[4][1]["rule"] == "calm > -50 for 3 tokens"
+    assert seen[-1][1]["finish"] == "length" and seen[-1][1]["tokens"] == 6 and seen[4][1]["rule"] == "calm > -50 for 3 tokens"
 
 
 def test_records_can_be_replayed(server: Running) -> None:
@@ -624,9 +624,9 @@ def test_records_can_be_replayed(server: Running) -> None:
 def test_the_openapi_document(server: Running) -> None:
     document = server.client.get("/openapi.json").json()
     assert set(document["paths"]) >= {
-        "/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/emotions", "/v1/emotions/{name}", "/v1/rules", "/v1/rules/try",
-        "/v1/rules/{id}", "/v1/rules/{id}/mute", "/v1/alerts", "/v1/alerts/{id}/acknowledge", "/v1/traces", "/v1/traces/{id}",
-        "/v1/traces/{id}/page", "/v1/traces/export", "/v1/score", "/v1/events", "/v1/studies", "/v1/studies/{id}",
+        "/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/emotions", "/v1/emotions/{name}", "/v1/rules",
+        "/v1/rules/try", "/v1/rules/{id}", "/v1/rules/{id}/mute", "/v1/alerts", "/v1/alerts/{id}/acknowledge",
+        "/v1/traces", "/v1/traces/{id}", "/v1/traces/{id}/page", "/v1/traces/export", "/v1/score", "/v1/events", "/v1/studies", "/v1/studies/{id}",
         "/v1/studies/{id}/figures/{figure}", "/health", "/ready", "/metrics",
     }  # fmt: skip
     for path in document["paths"].values():

@@ -35,6 +35,7 @@ from affectlens.server.store import Status
 from served import HI, Running, Slow, serving, toy_vectors
 
 LONG = {"model": "toy", "messages": HI, "max_tokens": 400, "seed": 3}
+JSON = "Host: localhost\r\nContent-Type: application/json\r\n"
 STEP = 0.01
 """Seconds of a token of the slow toy."""
 
@@ -68,7 +69,7 @@ def begin(server: Running, body: dict[str, Any], *, receive: int | None = None) 
     connection.connect((where.hostname, where.port))
     connection.settimeout(20)
     data = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\n{JSON}Content-Length: {len(data)}\r\n\r\n"
     connection.sendall(head.encode() + data)
     return connection
 
@@ -88,7 +89,8 @@ def test_another_name_for_this_machine_is_refused(server: Running) -> None:
     """A page elsewhere can make its own name point here (DNS rebinding), and would then be of the same origin."""
     port = urlsplit(server.url).port
     for host, status in (("localhost", 200), (f"127.0.0.1:{port}", 200), ("[::1]:80", 200), ("LOCALHOST", 200),
-                         ("evil.example", 421), ("evil.example:8000", 421), ("127.0.0.1.evil.example", 421), ("[::1", 400), ("a:b", 400)):  # fmt: skip
+                         ("evil.example", 421), ("evil.example:8000", 421), ("127.0.0.1.evil.example", 421), ("[::1", 400),
+                         ("a:b", 400)):  # fmt: skip
         assert raw(server, f"GET /v1/models HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())[0] == status, host
 
 
@@ -130,7 +132,8 @@ def test_key_files(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="no name"):
         new_key("a b", file)
     for text, said in (("", "no keys"), ("alice", "line 1"), (f"a {'0' * 63}", "line 1"), (f"a {'0' * 64} 0", "no request"),
-                       (f"a {'0' * 64}\na {'1' * 64}", "line 2"), (f"a {'0' * 64}\nb {'0' * 64}", "line 2"), ("\udcff", "cannot be read")):  # fmt: skip
+                       (f"a {'0' * 64}\na {'1' * 64}", "line 2"), (f"a {'0' * 64}\nb {'0' * 64}", "line 2"),
+                       ("\udcff", "cannot be read")):  # fmt: skip
         file.write_bytes(text.encode("utf-8", "surrogateescape"))
         with pytest.raises(FormatError, match=said) as error:
             read_keys(file)
@@ -171,29 +174,28 @@ def test_bodies_that_are_too_large(server: Running) -> None:
 
 def test_bodies_that_do_not_come(server: Running) -> None:
     before = time.monotonic()
-    status, _ = raw(
-        server, b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
-    )
+    status, _ = raw(server, f"POST /v1/score HTTP/1.1\r\n{JSON}Content-Length: 50\r\n\r\n{{".encode())
     assert status == 408 and 0.5 < time.monotonic() - before < 5
 
 
+def said(content: str, more: str = "") -> bytes:
+    """A chat whose message is a piece of JSON, with more fields behind it."""
+    return f'{{"model": "toy", "max_tokens": 1, "messages": [{{"role": "user", "content": {content}}}]{more}}}'.encode()
+
+
 HOSTILE = [
-    b"", b"{", b"[]", b"null", b'"text"', b"1", b"{}", b"\xff\xfe", b"[" * 90_000, b'{"a":' * 15_000, b'{"model": 1e999}', b'{"n": NaN}',
-    b'{"model": "toy", "messages": [{"role": "user", "content": "\\ud800"}]}', b'{"model": "toy", "messages": [{"role": "user", "content": "\\u0000"}], "max_tokens": 1}',
-    b'{"model": "toy", "messages": {"0": 1}}', b'{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}',
-    b'{"model": "toy", "messages": [{"role": "user", "content": "x"}], "seed": ' + b"9" * 5000 + b"}",
-    b'{"model": "toy", "messages": [{"role": "user", "content": "x"}], "\\ud800": 1}',
-    b'{"model": "toy", "messages": [{"role": "user", "content": "x"}], "rules": ["' + b"(" * 999 + b'"]}',
-    b'{"model": "toy", "messages": [{"role": "user", "content": "x"}], "emotion_bias": {"\\ud800": 0.1}}',
-    b'{"model": "toy", "messages": [' + b'{"role": "user", "content": "x"},' * 2500 + b'{"role": "user", "content": "x"}]}',
-    b'{"model": "toy", "messages": [{"role": "user", "content": "x"}], "metadata": {"a": {"b": 1}}}',
-    b'{"model": "toy", "model": "other", "messages": []}', b'{"model": "toy", "messages": [{"role": "user", "content": ""}], "max_tokens": 1}',
+    b"", b"{", b"[]", b"null", b'"text"', b"1", b"{}", b"\xff\xfe", b"[" * 90_000, b'{"a":' * 15_000, b'{"model": 1e999}',
+    b'{"n": NaN}', b'{"model": "toy", "messages": {"0": 1}}',
+    b'{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}',
+    said('"\\ud800"'), said('"\\u0000"'), said('""'), said("{}"), said('"x"', ', "seed": ' + "9" * 5000),
+    said('"x"', ', "\\ud800": 1'), said('"x"', ', "rules": ["' + "(" * 999 + '"]'), said('"x"', ', "emotion_bias": {"\\ud800": 0.1}'),
+    said('"x"', ', "metadata": {"a": {"b": 1}}'), said('"x"', ', "model": "other"'),
+    said('"x"}' + ', {"role": "user", "content": "x"}' * 2500),
 ]  # fmt: skip
+ENDPOINTS = ["/v1/chat/completions", "/v1/completions", "/v1/score", "/v1/rules", "/v1/rules/try", "/v1/rules/1/mute"]
 
 
-@pytest.mark.parametrize(
-    "path", ["/v1/chat/completions", "/v1/completions", "/v1/score", "/v1/rules", "/v1/rules/try", "/v1/rules/1/mute"]
-)
+@pytest.mark.parametrize("path", ENDPOINTS)
 def test_hostile_bodies(server: Running, path: str) -> None:
     for body in HOSTILE:
         answer = server.client.post(path, content=body, headers={"Content-Type": "application/json"})
@@ -207,8 +209,8 @@ def test_malformed_bodies_by_the_thousand(server: Running) -> None:
     """Valid requests with something changed, cut or put in at random; seeded. ``AFFECTLENS_FUZZ`` says how many."""
     rng = random.Random(0)
     base = json.dumps(
-        {"model": "toy", "messages": HI, "max_tokens": 2, "emotion_bias": {"calm": 0.1}, "readings": {"emotions": ["calm"], "every": 2},
-         "rules": ["calm > 3 for 2 tokens"], "stop": ["a"], "n": 1, "temperature": 0.5}
+        {"model": "toy", "messages": HI, "max_tokens": 2, "emotion_bias": {"calm": 0.1}, "stop": ["a"],
+         "readings": {"emotions": ["calm"], "every": 2}, "rules": ["calm > 3 for 2 tokens"], "n": 1, "temperature": 0.5}
     )  # fmt: skip
     pieces = [
         "null",
@@ -251,7 +253,8 @@ def test_what_is_no_http(server: Running) -> None:
     ):
         raw(server, data + b"\r\n\r\n")
     assert raw(server, b"GET /v1/models HTTP/1.1\r\n\r\n")[0] == 400
-    upgrade = b"GET /v1/events HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: aGVsbG8gd29ybGQhISE=\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    key = "Sec-WebSocket-Key: aGVsbG8gd29ybGQhISE=\r\nSec-WebSocket-Version: 13\r\n"
+    upgrade = f"GET /v1/events HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n{key}\r\n".encode()
     where = urlsplit(server.url)
     with socket.create_connection((where.hostname, where.port), timeout=5) as connection:
         connection.sendall(upgrade)
@@ -266,7 +269,8 @@ def test_schemathesis_finds_no_server_error(server: Running) -> None:
         pytest.skip("schemathesis is not installed")
     made = subprocess.run(
         [command, "run", f"{server.url}/openapi.json", "--checks", "not_a_server_error", "--max-examples", "8", "--workers", "1",
-         "--exclude-path", "/v1/events", "--seed", "1", "--request-timeout", "30", "--phases", "examples,coverage,fuzzing", "--no-color"],
+         "--exclude-path", "/v1/events", "--seed", "1", "--request-timeout", "30", "--no-color",
+         "--phases", "examples,coverage,fuzzing"],
         capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert made.returncode == 0, made.stdout[-4000:] + made.stderr[-1000:]

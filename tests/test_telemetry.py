@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
@@ -121,3 +123,29 @@ def test_nothing_is_set_up_behind_the_users_back() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "ProxyTracerProvider"
+
+
+def test_a_collector_gets_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the real exporter, to something that listens where a collector would."""
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http.trace_exporter")
+    came: dict[str, bytes] = {}
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            came[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Collector) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        telemetry = Telemetry.configured(["calm"])
+        assert telemetry is not None
+        telemetry.reply(made(1))
+        telemetry.close()
+        server.shutdown()
+    assert b"chat made-up" in came["/v1/traces"] and b"affectlens" in came["/v1/traces"]
+    assert b"gen_ai.evaluation.result" in came["/v1/logs"] and b"affectlens.calm.peak" in came["/v1/logs"]

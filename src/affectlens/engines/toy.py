@@ -592,7 +592,8 @@ class ToyEngine(Engine):
         pieces: list[str] = []
         likely: list[Logprob] = []
         while not finish:
-            logits = self.unembed(stream[-1][-1, -1:])[0]
+            asked = script is None or sampling.logprobs is not None
+            logits = self.unembed(stream[-1][-1, -1:])[0] if asked else np.zeros(0)
             if script is None:
                 token = self._pick(logits, sampling, rng)
                 piece = self._words[token]

@@ -16,18 +16,18 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from affectlens.concepts import ConceptSet
 from affectlens.errors import AffectlensError, Busy
+from affectlens.server import dashboard
 from affectlens.server.answering import KINDS, answer_on
 from affectlens.server.browsing import browse_on
 from affectlens.server.catalog import Catalog
@@ -39,18 +39,6 @@ from affectlens.server.schemas import place_of
 from affectlens.server.service import CLOSING, Service
 from affectlens.server.settings import Settings
 from affectlens.server.shared import Cancelled
-
-DASHBOARD = files("affectlens") / "server" / "dashboard"
-
-TYPES = {
-    ".html": "text/html; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
-    ".css": "text/css; charset=utf-8",
-    ".svg": "image/svg+xml",
-    ".png": "image/png",
-    ".woff2": "font/woff2",
-}
-"""Of the dashboard's files; others are not served."""
 
 
 def create_app(
@@ -102,7 +90,7 @@ def create_app(
     answer_on(app, service, workers)
     browse_on(app, service, Catalog(service, concepts=concepts or ConceptSet.load("emotions"), runs=runs))
     _watched(app, service, events)
-    _dashboard(app)
+    app.include_router(dashboard.router())
     _documented(app)
     app.add_middleware(Guard, settings=settings, keys=Keyring(keys), broken=broken)
     return app
@@ -204,31 +192,6 @@ def _watched(app: FastAPI, service: Service, events: Events) -> None:
         """For Prometheus."""
         body, kind = service.metrics.exposition(request.headers.get("accept", ""))
         return Response(body, headers={"Content-Type": kind})
-
-
-def _dashboard(app: FastAPI) -> None:
-    """The dashboard's own files, by name: nothing else can be asked for."""
-    known = {each.name: each for each in DASHBOARD.iterdir() if Path(each.name).suffix in TYPES} if DASHBOARD.is_dir() else {}
-
-    def served(name: str) -> Response:
-        if name not in known:
-            raise HTTPException(404)
-        headers = {"Content-Type": TYPES[Path(name).suffix], "Cache-Control": "no-cache"}
-        return FileResponse(str(known[name]), headers=headers)
-
-    @app.get("/", include_in_schema=False)
-    def index() -> Response:
-        return served("index.html")
-
-    @app.get("/dashboard/{name}", include_in_schema=False)
-    def file(name: str) -> Response:
-        return served(name)
-
-    @app.get("/plotly.min.js", include_in_schema=False)
-    def plotly() -> Response:
-        path = files("plotly") / "package_data" / "plotly.min.js"
-        headers = {"Content-Type": TYPES[".js"], "Cache-Control": "max-age=86400"}
-        return FileResponse(str(path), headers=headers)
 
 
 def _documented(app: FastAPI) -> None:

@@ -27,27 +27,12 @@ OPEN = ("/", "/plotly.min.js", "/health", "/ready")
 """Paths that need no key: for whoever watches the process. The dashboard's files hold no data and need none either."""
 
 HEARD_OUT = 16
-"""So many times the largest body is heard out, and forgotten, before it is refused: who is cut off while sending sees no answer."""
+"""So many times the largest body is heard out before it is refused: who is cut off while sending sees no answer."""
 
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 
-POLICY = "; ".join(
-    [
-        "default-src 'none'",
-        "script-src 'self'",
-        "style-src 'self'",
-        "img-src 'self' data: blob:",
-        "font-src 'self'",
-        "connect-src 'self'",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-    ]
-)
-"""What the dashboard may load: its own files, and nothing from anywhere else."""
-
 SECURITY = {
-    "Content-Security-Policy": POLICY,
+    "Content-Security-Policy": "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
@@ -56,7 +41,7 @@ SECURITY = {
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
     "Cache-Control": "no-store",
 }
-"""On every answer that does not say otherwise."""
+"""On every answer that does not say otherwise, as the dashboard's files do."""
 
 
 class Refused(Exception):

@@ -466,7 +466,7 @@ def _shuffled(values: np.ndarray) -> bytes:
 
 
 def _packed(data: bytes) -> bytes:
-    """Compressed. Only what repeats at once is looked for: in the noise of mantissas a longer search finds nothing and takes long."""
+    """Compressed. Only what repeats at once is looked for: in the noise of mantissas a longer search finds nothing, slowly."""
     packing = zlib.compressobj(1, strategy=zlib.Z_RLE)
     return packing.compress(data) + packing.flush()
 

@@ -4,7 +4,8 @@ What is compared: the text, why it ended, every token, every score, the alarms. 
 checked that the reply can be the same at all: the weights must be (else it is refused); another precision, device or version of
 a package is said, since it can change the last bits.
 
-A reply that was alone in its forward passes comes out the same. One that had company (:attr:`Record.company`) may differ by
+The engine is used as the server uses it, through a session: the sums of :meth:`Engine.run` are added in another order. A reply
+that was alone in its forward passes comes out the same. One that had company (:attr:`Record.company`) may differ by
 rounding, since sums over a batch are added in another order: then scores differ by about a millionth, and where two tokens were
 almost equally likely, the words may part there. Replay says how many shared its passes.
 """
@@ -12,15 +13,16 @@ almost equally likely, the words may part there. Replay says how many shared its
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from affectlens.baseline import Baseline, vectors_id
-from affectlens.engine import Engine, ModelInfo
-from affectlens.errors import FormatError, MismatchError
+from affectlens.engine import Engine, ModelInfo, Request, Result
+from affectlens.errors import AffectlensError, FormatError, MismatchError
 from affectlens.monitor import Monitor
 from affectlens.server.records import Asked, Record
 from affectlens.traces import Trace
@@ -140,6 +142,7 @@ def replay(record: Record, engine: Engine, vectors: ConceptVectors, *, baseline:
     if baseline is None and record.request.get("baseline"):
         baseline = Baseline.of(record.request["baseline"], f"the baseline of {record.id}")
     monitor = Monitor(vectors, baseline, rules=asked.policies, gap=record.trace.visible is not None)
+    engine = _Served(engine)
     if asked.sampling is None:
         text, finish, trace = "", "read", monitor.score(engine, asked.prompt, id=record.trace.id)
     else:
@@ -159,6 +162,49 @@ def replay(record: Record, engine: Engine, vectors: ConceptVectors, *, baseline:
         verdict = "rounding" if not words and excess <= ROUNDING else "different"
     scores = sum(table.size for name in _TABLES if (table := getattr(record.trace, name)) is not None)
     return Replay(record.id, verdict, words or numbers, record.company, changes, len(record.trace), scores)
+
+
+class _Served(Engine):
+    """An engine as a server uses it: all goes through one session, in which a reply goes on while its words are read again."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.info = engine.info
+        self._engine, self._session = engine, engine.session()
+        self._came: dict[int, deque[Result | AffectlensError]] = {}
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Result]:
+        tickets = [self._session.submit(request) for request in requests]
+        self._came |= {ticket: deque() for ticket in tickets}
+        try:
+            for ticket in tickets:
+                done = False
+                while not done:
+                    result = self._next(ticket)
+                    done = result.done
+                    yield result
+        finally:
+            for ticket in tickets:
+                self._session.cancel(ticket)
+                del self._came[ticket]
+
+    def _next(self, ticket: int) -> Result:
+        while not self._came[ticket]:
+            for other, result in self._session.step():
+                self._came[other].append(result)
+        result = self._came[ticket].popleft()
+        if isinstance(result, AffectlensError):
+            raise result
+        return result
+
+    def unembed(self, residuals: np.ndarray) -> np.ndarray:
+        return self._engine.unembed(residuals)
+
+    @property
+    def vocabulary(self) -> Sequence[str]:
+        return self._engine.vocabulary
+
+    def texts(self, name: str) -> list[dict[str, Any]] | None:
+        return self._engine.texts(name)
 
 
 def _words(record: Record, text: str, finish: str, trace: Trace) -> Iterator[str]:

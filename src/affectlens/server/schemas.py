@@ -117,6 +117,13 @@ def _refuse(field: str, *harmless: Any) -> Any:
     ]
 
 
+class StreamOptions(Plain):
+    """OpenAI's options of a stream; obfuscation is never added."""
+
+    include_usage: bool | None = None
+    include_obfuscation: _refuse("include_obfuscation", False)  # type: ignore[valid-type]
+
+
 class Asking(Ours):
     """What both endpoints take."""
 
@@ -153,13 +160,6 @@ class Asking(Ours):
         if self.compare and (self.n or 1) > 1:
             raise ValueError("compare gives two replies already: leave n out")
         return self
-
-
-class StreamOptions(Plain):
-    """OpenAI's options of a stream; obfuscation is never added."""
-
-    include_usage: bool | None = None
-    include_obfuscation: _refuse("include_obfuscation", False)  # type: ignore[valid-type]
 
 
 class TextPart(Plain):
@@ -254,10 +254,14 @@ class CompletionRequest(Asking):
         return self
 
 
-Asking.model_rebuild()
-
-
 # ── the other endpoints ──
+
+
+class Spoken(Plain):
+    """A turn of a conversation that is scored: any role, or a name."""
+
+    role: Name
+    content: Words
 
 
 class ScoreRequest(Plain):
@@ -272,16 +276,6 @@ class ScoreRequest(Plain):
         if (self.text is None) == (self.messages is None):
             raise ValueError("give text or messages, one of the two")
         return self
-
-
-class Spoken(Plain):
-    """A turn of a conversation that is scored: any role, or a name."""
-
-    role: Name
-    content: Words
-
-
-ScoreRequest.model_rebuild()
 
 
 class RuleRequest(Plain):

@@ -52,7 +52,7 @@ from affectlens.server.records import Record, asked
 from affectlens.server.replay import model_data
 from affectlens.server.schemas import Asking, ChatRequest, Readings, ScoreRequest
 from affectlens.server.settings import Settings
-from affectlens.server.shared import Place, SharedEngine
+from affectlens.server.shared import Cancelled, Place, SharedEngine
 from affectlens.server.store import Store
 from affectlens.traces import Trace
 from affectlens.vectors import ConceptVectors
@@ -230,7 +230,7 @@ class Service:
         watched = {name: self.vectors.index(name) for name in self.watched}
         first = None
         number = 0
-        with self._following(choice.id, stream):
+        with self._following(facts, stream):
             prompt = _prompt_rows(stream.before, columns) if readings and readings.prompt else None
             used = call.bias.used if choice.steered else {}
             self.listener("reply", {**facts, "kind": call.kind, "model": self.model, "steering": dict(used)})
@@ -261,7 +261,8 @@ class Service:
             company=max(1, place.company),
         )
         self._keep(record, call.headers)
-        self.listener("done", {**facts, "finish": record.finish, "alerts": len(record.trace.alerts)})
+        ended = {"finish": record.finish, "tokens": generated, "alerts": len(record.trace.alerts)}
+        self.listener("done", {**facts, **ended})
         yield Ended(choice, record, self._summary(record.trace, call.names))
 
     def score(self, request: ScoreRequest, place: Place, *, key: str = "") -> dict[str, Any]:
@@ -382,16 +383,20 @@ class Service:
             self.telemetry.close()
 
     @contextlib.contextmanager
-    def _following(self, id: str, stream: Stream) -> Iterator[None]:
-        """Know of a reply for as long as it is generated, so that a shutdown can end it."""
+    def _following(self, facts: Mapping[str, str], stream: Stream) -> Iterator[None]:
+        """Know of a reply for as long as it is generated, so that a shutdown can end it; tell of one that comes to nothing."""
         with self._lock:
-            self._streams[id] = stream
+            self._streams[facts["trace"]] = stream
         try:
             yield
+        except BaseException as error:
+            finish = "cancelled" if isinstance(error, Cancelled | GeneratorExit) else "error"
+            self.listener("done", {**facts, "finish": finish, "tokens": stream.usage[1], "alerts": len(stream.alerts)})
+            raise
         finally:
             stream.close()
             with self._lock:
-                del self._streams[id]
+                del self._streams[facts["trace"]]
 
 
 def model_name(id: str) -> str:

@@ -19,6 +19,7 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
+    PrimaryKeyConstraint,
     Table,
     Text,
 )
@@ -83,10 +84,12 @@ CONCEPTS = Table(
 PEAKS = Table(
     "affectlens_peaks",
     METADATA,
-    Column("concept", Integer, primary_key=True, autoincrement=False),
-    Column("created", BigInteger, primary_key=True, autoincrement=False),
-    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("concept", Integer, nullable=False),
+    Column("created", BigInteger, nullable=False),
+    Column("seq", BigInteger, nullable=False),
     Column("peak", Double, nullable=False),
+    # SQLite keeps the rows in this order; PostgreSQL keeps them as they come, so the peak has to be in the index as well.
+    PrimaryKeyConstraint("concept", "created", "seq", name="affectlens_peaks_pkey", postgresql_include=["peak"]),
     sqlite_with_rowid=False,
 )
 PARTS = Table("affectlens_parts", METADATA, Column("hash", Text, primary_key=True), Column("data", LargeBinary, nullable=False))

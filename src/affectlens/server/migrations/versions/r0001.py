@@ -42,10 +42,11 @@ def upgrade() -> None:
     )
     op.create_table(
         "affectlens_peaks",
-        sa.Column("concept", sa.Integer, primary_key=True, autoincrement=False),
-        sa.Column("created", sa.BigInteger, primary_key=True, autoincrement=False),
-        sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
+        sa.Column("concept", sa.Integer, nullable=False),
+        sa.Column("created", sa.BigInteger, nullable=False),
+        sa.Column("seq", sa.BigInteger, nullable=False),
         sa.Column("peak", sa.Double, nullable=False),
+        sa.PrimaryKeyConstraint("concept", "created", "seq", name="affectlens_peaks_pkey", postgresql_include=["peak"]),
         sqlite_with_rowid=False,
     )
     op.create_table(
