@@ -212,7 +212,7 @@ class Caller:
                 reply.likely += _likely(choice["logprobs"])
                 reply.finish = choice["finish_reason"]
                 if "scores" in ours:
-                    reply.rows.append(ours)
+                    reply.rows.append(_again(ours))
                 elif choice["index"] not in seen:
                     seen.add(choice["index"])
                     reply.said["began"] = {key: value for key, value in ours.items() if key != "id"}
@@ -234,7 +234,7 @@ class Caller:
 
 def _again(ours: Mapping[str, Any]) -> dict[str, Any]:
     """What affectlens says of a reply, without its id."""
-    alerts = [{key: value for key, value in each.items() if key != "conversation"} for each in ours["alerts"]]
+    alerts = [{key: value for key, value in each.items() if key != "conversation"} for each in ours.get("alerts", [])]
     return {**{key: value for key, value in ours.items() if key != "trace"}, "alerts": alerts}
 
 
