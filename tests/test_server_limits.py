@@ -263,7 +263,7 @@ def test_what_is_no_http(server: Running) -> None:
     assert server.client.get("/health").status_code == 200
 
 
-def test_schemathesis_finds_no_server_error(server: Running) -> None:
+def test_schemathesis_finds_no_server_error(server: Running, tmp_path: Path) -> None:
     command = Path(sys.executable).with_name("schemathesis")
     if not command.exists():
         assert os.environ.get("AFFECTLENS_CI") != "1", "schemathesis is missing: pip install 'affectlens[dev]'"
@@ -272,7 +272,7 @@ def test_schemathesis_finds_no_server_error(server: Running) -> None:
         [command, "run", f"{server.url}/openapi.json", "--checks", "not_a_server_error", "--max-examples", "8", "--workers", "1",
          "--exclude-path", "/v1/events", "--seed", "1", "--request-timeout", "30", "--no-color",
          "--phases", "examples,coverage,fuzzing"],
-        capture_output=True, text=True, timeout=600, check=False,
+        cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert made.returncode == 0, made.stdout[-4000:] + made.stderr[-1000:]
     assert server.idle() and server.client.get("/ready").json()["ready"]
