@@ -53,7 +53,7 @@ MODEL = "smollm2-135m"
 SEED = 20261129
 STRENGTH = 0.05
 DIALS = ("calm", "desperate", "angry", "happy")
-START = 180.0  # seconds that a server may take to start
+START = 900.0  # seconds that a server may take to start; the first one measures the baseline
 
 
 @dataclass(frozen=True)

@@ -277,7 +277,7 @@ class Fake:
             Mind(number, {"calm": 0.06} if number % 3 == 1 else None),
             ["cornered: desperate > 3 for 6 tokens until < 1", "mean(afraid, 20) > 1.6 cooldown 40 tokens"],
         )
-        if number == 5:
+        if number == 23:
             asked, answer = HOSTILE, ((HOSTILE + " ", -0.9, 0.8, 4.0), (HOSTILE, -0.9, 0.8, 4.0))
         for text, role, mood in told.script(asked, answer):
             told.add(text, role, mood)
@@ -555,7 +555,7 @@ def app(fake: Fake) -> FastAPI:
         close = w.loadings @ w.loadings[i] / np.linalg.norm(w.loadings, axis=1) / np.linalg.norm(w.loadings[i])
         order = [j for j in np.argsort(-close) if j != i]
         passages = []
-        for number in range(0 if fake.empty else 12):
+        for number in range(0 if fake.empty else 24):
             told, _ = fake.stored(number)
             best = int(np.nanargmax([s[i] for s in told.scores]))
             passages.append(
@@ -570,7 +570,7 @@ def app(fake: Fake) -> FastAPI:
             )
         return {
             **emotions()["data"][i],
-            "definition": "what the concept set says of it",
+            "definition": ConceptSet.load("emotions")[name].definition,
             "neighbours": [[w.names[j], round(float(close[j]) * 0.83, 3)] for j in [*order[:9], *order[-3:]]],
             "lens": {
                 "up": [f" {word}" for word in (name, "felt", "heart", "again", "quietly", "never", "hold", "breath", "warm")],

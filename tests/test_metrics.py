@@ -33,6 +33,7 @@ WATCHED = ("desperate", "calm")
 def whole(**more: Any) -> Metrics:
     """Metrics with all there is to ask."""
     given: dict[str, Any] = {"rules": ["panic"], "depth": lambda: (3, 7), "status": lambda: Status(waiting=2, lag=1.5, lost=4)}
+    given["undelivered"] = lambda: {url: {"waiting": 1, "failed": n, "dropped": 2 * n} for n, url in enumerate("ab")}
     return Metrics(WATCHED, **{**given, **more})
 
 
@@ -63,6 +64,8 @@ def test_a_reply_is_counted() -> None:
     assert (found["affectlens_waiting_requests{}"], found["affectlens_live_requests{}"]) == (3, 7)
     store = {name: found[f"affectlens_store_{name}{{}}"] for name in ("up", "waiting_records", "lag_seconds", "lost_total")}
     assert store == {"up": 1, "waiting_records": 2, "lag_seconds": 1.5, "lost_total": 4}
+    told = {name: found[f"affectlens_webhook_{name}{{}}"] for name in ("waiting_alarms", "failed_total", "dropped_total")}
+    assert told == {"waiting_alarms": 2, "failed_total": 1, "dropped_total": 2}, "of all webhooks together"
 
 
 def test_a_turn_is_its_highest_score_and_its_mean() -> None:
@@ -252,7 +255,7 @@ def test_promtool_accepts_the_alarms_and_the_metrics() -> None:
     done = subprocess.run(
         [promtool, "check", "rules", str(MONITORING / "alerts.yml")], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0 and "8 rules found" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "9 rules found" in done.stdout, done.stdout + done.stderr
     metrics = whole()
     metrics.reply(made(1))
     done = subprocess.run(
@@ -328,7 +331,7 @@ def test_a_real_prometheus_scrapes_and_alarms(scraped: tuple[Metrics, int]) -> N
     assert value(port, "affectlens_store_lost_total") == 4
     groups = ask(port, "/api/v1/rules", until=lambda data: data["groups"])["groups"]
     rules = {rule["name"]: rule for group in groups for rule in group["rules"]}
-    assert len(rules) == 8 and all(rule["health"] in ("ok", "unknown") for rule in rules.values())
+    assert len(rules) == 9 and all(rule["health"] in ("ok", "unknown") for rule in rules.values())
     for n in range(3):
         metrics.reply(made(10 + n, alerts=(fired("panic: desperate > 3"),)))
         time.sleep(1.1)

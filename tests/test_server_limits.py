@@ -31,6 +31,7 @@ from affectlens.server.app import refuse_open
 from affectlens.server.keys import Key, Keyring, digest, new_key, read_keys
 from affectlens.server.settings import Settings
 from affectlens.server.shared import Cancelled, ModelFailed, SharedEngine, TimedOut
+from affectlens.server.store import Status
 from served import HI, Running, Slow, serving, toy_vectors
 
 LONG = {"model": "toy", "messages": HI, "max_tokens": 400, "seed": 3}
@@ -261,7 +262,7 @@ def test_what_is_no_http(server: Running) -> None:
     assert server.client.get("/health").status_code == 200
 
 
-def test_schemathesis_finds_no_server_error(server: Running) -> None:
+def test_schemathesis_finds_no_server_error(server: Running, tmp_path: Path) -> None:
     command = Path(sys.executable).with_name("schemathesis")
     if not command.exists():
         assert os.environ.get("AFFECTLENS_CI") != "1", "schemathesis is missing: pip install 'affectlens[dev]'"
@@ -270,7 +271,7 @@ def test_schemathesis_finds_no_server_error(server: Running) -> None:
         [command, "run", f"{server.url}/openapi.json", "--checks", "not_a_server_error", "--max-examples", "8", "--workers", "1",
          "--exclude-path", "/v1/events", "--seed", "1", "--request-timeout", "30", "--no-color",
          "--phases", "examples,coverage,fuzzing"],
-        capture_output=True, text=True, timeout=600, check=False,
+        cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert made.returncode == 0, made.stdout[-4000:] + made.stderr[-1000:]
     assert server.idle() and server.client.get("/ready").json()["ready"]
@@ -405,6 +406,22 @@ def test_a_slow_reader_is_cut_off_and_holds_nobody_up(tmp_path: Path) -> None:
         assert b"[DONE]" not in came, "it was cut off"
 
 
+def test_what_was_said_needs_no_place_however_slowly_it_is_read(tmp_path: Path) -> None:
+    with serving(tmp_path, concurrency=2) as server:
+        body = {**LONG, "max_tokens": 600, "stream": True, "logprobs": True, "top_logprobs": 20, "readings": {"emotions": "all"}}
+        stuck = [begin(server, {**body, "seed": seed}, receive=4096) for seed in (2, 5)]
+        until_both = time.monotonic() + 10
+        while server.service.engine.depth != (0, 2) and time.monotonic() < until_both:
+            time.sleep(0.005)
+        assert server.idle(20), "a reader has 30 seconds before it is cut off"
+        ended = [server.service.store.search().items[i].tokens for i in range(2)]
+        assert all(n > 300 for n in ended), "they were generated to their end and are kept"
+        for each in stuck:
+            each.close()
+        time.sleep(0.1)
+        assert 'affectlens_requests_total{kind="chat",outcome="cancelled"} 0.0' in server.client.get("/metrics").text
+
+
 def test_a_reader_who_is_slow_but_reads_gets_all(tmp_path: Path) -> None:
     with serving(tmp_path, stall=5, buffer=16) as server:
         connection = begin(server, {**LONG, "max_tokens": 300, "stream": True, "readings": {"emotions": "all"}}, receive=4096)
@@ -471,6 +488,24 @@ def test_a_store_that_does_not_answer_costs_no_reply(tmp_path: Path, monkeypatch
         monkeypatch.setattr(server.service.store, "healthy", lambda: False)
         answer = server.client.get("/ready")
         assert answer.status_code == 503 and not answer.json()["store"]
+
+
+def test_a_store_that_hangs_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(tmp_path, commit=30) as server:
+        store, hang = server.service.store, threading.Event()
+        monkeypatch.setattr(store, "put", lambda record: Future())
+        monkeypatch.setattr(store, "status", lambda: Status(waiting=1, lag=31.0))
+        monkeypatch.setattr(store, "rules", lambda: hang.wait(30) and [])
+        server.service.armed._read = -float("inf")
+        looking = [threading.Thread(target=lambda: server.client.get("/v1/rules")) for _ in range(45)]
+        for thread in looking:  # more than there are threads for those who look
+            thread.start()
+        before = time.monotonic()
+        assert server.chat()["usage"]["completion_tokens"] == 20 and time.monotonic() - before < 10
+        assert not store.healthy()
+        hang.set()
+        for thread in looking:
+            thread.join(30)
 
 
 def test_a_fault_of_ours_has_openais_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

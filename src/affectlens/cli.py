@@ -1100,7 +1100,13 @@ def serve(vectors: str, rules: str | None, api_keys: Path | None, **options: Any
     shared_engine = SharedEngine(engine, live=settings.concurrency, queue=settings.queue, deadline=settings.time_limit)
     names = [each.rule.name for each in policies] + [each.name for each in store.rules()]
     watched = settings.watched or Service.shown(loaded)
-    metrics = Metrics(watched, rules=names, depth=lambda: shared_engine.depth, status=store.status)
+    metrics = Metrics(
+        watched,
+        rules=names,
+        depth=lambda: shared_engine.depth,
+        status=store.status,
+        undelivered=lambda: monitor.reporter.undelivered,
+    )
     source = str(Path(vectors).resolve()) if Path(vectors).exists() else vectors
     service = Service(
         shared_engine, monitor, store, settings=settings, source=source, metrics=metrics, telemetry=Telemetry.configured(watched)

@@ -10,12 +10,12 @@ import contextlib
 import logging
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from starlette.concurrency import run_in_threadpool
 
 from affectlens.errors import AffectlensError, Busy
 from affectlens.server import shapes
@@ -52,8 +52,10 @@ class Answering:
             said = f"the model {body.model!r} is not served here: ask for {service.model!r}"
             raise NotThere(said, "model_not_found", "model")
         headers = {name: value for name in ("traceparent", "tracestate") if (value := request.headers.get(name))}
-        call = await run_in_threadpool(service.call, body, key=request.state.key, headers=headers)
-        replies = await run_in_threadpool(self._replies, call)
+        # Not in the threads of those who look at the store: it may have stopped answering them.
+        loop, checked = asyncio.get_running_loop(), partial(service.call, body, key=request.state.key, headers=headers)
+        call = await loop.run_in_executor(self._workers, checked)
+        replies = await loop.run_in_executor(self._workers, self._replies, call)
         if not body.stream:
             return await self._whole(request, call, replies)
         return await self._streamed(request, call, replies, bool(body.stream_options and body.stream_options.include_usage))
@@ -126,7 +128,8 @@ class Answering:
         def left(why: str) -> None:
             if why == "slow":
                 LOG.warning("%s is cut off: its reader was behind for %g s", call.id, self._settings.stall)
-            self._service.metrics.ended(kind, "cancelled")
+            if any(reply.ended is None for reply in replies):  # others have ended, and are counted
+                self._service.metrics.ended(kind, "cancelled")
             place.cancel()
             outlet.close()
 
@@ -135,8 +138,15 @@ class Answering:
         try:
             await self._admitted(place, leaving)
             opened = threading.Event()
-            for each in zip(call.choices, replies, strict=True):
-                self._workers.submit(self._run, call, place, outlet, opened, *each, usage)
+            pairs = zip(call.choices, replies, strict=True)
+            runs = [self._workers.submit(self._run, call, place, outlet, opened, *each, usage) for each in pairs]
+
+            def said(_: Future[None]) -> None:
+                if all(each.done() for each in runs):  # what is left to be sent needs no place, however slowly it is read
+                    place.cancel()
+
+            for each in runs:
+                each.add_done_callback(said)
             # Until the first token is there an error still has a status of its own.
             taking = asyncio.ensure_future(outlet.take())
             await asyncio.wait({taking, leaving}, return_when=asyncio.FIRST_COMPLETED)

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import math
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -235,7 +236,7 @@ def run(app: FastAPI, *, ready: Callable[[str], None] = lambda address: None) ->
     settings = service.settings
 
     class Server(uvicorn.Server):
-        """Begins to drain at the signal; what uvicorn itself does at the end comes after the last reply."""
+        """Says when it listens, and begins to drain at the signal; what uvicorn does at the end comes after the last reply."""
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
@@ -248,6 +249,11 @@ def run(app: FastAPI, *, ready: Callable[[str], None] = lambda address: None) ->
             finally:
                 for number in (signal.SIGINT, signal.SIGTERM):
                     loop.remove_signal_handler(number)
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets=sockets)
+            if not self.should_exit:
+                ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
         def handle_exit(self, sig: int, frame: Any) -> None:
             super().handle_exit(sig, frame)
@@ -272,9 +278,4 @@ def run(app: FastAPI, *, ready: Callable[[str], None] = lambda address: None) ->
             f"cannot listen on {settings.host}:{settings.port} ({error.strerror or error}): choose another --port or --host"
         ) from None
     host, port = listening.getsockname()[:2]
-
-    async def serve() -> None:
-        ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-        await Server(config).serve(sockets=[listening])
-
-    asyncio.run(serve())
+    asyncio.run(Server(config).serve(sockets=[listening]))

@@ -49,7 +49,7 @@ class Armed:
 
     def __init__(self, monitor: Monitor, store: Store, dials: Dials) -> None:
         self._base, self._store, self._dials = monitor, store, dials
-        self._lock = threading.Lock()
+        self._lock, self._behind = threading.Lock(), threading.Lock()
         self._read = -float("inf")
         self._stored: list[StoredRule] = []
         self._muted: dict[str, datetime] = {}
@@ -64,8 +64,9 @@ class Armed:
     @property
     def monitor(self) -> Monitor:
         """A monitor with every rule that is armed and not muted."""
-        if time.monotonic() - self._read > FRESH:
-            self.refresh()
+        if time.monotonic() - self._read > FRESH and self._behind.acquire(blocking=False):
+            # Replies do not wait for it: the store may have stopped answering.
+            threading.Thread(target=self._refresh_behind, name="affectlens rules", daemon=True).start()
         now = datetime.now(UTC)
         with self._lock:
             muted = frozenset(name for name, until in self._muted.items() if until > now)
@@ -89,6 +90,12 @@ class Armed:
             return
         with self._lock:
             self._stored, self._muted = stored, muted
+
+    def _refresh_behind(self) -> None:
+        try:
+            self.refresh()
+        finally:
+            self._behind.release()
 
     def rows(self) -> list[dict[str, Any]]:
         """All rules, those of the file first, as ``/v1/rules`` lists them."""

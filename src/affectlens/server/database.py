@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,10 @@ from affectlens.server import tables
 
 BUSY = 30.0
 """Seconds that a process waits for another one that writes to the same SQLite file."""
+
+READERS = {"pool_size": 8, "max_overflow": 8, "pool_timeout": 5.0}
+"""How many may read at once, and for how many seconds others wait: fewer than the server has threads, so that a database that
+does not answer cannot take all of them."""
 
 # The order matters: how room is given back must be settled before anything is written.
 _PRAGMAS = ("auto_vacuum = INCREMENTAL", "journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "secure_delete = ON")
@@ -85,6 +89,17 @@ class Database:
         """An insert that passes over what is there already: another process may have been faster."""
         return (sqlite if self.sqlite else postgresql).insert(table).on_conflict_do_nothing()
 
+    def insert_peaks(self, connection: Connection, rows: Sequence[tuple[int, int, int, float]]) -> None:
+        """Write rows of the peaks: thousands to a batch, so past what builds a statement out of each."""
+        head = f"INSERT INTO {tables.PEAKS.name} (concept, created, seq, peak)"
+        if self.sqlite:
+            connection.exec_driver_sql(f"{head} VALUES (?, ?, ?, ?)", list(rows))
+            return
+        arrays = ", ".join(f"%s::{kind}[]" for kind in ("integer", "bigint", "bigint", "double precision"))
+        connection.exec_driver_sql(
+            f"{head} SELECT * FROM unnest({arrays})", tuple(list(column) for column in zip(*rows, strict=True))
+        )
+
     def used(self, connection: Connection) -> int:
         """Bytes in use: of SQLite's file without the pages that are free; in PostgreSQL the sum over records."""
         if not self.sqlite:
@@ -113,7 +128,7 @@ class Database:
         self._readers.dispose()
 
     def _connect(self, *, writer: bool) -> Engine:
-        pool = {"pool_size": 1, "max_overflow": 0} if writer else {"pool_size": 8, "max_overflow": 24}
+        pool: dict[str, Any] = {"pool_size": 1, "max_overflow": 0} if writer else READERS
         if not self.sqlite:
             # A database that is cut off has to be noticed: by itself TCP waits for a quarter of an hour.
             arguments = {"connect_timeout": 5, "tcp_user_timeout": 15000, "application_name": "affectlens"}

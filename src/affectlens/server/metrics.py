@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.metadata
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -44,6 +44,7 @@ class Metrics:
         rules: Names of the server's rules.
         depth: Gives how many requests wait for the model and how many it is running.
         status: Gives how the store is; None without a store.
+        undelivered: Gives what webhooks have not been told (:attr:`affectlens.actions.Reporter.undelivered`); None without them.
 
     Example:
         >>> metrics = Metrics(["calm"], rules=["cornered"])
@@ -59,6 +60,7 @@ class Metrics:
         rules: Iterable[str] = (),
         depth: Callable[[], tuple[int, int]] | None = None,
         status: Callable[[], Status] | None = None,
+        undelivered: Callable[[], Mapping[str, Mapping[str, int]]] | None = None,
     ) -> None:
         self.watched = tuple(watched)
         self.registry = registry = CollectorRegistry()
@@ -110,6 +112,8 @@ class Metrics:
             live.set_function(lambda: depth()[1])
         if status is not None:
             registry.register(_StoreCollector(status))
+        if undelivered is not None:
+            registry.register(_WebhookCollector(undelivered))
 
     def add_rule(self, name: str) -> None:
         """Count a rule's alarms by its name from now on."""
@@ -203,3 +207,17 @@ class _StoreCollector:
             ("pruned", "Records that were deleted, being too old or too much.", found.pruned),
         ):
             yield CounterMetricFamily(f"affectlens_store_{name}", text, value=count)
+
+
+class _WebhookCollector:
+    """What webhooks have not been told, all together: their addresses are nobody else's business."""
+
+    def __init__(self, undelivered: Callable[[], Mapping[str, Mapping[str, int]]]) -> None:
+        self._undelivered = undelivered
+
+    def collect(self) -> Iterator[Metric]:
+        found = self._undelivered().values()
+        waiting, failed, dropped = (sum(each[key] for each in found) for key in ("waiting", "failed", "dropped"))
+        yield GaugeMetricFamily("affectlens_webhook_waiting_alarms", "Alarms that webhooks are still to be told.", value=waiting)
+        yield CounterMetricFamily("affectlens_webhook_failed", "Alarms that no webhook took.", value=failed)
+        yield CounterMetricFamily("affectlens_webhook_dropped", "Alarms dropped since too many waited.", value=dropped)

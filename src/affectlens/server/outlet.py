@@ -25,8 +25,8 @@ from affectlens.server.shared import Cancelled
 
 LOG = logging.getLogger("affectlens.server")
 
-SENDING = 2**17
-"""Bytes that the kernel keeps for a reader; by itself it would take megabytes before anybody noticed that nothing is read."""
+HELD = 2**18
+"""Bytes that the kernel holds for each reader: by itself it would take megabytes off a stream that nobody reads."""
 
 AT_ONCE = 2**15
 """Bytes that are sent at once: who takes so many in the time of a stall is slow and not stuck."""
@@ -229,7 +229,11 @@ class _Following(EventStream):
 
 
 def listen(host: str, port: int, *, stall: float) -> socket.socket:
-    """A socket that listens, and whose connections the kernel drops when their reader takes nothing for ``stall`` seconds.
+    """A socket that listens; its connections hold little for readers who do not read, and are dropped when one takes nothing.
+
+    Args:
+        host, port: Where.
+        stall: Seconds after which the kernel gives up on a reader.
 
     Raises:
         OSError: The address is in use, or none of this machine.
@@ -238,7 +242,7 @@ def listen(host: str, port: int, *, stall: float) -> socket.socket:
     made = socket.socket(family, socket.SOCK_STREAM)
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SENDING)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, HELD)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # what was sent already is out of our hands: only the kernel can give up on it
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * stall))
         made.bind((host, port))

@@ -316,8 +316,9 @@ class Service:
         """Put a record into the store and wait for the commit, though not for a store that does not answer."""
         try:
             future: Future[None] = self.store.put(record)
-            if not self.store.status().error:
-                future.result(self.settings.commit)
+            status = self.store.status()
+            if not status.error:  # nor is it waited for where others have waited in vain
+                future.result(max(0.0, self.settings.commit - status.lag))
         except TimeoutError:
             LOG.warning("the store has not written %s within %g s: the reply ends without it", record.id, self.settings.commit)
         except AffectlensError as error:

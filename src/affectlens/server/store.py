@@ -396,7 +396,7 @@ class Store:
     def healthy(self) -> bool:
         """Whether it can be written to: by the latest commit, or, when that was a while ago, by a trial."""
         status = self.status()
-        if self._writer.closed or (status.error and status.waiting):
+        if self._writer.closed or (status.waiting and (status.error or status.lag > PATIENCE)):
             return False
         if time.monotonic() - self._writer.well < FRESH:
             return True
@@ -469,21 +469,13 @@ def _alerts() -> Select[Any]:
 
 def _summary(row: Row[Any], names: Sequence[str]) -> Summary:
     pairs = np.frombuffer(row.extremes, "<f4").reshape(-1, 2).tolist()
+    same = ("id", "kind", "key", "model", "finish", "title", "prompt_tokens", "tokens", "company", "alerts")
     return Summary(
-        id=row.id,
         created=from_micros(row.created),
-        kind=row.kind,
-        key=row.key,
-        model=row.model,
-        finish=row.finish,
-        title=row.title,
         steering=json.loads(row.steering),
-        prompt_tokens=row.prompt_tokens,
-        tokens=row.tokens,
-        company=row.company,
         peaks={name: peak for name, (peak, _) in zip(names, pairs, strict=False)},
         means={name: mean for name, (_, mean) in zip(names, pairs, strict=False)},
-        alerts=row.alerts,
+        **{name: getattr(row, name) for name in same},
     )
 
 
@@ -506,10 +498,8 @@ def _stored_rule(row: Row[Any]) -> StoredRule:
 
 
 def _cursor(text: str, n: int) -> tuple[int, ...]:
-    try:
-        numbers = tuple(int(part) for part in text.split("-"))
-    except ValueError:
-        numbers = ()
-    if len(numbers) != n or not all(0 <= number < 2**63 for number in numbers):
+    parts = text.split("-")
+    numbers = tuple(int(part) for part in parts if part.isascii() and part.isdigit() and len(part) < 20)
+    if len(numbers) != n or len(parts) != n or max(numbers) >= 2**63:
         raise StoreError(f"{text[:40]!r} is no place to go on from: give what the page before said as next")
     return numbers

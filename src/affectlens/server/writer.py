@@ -280,16 +280,14 @@ class Writer:
         concepts = self._numbers(connection, {name for each in new for name in each.extremes})
         numbered = t.RECORDS.insert().returning(t.RECORDS.c.id, t.RECORDS.c.seq)
         seqs = {row.id: row.seq for row in connection.execute(numbered, [_row(each) for each in new])}
-        many: dict[Any, list[dict[str, Any]]] = {t.BODIES: [], t.WORDS: [], t.USES: [], t.PEAKS: [], t.ALERTS: []}
+        many: dict[Any, list[dict[str, Any]]] = {t.BODIES: [], t.WORDS: [], t.USES: [], t.ALERTS: []}
+        peaks: list[tuple[int, int, int, float]] = []
         for each in new:
             seq, created = seqs[clean(each.record.id)], micros(each.record.created)
             many[t.BODIES].append({"seq": seq, "body": each.body, "scores": each.scores})
             many[t.WORDS] += [{"seq": seq, "words": clean(each.words)}] if each.words else []
             many[t.USES] += [{"seq": seq, "hash": key} for key in each.parts]
-            many[t.PEAKS] += [
-                {"concept": concepts[name], "created": created, "seq": seq, "peak": peak}
-                for name, (peak, _) in each.extremes.items()
-            ]
+            peaks += [(concepts[name], created, seq, peak) for name, (peak, _) in each.extremes.items()]
             many[t.ALERTS] += [
                 {"seq": seq, "rule": clean(a.rule), "state": "open", "note": "", "changed": None, "data": alert_data(a)}
                 for a in each.record.trace.alerts
@@ -297,6 +295,8 @@ class Writer:
         for table, values in many.items():
             if values:
                 connection.execute(table.insert(), values)
+        if peaks:
+            self._database.insert_peaks(connection, peaks)
         return concepts
 
     def _numbers(self, connection: Connection, names: set[str]) -> dict[str, int]:

@@ -3,10 +3,11 @@
 There is no build step and nothing is loaded from elsewhere. The page talks to the HTTP interface like any other client; its files
 hold no data, so they are served without a key, and the page asks for one when the interface wants it.
 
-``index.html`` is the frame, ``main.js`` its pages: ``live.js`` (with ``happening.js``), ``history.js`` (with ``stored.js``), ``alerts.js``
-(with ``rules.js``), ``map.js``, ``studies.js``. They are made of ``reader.js`` (a conversation with all that is read in it:
-``transcript.js``, ``timeline.js``, ``circumplex.js``), ``dials.js`` and ``figures.js``. Below stand ``conversation.js`` (tokens, and columns
-of numbers), ``catalog.js`` and ``traffic.js`` (what is served, and what happens), ``api.js`` and ``dom.js``.
+``index.html`` is the frame, ``main.js`` its pages: ``live.js`` (with ``happening.js``), ``history.js`` (with ``stored.js``),
+``alerts.js`` (with ``rules.js``), ``map.js`` and ``studies.js``. They are made of ``reader.js`` (a conversation with all that is
+read in it: ``transcript.js``, ``timeline.js``, ``circumplex.js``), ``dials.js`` and ``figures.js``. Below stand
+``conversation.js`` (tokens, and columns of numbers), ``catalog.js`` and ``traffic.js`` (what is served, and what happens),
+``api.js`` and ``dom.js``.
 """
 
 from __future__ import annotations

@@ -236,6 +236,7 @@ export function live() {
     const text = words.value.trim();
     if (!text || running) return;
     words.value = "";
+    options.open = false;
     fit();
     messages.push({ role: "user", content: text });
     await reply();
@@ -268,6 +269,7 @@ export function live() {
       ...(Object.keys(mixture).length && { emotion_bias: mixture, ...(compare.checked && { compare: true }) }),
     };
     let started = null,
+      took = 0,
       reply = "",
       finish = "",
       last = {},
@@ -314,7 +316,10 @@ export function live() {
           if (!into.alerts.some((one) => one.rule === alert.rule && one.token === alert.token)) into.alerts.push(alert);
         }
         if (ours?.summary && !aside) last = ours;
-        if (part?.finish_reason && !aside) finish = ours?.finish ?? part.finish_reason;
+        if (part?.finish_reason && !aside) {
+          finish = ours?.finish ?? part.finish_reason;
+          took = performance.now() - started;
+        }
         reader.grow();
       }
       ended();
@@ -341,7 +346,7 @@ export function live() {
       reader.streaming(false);
       if (reply) messages.push({ role: "assistant", content: reply });
       else if (!started) messages.pop();
-      const seconds = started ? (performance.now() - started) / 1000 : 0;
+      const seconds = started ? (took || performance.now() - started) / 1000 : 0;
       const clamped = Object.entries(last.steering?.clamped ?? {});
       const used = Object.entries(last.steering?.used ?? {});
       const words =

@@ -34,6 +34,9 @@ def upgrade() -> None:
         sa.Column("body", sa.LargeBinary, nullable=False),
         sa.Column("scores", sa.LargeBinary, nullable=False),
     )
+    if op.get_bind().dialect.name == "postgresql":
+        for column in ("body", "scores"):  # compressed already: to try it again takes longer than all the rest
+            op.execute(f"ALTER TABLE affectlens_bodies ALTER COLUMN {column} SET STORAGE EXTERNAL")
     op.create_table("affectlens_words", record(), sa.Column("words", sa.Text, nullable=False))
     op.create_table(
         "affectlens_concepts",
