@@ -20,7 +20,7 @@ from typing import Any
 
 from affectlens.server.store import Store
 from callers import Answer, Caller, mixed, stream, unending
-from running import TOY_STRENGTH, Check, Section, Server, Setting, at_most, ratio, until
+from running import TOY_STRENGTH, Check, Section, Server, Setting, ratio, until
 
 COMMIT = 5.0
 """Seconds that the end of a reply waits for the store: the server's own."""
@@ -74,8 +74,9 @@ def kill(setting: Setting) -> Section:
             "it listens again",
             f"within {limit:.1f} s (twice its first start and a second)",
             f"after {min(starts):.1f} to {max(starts):.1f} s",
-            max(starts) <= limit and not answered.problems,
+            setting.judged(max(starts) <= limit),
         ),
+        Check("it answers again", "yes", answered.problems[0] if answered.problems else "yes", not answered.problems),
     )
     figures = {"first": first, "starts": starts, "acknowledged": len(acknowledged), "unfinished": unfinished, "missing": missing}
     return Section(
@@ -230,8 +231,16 @@ def _outages(setting: Setting, folder: Path, faults: Sequence[Fault]) -> Section
                 seen,
                 noticed is not None and noticed <= 10 and (told["up"] == 0 or told["waiting_records"] > 0),
             ),
-            f"the slowest of {len(ill)} replies meanwhile": (f"{slowest:.1f} s at most", f"{took:.1f} s", 0 < took <= slowest),
-            "replies a second meanwhile": (f"half of {rates[0]:.1f} at least", f"{rates[1]:.1f}", rates[1] >= rates[0] / 2),
+            f"the slowest of {len(ill)} replies meanwhile": (
+                f"{slowest:.1f} s at most",
+                f"{took:.1f} s",
+                setting.judged(0 < took <= slowest),
+            ),
+            "replies a second meanwhile": (
+                f"half of {rates[0]:.1f} at least",
+                f"{rates[1]:.1f}",
+                setting.judged(rates[1] >= rates[0] / 2),
+            ),
             "acknowledged replies missing or altered afterwards": (
                 "0",
                 f"{len(missing) + len(other)} of {len(acknowledged):,}",
@@ -333,7 +342,7 @@ def webhook(setting: Setting) -> Section:
     slower = ratio(times)
     undelivered = [sum(each.values()) for each in counts]
     checks = (
-        Check("time of a reply where the target hangs, over that where it answers", *at_most(1.05, slower)),
+        Check("time of a reply where the target hangs, over that where it answers", *setting.at_most(1.05, slower)),
         Check("replies that failed", "0", f"{failed}", not failed),
         Check(
             "alarms that are counted as not delivered",
