@@ -309,7 +309,7 @@ def webhook(setting: Setting) -> Section:
     alarm that was not delivered is counted (waiting, given up, dropped); the server with the hanging target ends within 20
     seconds of SIGTERM.
     """
-    pairs = setting.of(200, 12)
+    pairs = setting.of(200, 6)
     names = setting.names
     folder = setting.place("webhook")
     with contextlib.ExitStack() as stack:

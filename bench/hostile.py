@@ -389,7 +389,7 @@ def fuzz(setting: Setting) -> Section:
     a refusal by the application has OpenAI's shape; memory grows by at most 0.1 KB a request after the first half, by the
     upper end of the interval; the server is ready afterwards, nothing is at work, and a request has the answer it had before.
     """
-    number = setting.of(100_000, 1000)
+    number = setting.of(100_000, 600)
     counted: Counter[tuple[str, str]] = Counter()
     wrong: list[str] = []
     slowest = 0.0

@@ -58,7 +58,7 @@ def load_toy(setting: Setting) -> Section:
     bit; every reply is in the store; memory grows by at most 2 KB a request after the first half (the record of a
     reply alone would be 10), by the upper end of the interval; nothing is left at work; the server ends cleanly.
     """
-    requests, longest = setting.of(2000, 60), setting.of(24, 8)
+    requests, longest = setting.of((2000, 24), (40, 8))
     return _load(setting, "toy", setting.toy, requests=requests, again=requests, longest=longest, growth=2.0)
 
 
