@@ -65,8 +65,8 @@ OPTIONS = {
     ],
     "serve": [
         "--allow", "--allow-unsafe", "--api-keys", "--baseline", "--calibration", "--concepts", "--concurrency", "--device",
-        "--dtype", "--host", "--keep-days", "--keep-gb", "--layer", "--model", "--port", "--queue", "--rules", "--runs", "--store",
-        "--store-text", "--time-limit", "--watch",
+        "--dtype", "--host", "--keep-days", "--keep-gb", "--layer", "--max-tokens", "--model", "--port", "--queue",
+        "--rules", "--runs", "--store", "--store-text", "--time-limit", "--watch",
     ],
     "keys new": ["--file", "--per-minute"],
     "replay": ["--device", "--dtype", "--json", "--model", "--store", "--vectors"],

@@ -626,8 +626,8 @@ def test_the_openapi_document(server: Running) -> None:
     assert set(document["paths"]) >= {
         "/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/emotions", "/v1/emotions/{name}", "/v1/rules",
         "/v1/rules/try", "/v1/rules/{id}", "/v1/rules/{id}/mute", "/v1/alerts", "/v1/alerts/{id}/acknowledge",
-        "/v1/traces", "/v1/traces/{id}", "/v1/traces/{id}/page", "/v1/traces/export", "/v1/score", "/v1/events", "/v1/studies", "/v1/studies/{id}",
-        "/v1/studies/{id}/figures/{figure}", "/health", "/ready", "/metrics",
+        "/v1/traces", "/v1/traces/{id}", "/v1/traces/{id}/page", "/v1/traces/export", "/v1/score", "/v1/events",
+        "/v1/studies", "/v1/studies/{id}", "/v1/studies/{id}/figures/{figure}", "/health", "/ready", "/metrics",
     }  # fmt: skip
     for path in document["paths"].values():
         for operation in path.values():

@@ -1049,6 +1049,7 @@ def features(
 @click.option(
     "--time-limit", type=click.FloatRange(0, min_open=True), default=300, show_default=True, help="Seconds of a reply at most."
 )
+@click.option("--max-tokens", type=click.IntRange(1), default=4096, show_default=True, help="Tokens of a reply at most.")
 @click.option("--runs", type=FILE, help="A folder of runs whose studies the dashboard shows.")
 @shared("concepts", "layer", "model", "device", "dtype", "allow")
 def serve(vectors: str, rules: str | None, api_keys: Path | None, **options: Any) -> None:
@@ -1078,7 +1079,7 @@ def serve(vectors: str, rules: str | None, api_keys: Path | None, **options: Any
     _log_to_stderr()
     settings = Settings(
         watched=options.pop("watch"),
-        **{key: options.pop(key) for key in ("host", "port", "concurrency", "queue", "time_limit", "allow_unsafe")},
+        **{key: options.pop(key) for key in ("host", "port", "concurrency", "queue", "time_limit", "max_tokens", "allow_unsafe")},
     )
     # What can be found wrong is found wrong before a model is loaded.
     keys = read_keys(api_keys) if api_keys else ()

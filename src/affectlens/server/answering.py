@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -124,24 +125,20 @@ class Answering:
     async def _streamed(self, request: Request, call: Call, replies: list[shapes.Reply], usage: bool) -> Response:
         kind, place = KINDS[request.url.path], self._service.open(len(call.choices))
 
-        def slow() -> None:
-            LOG.warning("%s is cut off: its reader took nothing for %g s", call.id, self._settings.stall)
-            place.cancel()
-
         def left(why: str) -> None:
             if why == "slow":
-                slow()
+                LOG.warning("%s is cut off: its reader was behind for %g s", call.id, self._settings.stall)
             if any(reply.ended is None for reply in replies):  # others have ended, and are counted
                 self._service.metrics.ended(kind, "cancelled")
             place.cancel()
             outlet.close()
 
-        outlet = Outlet[bytes | Exception | None](buffer=self._settings.buffer, stall=self._settings.stall, slow=slow)
+        outlet = Outlet[bytes | Exception | None](buffer=self._settings.buffer, stall=self._settings.stall, slow=place.cancel)
         leaving = asyncio.ensure_future(gone(request.receive))
         try:
             await self._admitted(place, leaving)
-            pairs = zip(call.choices, replies, strict=True)
-            runs = [self._workers.submit(self._run, call, place, outlet, *each, usage) for each in pairs]
+            opened, pairs = threading.Event(), zip(call.choices, replies, strict=True)
+            runs = [self._workers.submit(self._run, call, place, outlet, opened, *each, usage) for each in pairs]
 
             def said(_: Future[None]) -> None:
                 if all(each.done() for each in runs):  # what is left to be sent needs no place, however slowly it is read
@@ -171,19 +168,28 @@ class Answering:
         call: Call,
         place: Place,
         outlet: Outlet[bytes | Exception | None],
+        opened: threading.Event,
         choice: Choice,
         reply: shapes.Reply,
         usage: bool,
     ) -> None:
-        """Generate a reply in a thread; None says that it is whole, an error that there is no more of it."""
+        """Generate a reply in a thread; None says that it is whole, an error that there is no more of it.
+
+        The first choice opens the stream: the others wait with what they have until it has.
+        """
         try:
             for event in self._service.reply(call, choice, place):
+                if choice.index:
+                    opened.wait()
                 for chunk in reply.chunks(event):
                     outlet.put(shapes.sent({**chunk, "usage": None} if usage else chunk))
+                opened.set()
             outlet.put(None)
         except Exception as error:
             with contextlib.suppress(Cancelled):  # nobody reads any more
                 outlet.put(error)
+        finally:
+            opened.set()
 
     async def _pieces(
         self,
@@ -210,6 +216,7 @@ class Answering:
                 if out:
                     yield out
                 items = await outlet.take()
+            raise TimeoutError("the reader was behind for too long")
         finally:
             place.cancel()
             outlet.close()

@@ -25,8 +25,11 @@ from affectlens.server.shared import Cancelled
 
 LOG = logging.getLogger("affectlens.server")
 
-HELD = 2**18
-"""Bytes that the kernel holds for each reader: by itself it would take megabytes off a stream that nobody reads."""
+SENDING = 2**17
+"""Bytes that the kernel keeps for a reader; by itself it would take megabytes before anybody noticed that nothing is read."""
+
+AT_ONCE = 2**15
+"""Bytes that are sent at once: who takes so many in the time of a stall is slow and not stuck."""
 
 Item = TypeVar("Item")
 
@@ -131,8 +134,10 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with contextlib.aclosing(self._pieces) as pieces:  # type: ignore[type-var]
             async for piece in pieces:
-                async with asyncio.timeout(self._stall):
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                for start in range(0, len(piece), AT_ONCE):
+                    async with asyncio.timeout(self._stall):
+                        body = piece[start : start + AT_ONCE]
+                        await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -237,7 +242,7 @@ def listen(host: str, port: int, *, stall: float) -> socket.socket:
     made = socket.socket(family, socket.SOCK_STREAM)
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, HELD)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SENDING)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # what was sent already is out of our hands: only the kernel can give up on it
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * stall))
         made.bind((host, port))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from affectlens.engine import Logprob
+from affectlens.monitor import Token
 from affectlens.server.calls import Began, Call, Choice, Ended, Event, Said, alert_data
 
 FINISHED = {"stop": "stop", "length": "length", "stopped": "content_filter", "timeout": "length", "shutdown": "length"}
@@ -50,7 +51,7 @@ class Reply:
         self._reading = {key: facts[key] for key in ("layer", "unit")}
         self.head = {
             "id": call.id,
-            "object": ("chat.completion" if self._chat else "text_completion") + (".chunk" if self._chat else ""),
+            "object": "chat.completion.chunk" if self._chat else "text_completion",
             "created": int(call.created.timestamp()),
             "model": facts["model"],
             "system_fingerprint": facts["system_fingerprint"],
@@ -75,7 +76,7 @@ class Reply:
             return [self._chunk(delta, ours=opening)]
         if isinstance(event, Said):
             token = event.token
-            likely = self._take(event)
+            likely = self._take(token)
             ours = dict(event.row or {})
             if token.alerts:
                 ours["alerts"] = [alert_data(alert) for alert in token.alerts]
@@ -103,16 +104,13 @@ class Reply:
         }
         return {**self.head, "choices": [choice], **({"affectlens": {**ours, **unsteered}} if ours is not None else {})}
 
-    def _take(self, event: Said) -> list[Logprob]:
+    def _take(self, token: Token) -> list[Logprob]:
         """Log-probabilities that can be told: those of tokens whose text is still held back wait, and are told with it."""
-        if event.row is not None:
-            self._rows.append(event.row)
-        if event.token.logprob is not None:
-            self._waiting.append(event.token.logprob)
-        if not event.token.text:
+        if token.logprob is not None:
+            self._waiting.append(token.logprob)
+        if not token.text:
             return []
         likely, self._waiting = self._waiting, []
-        self._likely += likely
         return likely
 
     # ── as a whole ──
@@ -122,7 +120,9 @@ class Reply:
         if isinstance(event, Began):
             self.prompt = event.prompt
         elif isinstance(event, Said):
-            self._take(event)
+            self._likely += self._take(event.token)
+            if event.row is not None:
+                self._rows.append(event.row)
         else:
             self.ended = event
 
