@@ -298,8 +298,9 @@ def webhook(setting: Setting) -> Section:
     """Two servers with the same ten rules, which fire in every reply: those of one tell a webhook that takes everything and
     never answers, those of the other tell nobody. The same request goes to both, in turns, 200 times.
 
-    Met when: a reply takes at most 5 % longer where the webhook hangs, by the upper end of the interval of the median ratio; every
-    alarm is counted as not delivered (waiting, given up, dropped); the server whose webhook hangs ends within 20 seconds of SIGTERM.
+    Met when: a reply takes at most 5 % longer where the webhook hangs, by the upper end of the interval of the median ratio;
+    every alarm is counted as not delivered (waiting, given up, dropped); the server whose webhook hangs ends within 20 seconds
+    of SIGTERM.
     """
     pairs = setting.of(200, 6)
     names = setting.names
