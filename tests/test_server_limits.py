@@ -794,3 +794,11 @@ def test_keep_alive_and_pipelines(server: Running) -> None:
         answer = connection.getresponse()
         assert answer.status == 200 and json.loads(answer.read())["usage"]["completion_tokens"] == 2
     connection.close()
+
+
+def test_small_pieces_are_sent_at_once(tmp_path: Path) -> None:
+    with serving(tmp_path, heartbeat=30) as server:
+        where = urlsplit(server.url)
+        with socket.create_connection((where.hostname, where.port), timeout=5):
+            listening = server.server.servers[0].sockets[0]
+            assert listening.proto == socket.IPPROTO_TCP, "else asyncio leaves Nagle's algorithm on: 40 ms for each small piece"
