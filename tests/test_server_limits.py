@@ -29,6 +29,7 @@ from affectlens.engines.toy import ToyEngine
 from affectlens.errors import AffectlensError, Busy, EngineError, FormatError
 from affectlens.server.app import refuse_open
 from affectlens.server.keys import Key, Keyring, digest, new_key, read_keys
+from affectlens.server.outlet import listen
 from affectlens.server.settings import Settings
 from affectlens.server.shared import Cancelled, ModelFailed, SharedEngine, TimedOut
 from affectlens.server.store import Status
@@ -796,9 +797,6 @@ def test_keep_alive_and_pipelines(server: Running) -> None:
     connection.close()
 
 
-def test_small_pieces_are_sent_at_once(tmp_path: Path) -> None:
-    with serving(tmp_path, heartbeat=30) as server:
-        where = urlsplit(server.url)
-        with socket.create_connection((where.hostname, where.port), timeout=5):
-            listening = server.server.servers[0].sockets[0]
-            assert listening.proto == socket.IPPROTO_TCP, "else asyncio leaves Nagle's algorithm on: 40 ms for each small piece"
+def test_small_pieces_are_sent_at_once() -> None:
+    with listen("127.0.0.1", 0, stall=1) as made:
+        assert made.proto == socket.IPPROTO_TCP, "else asyncio leaves Nagle's algorithm on: 40 ms for each small piece"
