@@ -20,7 +20,7 @@ from typing import Any
 
 from affectlens.server.store import Store
 from callers import Answer, Caller, mixed, stream, unending
-from running import TOY_STRENGTH, Check, Section, Server, Setting, at_most, ratio, until
+from running import TOY_STRENGTH, Check, Section, Server, Setting, ratio, until
 
 COMMIT = 5.0
 """Seconds that the end of a reply waits for the store: the server's own."""
@@ -74,8 +74,9 @@ def kill(setting: Setting) -> Section:
             "it listens again",
             f"within {limit:.1f} s (twice its first start and a second)",
             f"after {min(starts):.1f} to {max(starts):.1f} s",
-            max(starts) <= limit and not answered.problems,
+            setting.judged(max(starts) <= limit),
         ),
+        Check("it answers again", "yes", answered.problems[0] if answered.problems else "yes", not answered.problems),
     )
     figures = {"first": first, "starts": starts, "acknowledged": len(acknowledged), "unfinished": unfinished, "missing": missing}
     return Section(
@@ -218,7 +219,7 @@ def _outages(setting: Setting, folder: Path, faults: Sequence[Fault]) -> Section
             missing, other = _not_kept(fault.store, acknowledged)
         failed = [problem for each in answers for problem in each.problems]
         well = [each.total for each in answers if each.began + each.total < broken]
-        ill = [each.total for each in answers if broken <= each.began < mended]
+        ill = [each.total for each in answers if each.began < mended and each.began + each.total >= broken]
         ends = [each.began + each.total for each in answers]
         rates = [sum(a <= end < b for end in ends) / (b - a) for a, b in ((broken - before, broken), (broken, mended))]
         slowest, took = max(well, default=0.0) + COMMIT, max(ill, default=0.0)
@@ -230,8 +231,16 @@ def _outages(setting: Setting, folder: Path, faults: Sequence[Fault]) -> Section
                 seen,
                 noticed is not None and noticed <= 10 and (told["up"] == 0 or told["waiting_records"] > 0),
             ),
-            f"the slowest of {len(ill)} replies meanwhile": (f"{slowest:.1f} s at most", f"{took:.1f} s", 0 < took <= slowest),
-            "replies a second meanwhile": (f"half of {rates[0]:.1f} at least", f"{rates[1]:.1f}", rates[1] >= rates[0] / 2),
+            f"the slowest of {len(ill)} replies meanwhile": (
+                f"{slowest:.1f} s at most",
+                f"{took:.1f} s",
+                setting.judged(0 < took <= slowest),
+            ),
+            "replies a second meanwhile": (
+                f"half of {rates[0]:.1f} at least",
+                f"{rates[1]:.1f}",
+                setting.judged(rates[1] >= rates[0] / 2),
+            ),
             "acknowledged replies missing or altered afterwards": (
                 "0",
                 f"{len(missing) + len(other)} of {len(acknowledged):,}",
@@ -257,23 +266,16 @@ def _waiting(server: Server) -> float:
 # ── a webhook that hangs ──
 
 
-class _Target:
-    """Where webhooks go: one that answers at once, or takes everything and never answers."""
+class _Hanging:
+    """Where webhooks go: it takes everything and never answers."""
 
-    def __init__(self, *, hangs: bool) -> None:
-        self.took = 0
+    def __init__(self) -> None:
         over = self._over = threading.Event()
-        target = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 self.rfile.read(int(self.headers["Content-Length"]))
-                target.took += 1
-                if hangs:
-                    over.wait()
-                    return
-                self.send_response(204)
-                self.end_headers()
+                over.wait()
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -283,7 +285,7 @@ class _Target:
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/alarms"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
-    def __enter__(self) -> _Target:
+    def __enter__(self) -> _Hanging:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -293,27 +295,25 @@ class _Target:
 
 
 def webhook(setting: Setting) -> Section:
-    """Two servers with ten rules each that fire in every reply: the alarms of one go to a target that takes them and never
-    answers, those of the other to one that answers at once. The same request goes to both, in turns, 200 times.
+    """Two servers with the same ten rules, which fire in every reply: those of one tell a webhook that takes everything and
+    never answers, those of the other tell nobody. The same request goes to both, in turns, 200 times.
 
-    Met when: a reply takes at most 5 % longer where the target hangs, by the upper end of the interval of the median ratio; every
-    alarm that was not delivered is counted (waiting, given up, dropped); the server with the hanging target ends within 20
-    seconds of SIGTERM.
+    Met when: a reply takes at most 5 % longer where the webhook hangs, by the upper end of the interval of the median ratio;
+    every alarm is counted as not delivered (waiting, given up, dropped); the server whose webhook hangs ends within 20 seconds
+    of SIGTERM.
     """
-    pairs = setting.of(200, 12)
+    pairs = setting.of(200, 6)
     names = setting.names
     folder = setting.place("webhook")
     with contextlib.ExitStack() as stack:
-        servers, targets = list[Server](), list[_Target]()
-        for kind in ("hangs", "answers"):
-            target = stack.enter_context(_Target(hangs=kind == "hangs"))
+        url = stack.enter_context(_Hanging()).url
+        servers = list[Server]()
+        for kind, actions in (("hangs", f'[{{ do = "webhook", url = "{url}", secret = "ALARM_KEY" }}]'), ("none", "[]")):
             rules = folder / f"{kind}.toml"
-            actions = f'[{{ do = "webhook", url = "{target.url}", secret = "ALARM_KEY" }}]'
             when = [f"r{i}: {names[i % len(names)]} > -{50 + i}" for i in range(10)]
             rules.write_text("".join(f'[[rules]]\nwhen = "{each}"\nactions = {actions}\n' for each in when))
             server = Server(folder / kind, "--rules", str(rules), vectors=setting.toy, environment={"ALARM_KEY": "x"})
             servers.append(stack.enter_context(server))
-            targets.append(target)
         callers = [stack.enter_context(Caller(server)) for server in servers]
         rng = random.Random(3)
         times: list[tuple[float, float]] = []
@@ -327,28 +327,23 @@ def webhook(setting: Setting) -> Section:
             if i >= 0:  # the first ones warm up
                 times.append((took[0], took[1]))
         fired = [round(server.counted("affectlens_alerts_total")) for server in servers]
-        until(lambda: targets[1].took >= fired[1], 30)
-        counts = [{key: n for key, n in server.metrics().items() if key.startswith("affectlens_webhook")} for server in servers]
+        counts = {key: n for key, n in servers[0].metrics().items() if key.startswith("affectlens_webhook")}
         ended = servers[0].stop()
-    slower = ratio(times)
-    undelivered = [sum(each.values()) for each in counts]
+    slower, undelivered = ratio(times), sum(counts.values())
     checks = (
-        Check("time of a reply where the target hangs, over that where it answers", *at_most(1.05, slower)),
+        Check("time of a reply where the webhook hangs, over that without one", *setting.at_most(1.05, slower)),
         Check("replies that failed", "0", f"{failed}", not failed),
         Check(
             "alarms that are counted as not delivered",
-            f"all {fired[0]:,} where the target hangs, none elsewhere",
-            f"{undelivered[0]:,.0f}, and {undelivered[1]:,.0f} elsewhere",
-            undelivered == [fired[0], 0] and fired[0] > 0 and targets[1].took == fired[1],
+            f"all {fired[0]:,}",
+            f"{undelivered:,.0f}",
+            undelivered == fired[0] == fired[1] > 0,
         ),
-        Check("it ends in spite of the hanging target", "within 20 s", f"after {ended:.1f} s", ended <= 20),
+        Check("it ends in spite of the webhook", "within 20 s", f"after {ended:.1f} s", ended <= 20),
     )
-    figures = {
-        "times": times,
-        "fired": fired,
-        "counts": counts,
-        "delivered": targets[1].took,
-        "ended": ended,
-        "ratio": asdict(slower),
+    figures = {"times": times, "fired": fired, "counts": counts, "ended": ended, "ratio": asdict(slower)}
+    told = {
+        key.removeprefix("affectlens_webhook_").removesuffix("_total").removesuffix("_alarms"): n for key, n in counts.items()
     }
-    return Section(f"{pairs} requests to both servers, {fired[0]:,} alarms each.", checks, (), figures)
+    also = (f"Of the alarms {', '.join(f'{n:,.0f} {what}' for what, n in told.items())}.",)
+    return Section(f"{pairs} requests to both servers, {fired[0]:,} alarms each.", checks, also, figures)

@@ -235,11 +235,6 @@ def ratio(pairs: Sequence[tuple[float, float]]) -> Estimate:
     return bootstrap(lambda index: median([ratios[i] for i in index]), len(ratios))
 
 
-def at_most(limit: float, found: Estimate) -> tuple[str, str, bool]:
-    """What is wanted of an estimate, what it is, and whether its whole interval is so."""
-    return f"≤ {limit:g} at the interval's end", str(found), found.high <= limit
-
-
 # ── what a section finds ──
 
 
@@ -289,6 +284,14 @@ class Setting:
     def of(self, whole: Any, short: Any) -> Any:
         """The one or the other, by how thorough this is."""
         return short if self.quick else whole
+
+    def judged(self, met: bool) -> bool | None:
+        """A verdict that needs many repetitions; none in the short form."""
+        return None if self.quick else met
+
+    def at_most(self, limit: float, found: Estimate, unit: str = "") -> tuple[str, str, bool | None]:
+        """What is wanted of an estimate, what it is, and whether its whole interval is so."""
+        return f"≤ {limit:g}{unit} at the interval's end", str(found), self.judged(found.high <= limit)
 
     def place(self, name: str) -> Path:
         """An empty folder."""

@@ -1,10 +1,10 @@
-"""Tables of the benchmark results, and the page that shows them: no number in ``docs/benchmarks.md`` is typed by hand.
+"""Tables of the benchmark results, and the pages that show them: no number there is typed by hand.
 
-    python bench/table.py            rewrites what stands between the markers of each result in docs/benchmarks.md
+    python bench/table.py            rewrites what stands between the markers of each result
     python bench/table.py --print    prints the tables
 
-A result ``bench/results/NAME.json`` goes between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``; markers that the page
-lacks are added at its end.
+A result ``bench/results/NAME.json`` goes between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->`` of
+``docs/benchmarks.md``, or of the page that ``PAGES`` names; markers that a page lacks are added at its end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-PAGE = HERE.parent / "docs" / "benchmarks.md"
+DOCS = HERE.parent / "docs"
+PAGES = {"reliability": "reliability.md"}
+"""Where a result stands, if not in ``benchmarks.md``."""
 
 TARGETS = {"ordinary": 4.0, "best_peer": 1.8, "bound": 0.40, "memory": 0.05, "pairs": 4.0}
 
@@ -663,6 +665,34 @@ def serving(result: dict[str, Any]) -> str:
     return "\n".join([caption, *lines])
 
 
+def reliability(result: dict[str, Any]) -> str:
+    """What each section of ``bench/reliability.py`` does, wants and found."""
+    lines: list[str] = []
+    for name, section in result["sections"].items():
+        done, _, wanted = section["what"].partition("\n\nMet when: ")
+        threads = f", {section['threads']} thread(s)" if section["threads"] else ""
+        lines += [
+            f"## {name}",
+            "",
+            done,
+            "",
+            f"**Met when:** {wanted}",
+            "",
+            f"{section['caption']} {section['date'][:10]}, {section['seconds'] / 60:.0f} minutes{threads}, on "
+            f"{section['machine']['cores']} cores that had {section['load_average']:.1f} processes to run (mean of 15 minutes).",
+            "",
+            "| | wanted | found | |",
+            "|---|---|---|---|",
+        ]
+        for check in section["checks"]:
+            verdict = {True: "met", False: "**missed**", None: "untestable"}[check["met"]]
+            lines.append(f"| {check['what']} | {check['wanted']} | {check['found']} | {verdict} |")
+        for also in section["also"]:
+            lines += ["", also]
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "extraction": extraction,
     "profile_reading": profile_reading,
@@ -674,6 +704,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "preferences": preferences,
     "monitoring": monitoring,
     "training": training,
+    "reliability": reliability,
     "store": store,
     "serving": serving,
 }
@@ -683,7 +714,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--print", action="store_true", help="print the tables and leave the page alone")
     args = parser.parse_args()
-    page = PAGE.read_text() if PAGE.is_file() else "# Benchmarks\n\nMade by the scripts in `bench/`; see `bench/README.md`.\n"
+    pages: dict[Path, str] = {}
     for name, draw in TABLES.items():
         path = HERE / "results" / f"{name}.json"
         if not path.is_file():
@@ -693,13 +724,15 @@ def main() -> int:
         if args.print:
             print(drawn)
             continue
+        path = DOCS / PAGES.get(name, "benchmarks.md")
+        page = pages.get(path) or path.read_text()
         start, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
         if start not in page or end not in page:
             page += f"\n## {name.capitalize()}\n\n{start}\n{end}\n"
         between = re.compile(re.escape(start) + ".*?" + re.escape(end), re.DOTALL)
-        page = between.sub(lambda _, text=f"{start}\n{drawn}\n{end}": text, page, count=1)
-    if not args.print:
-        PAGE.write_text(page)
+        pages[path] = between.sub(lambda _, text=f"{start}\n{drawn}\n{end}": text, page, count=1)
+    for path, page in pages.items():
+        path.write_text(page)
     return 0
 
 

@@ -29,6 +29,7 @@ from affectlens.engines.toy import ToyEngine
 from affectlens.errors import AffectlensError, Busy, EngineError, FormatError
 from affectlens.server.app import refuse_open
 from affectlens.server.keys import Key, Keyring, digest, new_key, read_keys
+from affectlens.server.outlet import listen
 from affectlens.server.settings import Settings
 from affectlens.server.shared import Cancelled, ModelFailed, SharedEngine, TimedOut
 from affectlens.server.store import Status
@@ -797,3 +798,8 @@ def test_keep_alive_and_pipelines(server: Running) -> None:
         answer = connection.getresponse()
         assert answer.status == 200 and json.loads(answer.read())["usage"]["completion_tokens"] == 2
     connection.close()
+
+
+def test_small_pieces_are_sent_at_once() -> None:
+    with listen("127.0.0.1", 0, stall=1) as made:
+        assert made.proto == socket.IPPROTO_TCP, "else asyncio leaves Nagle's algorithm on: 40 ms for each small piece"

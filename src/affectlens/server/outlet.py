@@ -25,8 +25,8 @@ from affectlens.server.shared import Cancelled
 
 LOG = logging.getLogger("affectlens.server")
 
-HELD = 2**18
-"""Bytes that the kernel holds for each reader: by itself it would take megabytes off a stream that nobody reads."""
+SENDING = 2**17
+"""Bytes that the kernel keeps for a reader; by itself it would take megabytes before anybody noticed that nothing is read."""
 
 AT_ONCE = 2**15
 """Bytes that are sent at once: who takes so many in the time of a stall is slow and not stuck."""
@@ -239,10 +239,11 @@ def listen(host: str, port: int, *, stall: float) -> socket.socket:
         OSError: The address is in use, or none of this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    made = socket.socket(family, socket.SOCK_STREAM)
+    # Named, since asyncio turns off the waiting for acknowledgements (Nagle) for this protocol only.
+    made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, HELD)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SENDING)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # what was sent already is out of our hands: only the kernel can give up on it
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * stall))
         made.bind((host, port))
