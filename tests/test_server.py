@@ -263,6 +263,19 @@ def test_readings_of_a_stream_are_those_of_the_monitor(server: Running) -> None:
     assert len(plain["affectlens"]["tokens"]) == 20 and set(plain["affectlens"]["summary"]["mean"]) == set(server.service.watched)
 
 
+def test_inner_against_visible_where_it_is_asked_for(server: Running) -> None:
+    told = server.chat(readings={"emotions": ["calm"], "visible": True}, max_tokens=20)["affectlens"]
+    trace = server.client.get(f"/v1/traces/{told['trace']}").json()
+    for key in ("visible", "gap"):
+        own = np.array(trace[key]["calm"][10:], dtype=float)
+        assert np.isfinite(own).all() and told["summary"][key]["calm"] == pytest.approx(own.mean(), abs=2e-3)
+    plain = server.chat(readings={"emotions": ["calm"]}, max_tokens=20)["affectlens"]
+    assert "gap" not in plain["summary"] and plain["summary"]["mean"] == told["summary"]["mean"]
+    messages = [*HI, {"role": "assistant", "content": "the calm sea"}]
+    assert "gap" in server.client.post("/v1/score", json={"messages": messages, "visible": True}).json()
+    assert "gap" not in server.client.post("/v1/score", json={"messages": messages}).json()
+
+
 def streamed(server: Running, body: dict[str, Any]) -> list[dict[str, Any]]:
     """The chunks of a stream, which ends with [DONE]."""
     with server.client.stream("POST", "/v1/chat/completions", json=body) as answer:

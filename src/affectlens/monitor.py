@@ -195,12 +195,13 @@ class Monitor:
         """
         return Stream(self, engine, prompt, sampling=sampling, prefill=prefill, steering=steering, id=id)
 
-    def joined(self, rules: Iterable[str | Rule | Policy], *, without: Collection[str] = ()) -> Monitor:
+    def joined(self, rules: Iterable[str | Rule | Policy], *, without: Collection[str] = (), gap: bool = False) -> Monitor:
         """A monitor that watches more rules, or fewer, for one reply: it shares the baseline and the telling with this one.
 
         Args:
             rules: Rules to add. What they do is done to the reply only: they stop or steer it.
             without: Names of rules of this monitor to leave out.
+            gap: Read replies alone as well, whatever this monitor does.
 
         Raises:
             RuleError: A rule cannot be understood, or names what does not exist.
@@ -216,7 +217,7 @@ class Monitor:
                     kind = type(action).__name__.lower()
                     raise EngineError(f"a rule that is added can stop and steer, not {kind}: give the monitor itself the rule")
         kept = tuple(each for each in self.policies if each.rule.name not in without)
-        other = Monitor(self.probe.vectors, self.baseline, rules=more, other=self.probe.other, gap=self.probe.alone)
+        other = Monitor(self.probe.vectors, self.baseline, rules=more, other=self.probe.other, gap=gap or self.probe.alone)
         other.policies, other.reporter = (*kept, *more), self.reporter
         return other
 

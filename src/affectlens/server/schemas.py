@@ -53,12 +53,13 @@ class Readings(Plain):
     """Which scores come with a reply.
 
     ``emotions`` are names, or ``all``; by default those that the server watches. ``every`` gives the scores of every so manieth
-    token only. ``prompt`` asks for the scores of what was said before as well.
+    token only. ``prompt`` asks for the scores of what was said before as well, ``visible`` for what the words of the reply read alone.
     """
 
     emotions: list[Name] | Literal["all"] | None = Field(default=None)
     every: int = Field(default=1, ge=1, le=100_000)
     prompt: bool = False
+    visible: bool = False
 
 
 class StopAction(Plain):
@@ -270,6 +271,7 @@ class ScoreRequest(Plain):
     text: Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_WORDS)] | None = None
     messages: list[Spoken] | None = Field(default=None, min_length=1, max_length=2000)
     emotions: list[Name] | Literal["all"] | None = Field(default=None, description="Whose scores to give; all by default.")
+    visible: bool = Field(default=False, description="Also what the words of each reply read alone, and the gap.")
 
     @model_validator(mode="after")
     def _one(self) -> ScoreRequest:

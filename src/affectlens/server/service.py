@@ -178,7 +178,8 @@ class Service:
             stop=request.stops,
             logprobs=_logprobs(request),
         )
-        watching = monitor.joined(policies) if policies else monitor
+        alone = readings is not None and readings.visible
+        watching = monitor.joined(policies, gap=alone) if policies or alone else monitor
         return Call(
             id, datetime.now(UTC), "chat" if chat else "completion", key, headers or {}, choices, sampling, limit, bias, readings,
             names, watching, request.compare, not chat and bool(request.echo),  # type: ignore[attr-defined]
@@ -283,7 +284,7 @@ class Service:
             if not turns:
                 raise EngineError("messages holds no words: give at least one turn with some")
             what, prompt = Conversation(id, turns), turns
-        monitor = self.armed.monitor
+        monitor = self.armed.monitor.joined((), gap=True) if request.visible else self.armed.monitor
         trace = monitor.score(place, what, id=id)
         record = Record(
             id=id,
@@ -331,7 +332,7 @@ class Service:
             LOG.exception("%s could not be counted", record.id)
 
     def _summary(self, trace: Trace, names: Sequence[str]) -> dict[str, Any]:
-        """Mean, peak and last score of the reply's words, and the emotions that stand out."""
+        """Mean, peak and last score of the reply's words, their mean read alone and the gap, and the emotions that stand out."""
         own = trace.of("assistant")
         own[: trace.layout.n_prompt] = False
         rows = trace.scores[own]
@@ -339,6 +340,10 @@ class Service:
             return {"mean": {}, "peak": {}, "last": {}, "top": []}
         mean = rows.mean(axis=0)
         table = {"mean": mean, "peak": rows.max(axis=0), "last": rows[-1]}
+        for key, kind in (("visible", trace.visible), ("gap", trace.gap)):
+            # A reply's first word has no context when it is read alone, so it is not read.
+            if kind is not None and len(read := kind[own & np.isfinite(kind).all(axis=1)]):
+                table[key] = read.mean(axis=0)
         best = np.argsort(-mean, kind="stable")[:STANDING_OUT]
         return {
             **{key: {name: _number(row[trace.names.index(name)]) for name in names} for key, row in table.items()},

@@ -265,7 +265,7 @@ export function live() {
       temperature: Number(temperature.value),
       max_tokens: Number(longest.value),
       ...(seed.value !== "" && { seed: Number(seed.value) }),
-      readings: { emotions: "all", every: 1, prompt: true },
+      readings: { emotions: "all", every: 1, prompt: true, visible: true },
       ...(Object.keys(mixture).length && { emotion_bias: mixture, ...(compare.checked && { compare: true }) }),
     };
     let started = null,
