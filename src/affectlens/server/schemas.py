@@ -53,7 +53,8 @@ class Readings(Plain):
     """Which scores come with a reply.
 
     ``emotions`` are names, or ``all``; by default those that the server watches. ``every`` gives the scores of every so manieth
-    token only. ``prompt`` asks for the scores of what was said before as well, ``visible`` for what the words of the reply read alone.
+    token only. ``prompt`` asks for the scores of what was said before as well, ``visible`` for what the words of the reply read
+    alone.
     """
 
     emotions: list[Name] | Literal["all"] | None = Field(default=None)
