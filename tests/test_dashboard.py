@@ -318,7 +318,7 @@ def test_tokens_come_coloured_while_they_arrive(window: Open) -> None:
     assert red > green and red > blue
     # The user's words have readings too, and the path of the circumplex is as long as what was said.
     assert page.locator(".turn.user .numbers").inner_text().startswith("mean")
-    assert fake.asked[0]["readings"] == {"emotions": "all", "every": 1, "prompt": True}
+    assert fake.asked[0]["readings"] == {"emotions": "all", "every": 1, "prompt": True, "visible": True}
     # The rule fired where it stands: a mark in the words, a note, a line in the panel.
     expect(page.locator(".turn .note").filter(has_text="cornered")).to_be_visible()
     expect(page.locator(".fired li").filter(has_text="cornered")).to_be_visible()

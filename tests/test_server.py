@@ -497,7 +497,7 @@ def test_traces_are_searched_and_exported(server: Running) -> None:
     assert id in {json.loads(line)["id"] for line in kept}
     refused(server.client.get("/v1/traces/chatcmpl-00"), 404)
     refused(server.client.get("/v1/traces/..%2F..%2Fetc"), 404)
-    for query in ({"emotion": "clam"}, {"limit": 0}, {"after": "x"}, {"since": "never"}, {"above": "nan"}):
+    for query in ({"emotion": "clam"}, {"limit": 0}, {"after": "x"}, {"since": "never"}, {"above": "nan"}, {"words": "door"}):
         refused(server.client.get("/v1/traces", params=query))  # type: ignore[arg-type]
 
 

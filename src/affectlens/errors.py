@@ -97,6 +97,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
         'did you mean calm?'
     """
     known = list(known)
+    if not known:
+        return "there is none"
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if near:
         return f"did you mean {', '.join(near)}?"

@@ -19,17 +19,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from affectlens.concepts import ConceptSet
-from affectlens.errors import AffectlensError, Busy
+from affectlens.errors import AffectlensError, Busy, UnknownName
 from affectlens.server import dashboard
 from affectlens.server.answering import KINDS, answer_on
 from affectlens.server.browsing import browse_on
+from affectlens.server.calls import WrongField
 from affectlens.server.catalog import Catalog
 from affectlens.server.guard import Guard
 from affectlens.server.keys import Key, Keyring
@@ -80,6 +81,7 @@ def create_app(
         summary="Emotion dials and live readings behind an OpenAI-compatible API.",
         version="1",
         lifespan=lifespan,
+        dependencies=[Depends(_known)],
         docs_url=None,
         redoc_url=None,
         responses={status: {"description": said} for status, said in SAID.items()},
@@ -94,6 +96,16 @@ def create_app(
     _documented(app)
     app.add_middleware(Guard, settings=settings, keys=Keyring(keys), broken=broken)
     return app
+
+
+async def _known(request: Request) -> None:
+    """Refuse a parameter of a query that a route does not know: a search without the word that was misspelt finds too much."""
+    if not request.url.path.startswith("/v1/"):
+        return
+    names = [each.alias for each in request.scope["route"].dependant.query_params]
+    for name in request.query_params:
+        if name not in names:
+            raise WrongField(UnknownName("parameter", name[:60], names), name[:60])
 
 
 def refuse_open(settings: Settings, keys: tuple[Key, ...]) -> None:
