@@ -164,6 +164,7 @@ class Caller:
                     break
                 came.read()
                 answer.busy += 1
+                self._connection.close()  # which the server does as well with one that is idle for long
                 time.sleep(float(came.headers["Retry-After"]))
             if came.status != 200:
                 answer.problems.append(f"status {came.status}: {came.read()[:300].decode(errors='replace')}")

@@ -41,6 +41,9 @@ from affectlens.server.service import CLOSING, Service
 from affectlens.server.settings import Settings
 from affectlens.server.shared import Cancelled
 
+IDLE = 75
+"""Seconds that a connection is kept without a request: longer than proxies keep theirs, so that none is closed while it is used."""
+
 
 def create_app(
     service: Service,
@@ -281,6 +284,7 @@ def run(app: FastAPI, *, ready: Callable[[str], None] = lambda address: None) ->
         ws="none",
         server_header=False,
         proxy_headers=False,
+        timeout_keep_alive=IDLE,
         timeout_graceful_shutdown=math.ceil(settings.drain + 2 * CLOSING),
     )
     try:
