@@ -42,7 +42,7 @@ from affectlens.server.settings import Settings
 from affectlens.server.shared import Cancelled
 
 IDLE = 75
-"""Seconds that a connection is kept without a request: longer than proxies keep theirs, or one would be closed while it is used."""
+"""Seconds that a connection is kept without a request: more than proxies keep theirs, or it would be closed while it is used."""
 
 
 def create_app(
