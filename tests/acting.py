@@ -33,8 +33,8 @@ class ActingToy(ToyEngine):
 
     Args:
         rate: Probability of the deed at a dose.
-        perform: Writes a reply to a chat: with the deed or without, by the random numbers that it is given. A prefill that the reply
-            was to begin with may be repeated or left out.
+        perform: Writes a reply to a chat: with the deed or without, by the random numbers that it is given. A prefill that the
+            reply was to begin with may be repeated or left out.
         concept: Whose strength is the dose.
         options: Of :class:`ToyEngine`.
 
