@@ -1,9 +1,9 @@
 """The arms of a sweep: what is done to the model in each of them, controls included.
 
-A sweep asks what a concept does at several strengths, which says little by itself: any push of that length might do the same. So
-beside every sweep stand random directions of equal norm, and vectors that come out when the stories' emotions are dealt at random.
-Both run where an effect would be largest, at the lowest and at the highest strength of all sweeps. Two arms check the instrument:
-in one nothing is steered, in the other something is, by nothing.
+A sweep asks what a concept does at several strengths, which says little by itself: any push of that length might do the same.
+So beside every sweep stand random directions of equal norm, and vectors that come out when the stories' emotions are dealt at
+random. Both run where an effect would be largest, at the lowest and at the highest strength of all sweeps. Two arms check the
+instrument: in one nothing is steered, in the other something is, by nothing.
 """
 
 from __future__ import annotations

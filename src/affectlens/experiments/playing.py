@@ -4,14 +4,15 @@ A case is a generator that yields what it wants done. So all cases are played si
 that is asked of the model goes to it together, arms of all steerings in one batch. Answers are kept by their content. A run that
 was killed plays the same generators again, and they find their answers there.
 
-Which requests share a batch depends only on the cases and on the answers so far, never on what was there already: rounding differs
-between batches, and a resumed run must come to the same texts. For the same reason baseline and strength 0 are batches of their own,
-of equal composition, so that they can be compared to the bit.
+Which requests share a batch depends only on the cases and on the answers so far, never on what was there already: rounding
+differs between batches, and a resumed run must come to the same texts. For the same reason baseline and strength 0 are batches
+of their own, of equal composition, so that they can be compared to the bit.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -160,7 +161,7 @@ class Player:
             own.sort(key=lambda i: (-self._length(requests[i]), asks[i][0].case.id, asks[i][0].arm.id, asks[i][0].number))
             parts = math.ceil(len(own) / FEW_GENERATED)
             ends = [round(len(own) * k / parts) for k in range(parts + 1)]
-            for a, b in zip(ends, ends[1:], strict=False):
+            for a, b in itertools.pairwise(ends):
                 chunk = [requests[i] for i in own[a:b]]
                 self._readings.gather(chunk)
                 for i, result in zip(own[a:b], self._readings.read(chunk), strict=True):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,8 +24,8 @@ from affectlens.engine import Engine
 from affectlens.errors import EngineError, FormatError, UnknownName
 from affectlens.experiments import Answer, Case, Experiment, Grade, Question
 from affectlens.experiments.arms import BASELINE, PLACES, Arm, Sweep, arms
-from affectlens.experiments.episodes import Episode, Gauge, write_episodes
-from affectlens.experiments.playing import Player, check_zero
+from affectlens.experiments.episodes import CONTEXT, Episode, Gauge, check_grade, write_episodes
+from affectlens.experiments.playing import Player, Sandbox, check_zero
 from affectlens.readings import Readings
 from affectlens.runs import Progress, Run, content_id, read_json, write_json
 from affectlens.stats import wilson
@@ -78,6 +78,15 @@ class Plan:
             raise FormatError("an experiment needs n of at least 1, and random, shuffled and seed of at least 0")
         if self.where not in PLACES:
             raise UnknownName("place to steer", self.where, PLACES)
+
+    def check(self, experiment: Experiment) -> None:
+        """Refuse what can be seen to be wrong before a model is loaded.
+
+        Raises:
+            UnknownName: The experiment has no such level.
+        """
+        if self.level not in ("auto", *experiment.levels):
+            raise UnknownName("level", self.level, ("auto", *experiment.levels))
 
     def of(self, experiment: Experiment) -> tuple[Sweep, ...]:
         """The sweeps, or those of the experiment where none is given."""
@@ -179,15 +188,16 @@ def run_experiment(
     from affectlens.experiments.coherence import loud
     from affectlens.experiments.reporting import write_report
 
-    if plan.level not in ("auto", *experiment.levels):
-        raise UnknownName("level", plan.level, ("auto", *experiment.levels))
-    sandbox = None
+    plan.check(experiment)
+    if experiment.needs_exec and not allow_exec:
+        raise EngineError(f"{experiment.name} runs code that the model writes: allow it with --allow-exec")
+    sandbox: Sandbox | None = None
+    isolation = ""
     if experiment.needs_exec:
-        from affectlens.experiments import sandbox as module
+        from affectlens.experiments.sandbox import available
+        from affectlens.experiments.sandbox import run as sandboxed
 
-        if not allow_exec:
-            raise EngineError(f"{experiment.name} runs code that the model writes: allow it with --allow-exec")
-        sandbox, isolation = module.run, module.available()
+        sandbox, isolation = sandboxed, available()
     names = watched(experiment, vectors, plan)
     if baseline is not None:
         baseline.check(Probe(vectors))
@@ -238,8 +248,8 @@ def run_experiment(
             "arms": [{"id": arm.id, "kind": arm.kind, "name": arm.name, "strength": arm.strength} for arm in every],
             "unit": gauge.unit,
             "judge": examiner.id,
-            "isolation": isolation if sandbox else "",
-            "context": sum(episode.finish == "context" for episode in episodes),
+            "isolation": isolation,
+            "context": sum(episode.finish == CONTEXT for episode in episodes),
             "unparsed": sum(answer.option is None for episode in episodes for answer in episode.answers.values()),
         }
         write_json(run.path / SUMMARY, summary)
@@ -292,7 +302,7 @@ def choose_level(experiment: Experiment, baselines: Sequence[Episode], *, wanted
         acts = [episode.grade.outcome in experiment.acts for episode in baselines if episode.case.level == level]
         rate = wilson(sum(acts), len(acts))
         rates[level] = (rate.value, rate.low, rate.high, rate.n)
-    movable = [level for level, (_, low, high, _) in rates.items() if FLOOR <= low and high <= CEILING]
+    movable = [level for level, (_, low, high, _) in rates.items() if low >= FLOOR and high <= CEILING]
     if wanted != "auto":
         level, why = wanted, "It was asked for."
     elif not experiment.acts:
@@ -346,8 +356,8 @@ class Examiner:
             texts = [reply.text for reply in episode.replies]
             said = texts[grade.act[0] if grade.act else -1] if texts else ""
             if grade.outcome != "incoherent" and (reason := incoherent(said)):
-                else_ = f"apart from that the rules would say: {grade.outcome}"
-                episode.grade = Grade("incoherent", (f"the reply has fallen apart: {reason}", else_, *grade.reasons))
+                reasons = (f"the reply has fallen apart: {reason}", f"else it would be: {grade.outcome}", *grade.reasons)
+                episode.grade = Grade("incoherent", reasons)
             episode.ruled = episode.grade.outcome
         if self.judge is None:
             return
@@ -360,12 +370,7 @@ class Examiner:
             parsed = {id: answer for id, answer in episode.answers.items() if answer.option is not None}
             if episode.questions:
                 judged = self.experiment.judged(episode.case, episode.grade, parsed)
-                episode.grade = self._checked(judged, episode)
-
-    def _checked(self, grade: Grade, episode: Episode) -> Grade:
-        from affectlens.experiments.episodes import check_grade
-
-        return check_grade(grade, episode, self.experiment)
+                episode.grade = check_grade(judged, episode, self.experiment)
 
     def _answers(self, questions: Sequence[Question]) -> dict[str, Answer]:
         assert self.judge is not None
@@ -403,11 +408,7 @@ def _checks(summary: dict[str, Any], episodes: Sequence[Episode], plan: Plan, st
         check("level", "ok" if summary["testable"] else "warn", summary["level"], summary["why"]),
     ]
     if plan.shuffled and not any(arm["kind"] == "shuffled" for arm in summary["arms"]):
-        why = (
-            "the stories say nothing of the swept emotions at this layer"
-            if stories
-            else "the activations of the stories are not at hand"
-        )
+        why = "no story of a swept emotion at this layer" if stories else "the stories' activations are not at hand"
         found.append(check("shuffled stories", "warn", "left out", f"{why}: vectors in a run's folder have them"))
     if summary["context"]:
         detail = "of the model's own words: they were graded by what there was"
