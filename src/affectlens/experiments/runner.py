@@ -43,6 +43,9 @@ FLOOR, CEILING = 0.02, 0.98
 ASKED_TOGETHER = 64
 """Questions that the judge answers in one go: what a killed run loses at most."""
 
+UNREAD = 0.1
+"""A judge with a larger share of answers that cannot be read is to be mistrusted."""
+
 SUMMARY = "summary.json"
 
 
@@ -147,25 +150,59 @@ def open_run(
     return Run.open(path, what=what, command=command or f"affectlens run {experiment.name} VECTORS --out {path}", fresh=fresh)
 
 
-def run_experiment(
+def run_experiment(experiment: Experiment, engine: Engine, *, run: Run, **how: Any) -> Report:
+    """Play an experiment in an open run directory and report on it; whatever it already holds is used.
+
+    Args:
+        experiment, engine, run, how: As for :func:`play_experiment`.
+
+    Returns:
+        The report, which is also in the run directory, beside both tables, the transcripts and ``summary.json``.
+
+    Raises:
+        AffectlensError: As :func:`play_experiment`.
+
+    Example:
+        >>> plan = Plan((Sweep.parse("desperate=-0.1:0.1:5"),), n=50)                                       # doctest: +SKIP
+        >>> with open_run("runs/blackmail", experiment, engine=engine, vectors=vectors, plan=plan) as run:  # doctest: +SKIP
+        ...     run_experiment(experiment, engine, run=run, vectors=vectors, plan=plan).print()
+    """
+    from affectlens.experiments.reporting import write_report
+
+    summary = play_experiment(experiment, engine, run=run, **how)
+    vectors: ConceptVectors = how["vectors"]
+    return write_report(
+        run.path,
+        experiment=experiment,
+        model={key: value for key, value in asdict(engine.info).items() if key != "checks"},
+        vectors={"concepts": len(vectors), "layer": vectors.layer, "steered at layer": vectors.steering_layer},
+        judge=summary["judge"],
+        command=run.command,
+        checks=summary["checks"],
+        seed=run.what["plan"]["seed"],
+        unit=summary["unit"],
+    )
+
+
+def play_experiment(
     experiment: Experiment,
     engine: Engine,
     *,
-    vectors: ConceptVectors,
     run: Run,
+    vectors: ConceptVectors,
     plan: Plan = Plan(),
     baseline: Baseline | None = None,
     activations: Activations | None = None,
     judge: Judge | None = None,
     allow_exec: bool = False,
-) -> Report:
-    """Run an experiment in an open run directory; whatever it already holds is used.
+) -> dict[str, Any]:
+    """Play an experiment in an open run directory, and write its tables.
 
     Args:
         experiment: What to run.
         engine: The model.
-        vectors: Its vectors.
         run: From :func:`open_run`, with the same arguments.
+        vectors: Those of the model.
         plan: Sweeps, episodes, controls.
         baseline: What z is counted from; None reads centred cosines.
         activations: Of the stories behind the vectors, for the shuffled control; None leaves that out.
@@ -173,31 +210,19 @@ def run_experiment(
         allow_exec: Run code that the model writes, in the sandbox.
 
     Returns:
-        The report, which is also in the run directory, beside both tables and ``summary.json``.
+        What ``summary.json`` holds: the level and why it was chosen, the arms, checks of the instrument.
 
     Raises:
         EngineError: A case does not fit the model; the experiment runs code and that was not allowed.
         UnknownName: No such level or emotion.
         AffectlensError: Strength 0 is not the same as no steering.
-
-    Example:
-        >>> plan = Plan((Sweep.parse("desperate=-0.1:0.1:5"),), n=50)                                       # doctest: +SKIP
-        >>> with open_run("runs/blackmail", experiment, engine=engine, vectors=vectors, plan=plan) as run:  # doctest: +SKIP
-        ...     run_experiment(experiment, engine, vectors=vectors, run=run, plan=plan).print()
     """
     from affectlens.experiments.coherence import loud
-    from affectlens.experiments.reporting import write_report
 
     plan.check(experiment)
     if experiment.needs_exec and not allow_exec:
         raise EngineError(f"{experiment.name} runs code that the model writes: allow it with --allow-exec")
-    sandbox: Sandbox | None = None
-    isolation = ""
-    if experiment.needs_exec:
-        from affectlens.experiments.sandbox import available
-        from affectlens.experiments.sandbox import run as sandboxed
-
-        sandbox, isolation = sandboxed, available()
+    sandbox, isolation = _sandbox() if experiment.needs_exec else (None, "")
     names = watched(experiment, vectors, plan)
     if baseline is not None:
         baseline.check(Probe(vectors))
@@ -240,33 +265,23 @@ def run_experiment(
         check_zero([episode for episode in episodes if episode.case.level == chosen.level], zero)
         cast = [(arm, *each) for arm in every[2:] for each in own]
         episodes += zero + played("arms", cast, lambda episode: 0)
+    write_episodes(run.path, episodes, experiment=experiment, names=names, judge=examiner.id, loud=loud)
+    summary = {
+        **asdict(chosen),
+        "arms": [{"id": arm.id, "kind": arm.kind, "name": arm.name, "strength": arm.strength} for arm in every],
+        "unit": gauge.unit,
+        "judge": examiner.id,
+        "checks": _checks(chosen, episodes, plan, shuffled=any(arm.kind == "shuffled" for arm in every), isolation=isolation),
+    }
+    write_json(run.path / SUMMARY, summary)
+    return summary
 
-        progress.start(1, "tables and report")
-        write_episodes(run.path, episodes, experiment=experiment, names=names, judge=examiner.id, loud=loud)
-        summary = {
-            **asdict(chosen),
-            "arms": [{"id": arm.id, "kind": arm.kind, "name": arm.name, "strength": arm.strength} for arm in every],
-            "unit": gauge.unit,
-            "judge": examiner.id,
-            "isolation": isolation,
-            "context": sum(episode.finish == CONTEXT for episode in episodes),
-            "unparsed": sum(answer.option is None for episode in episodes for answer in episode.answers.values()),
-        }
-        write_json(run.path / SUMMARY, summary)
-        report = write_report(
-            run.path,
-            experiment=experiment,
-            model={key: value for key, value in asdict(info).items() if key != "checks"},
-            vectors={"concepts": len(vectors), "layer": vectors.layer, "steered at layer": vectors.steering_layer,
-                     "steered tokens": plan.where},
-            judge=examiner.id,
-            command=run.command,
-            checks=_checks(summary, episodes, plan, activations is not None),
-            seed=plan.seed,
-            unit=gauge.unit,
-        )  # fmt: skip
-        progress.advance()
-    return report
+
+def _sandbox() -> tuple[Sandbox, str]:
+    """What runs code, and what keeps it from harm here."""
+    from affectlens.experiments.sandbox import available, run
+
+    return run, available()
 
 
 # ── the level ──
@@ -310,15 +325,12 @@ def choose_level(experiment: Experiment, baselines: Sequence[Episode], *, wanted
     elif movable:
         level, why = movable[0], "It is the gentlest at which the behaviour can become both rarer and more frequent."
     else:
-        level, why = (
-            experiment.levels[-1],
-            f"At no level the interval of the baseline's rate lies within {FLOOR:.0%} to {CEILING:.0%}: this is the strongest.",
-        )
+        level, why = experiment.levels[-1], "It is the strongest: at none the behaviour can become both rarer and more frequent."
     value, low, high, n = rates[level]
     testable = level in movable or not experiment.acts
     if not testable:
-        end = "hardly ever" if value < 0.5 else "almost always"
-        why += f" There the behaviour occurs {end} without steering ({value:.0%} [{low:.0%}, {high:.0%}], n = {n})."
+        end = ("near the floor", "near the ceiling")[value > 0.5]
+        why += f" Without steering its rate is {value:.0%} [{low:.0%}, {high:.0%}] (n = {n}), {end}."
     return Chosen(level, why, testable, rates)
 
 
@@ -396,27 +408,29 @@ def _key(question: Question) -> str:
     return content_id([question.text, question.options, question.version])
 
 
-def _checks(summary: dict[str, Any], episodes: Sequence[Episode], plan: Plan, stories: bool) -> list[dict[str, Any]]:
-    """What the reader has to know of the instrument, for the report."""
+def _checks(chosen: Chosen, episodes: Sequence[Episode], plan: Plan, *, shuffled: bool, isolation: str) -> list[dict[str, Any]]:
+    """What the reader has to know of the instrument, as :class:`affectlens.report.Report` wants it."""
 
-    def check(name: str, status: str, value: object, detail: str) -> dict[str, Any]:
-        return {"name": name, "status": status, "value": value, "detail": detail}
+    def check(name: str, fine: bool, value: str, detail: str) -> None:
+        found.append({"name": name, "status": "ok" if fine else "warn", "value": value, "detail": detail})
 
-    n = len(episodes)
-    found = [
-        check("strength 0", "ok", "the baseline", f"to the bit, in {plan.n} episodes: texts and readings"),
-        check("level", "ok" if summary["testable"] else "warn", summary["level"], summary["why"]),
-    ]
-    if plan.shuffled and not any(arm["kind"] == "shuffled" for arm in summary["arms"]):
-        why = "no story of a swept emotion at this layer" if stories else "the stories' activations are not at hand"
-        found.append(check("shuffled stories", "warn", "left out", f"{why}: vectors in a run's folder have them"))
-    if summary["context"]:
-        detail = "of the model's own words: they were graded by what there was"
-        found.append(check("context", "warn", f"{summary['context']} of {n} episodes full", detail))
-    if summary["judge"]:
-        asked = sum(len(episode.answers) for episode in episodes)
-        status = "warn" if summary["unparsed"] > 0.1 * asked else "ok"
-        found.append(check("judge", status, f"{summary['unparsed']} of {asked} answers unreadable", f"asked: {summary['judge']}"))
-    if summary["isolation"]:
-        found.append(check("sandbox", "ok", summary["isolation"], "how code that the model wrote was kept from harm"))
+    found: list[dict[str, Any]] = []
+    check("strength 0", True, "is the baseline", f"to the bit, texts and readings, in {plan.n} episodes")
+    check("level", chosen.testable, chosen.level, chosen.why)
+    if plan.shuffled and not shuffled:
+        check("shuffled stories", False, "left out", "the activations of the stories are not at hand: vectors in a run have them")
+    if full := sum(episode.finish == CONTEXT for episode in episodes):
+        share = f"{full} of {len(episodes)} episodes"
+        check("context", False, share, "were full of the model's own words: they ended with what they had")
+    answers = [answer for episode in episodes for answer in episode.answers.values()]
+    if answers:
+        unread = sum(answer.option is None for answer in answers)
+        check(
+            "judge",
+            unread <= UNREAD * len(answers),
+            f"{unread} of {len(answers)}",
+            "answers could not be read, and count as none",
+        )
+    if isolation:
+        check("sandbox", True, isolation, "keeps what the model wrote from doing harm")
     return found
