@@ -8,6 +8,7 @@ instrument: in one nothing is steered, in the other something is, by nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -24,6 +25,10 @@ Kind = Literal["baseline", "zero", "concept", "random", "shuffled"]
 
 PLACES = {"all": Where(), "reply": Where(part="response")}
 """Where arms steer: at every token, as published, or in the reply alone."""
+
+
+MOST = 101
+"""Strengths in one sweep."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,9 @@ class Sweep:
         try:
             if ":" in given:
                 low, high, count = given.split(":")
-                strengths = np.linspace(float(low), float(high), int(count)).tolist() if 2 <= int(count) <= 101 else []
+                ends = float(low), float(high)
+                known = 2 <= int(count) <= MOST and all(map(math.isfinite, ends))
+                strengths = np.linspace(*ends, int(count)).tolist() if known else []
             else:
                 strengths = [float(part) for part in given.split(",")]
         except ValueError:
