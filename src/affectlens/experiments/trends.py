@@ -79,6 +79,12 @@ class Means:
         low, high = min(change - half, value), max(change + half, value)
         return Estimate(factor * value, factor * low, factor * high, n, unit=unit)
 
+    def with_interval(self, arm: int) -> tuple[float, float, float]:
+        """The mean of an arm and its 95 % interval; for shares use Wilson's."""
+        value = float(self.value[arm])
+        half = float(distributions.t.ppf(0.975, self.freedom)) * math.sqrt(self.covariance[arm, arm])
+        return value, value - half, value + half
+
     def p(self, weights: ArrayLike) -> float:
         """How often a contrast is so far from 0 by chance, when there is nothing; two-sided."""
         t = self.change(weights) / math.sqrt(self.variance(weights))
