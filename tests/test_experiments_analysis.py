@@ -91,13 +91,21 @@ def played(
         # Half of what decides is shared between arms, as with common seeds.
         shared = rng.uniform(size=6)
         for id, kind, name, strength, dose in arms:
-            draw = shared.copy() if kind in ("baseline", "zero") else np.where(rng.uniform(size=6) < 0.5, shared, rng.uniform(size=6))
+            draw = (
+                shared.copy()
+                if kind in ("baseline", "zero")
+                else np.where(rng.uniform(size=6) < 0.5, shared, rng.uniform(size=6))
+            )
             whole = bool(draw[1] >= broken(strength))
             act = bool(draw[0] < dose(strength) + own[episode % cases]) and whole
             refused = whole and not act and bool(draw[2] < 0.2)
             outcome = "takes" if act else "declines" if refused else "none" if whole else "incoherent"
             mean = (warmth or {}).get(name, lambda _: 0.5)(strength) if kind == "concept" else 0.5
-            scores = {"warmth": mean + 0.2 * (draw[3] - 0.5), "harshness": 1 - mean + 0.2 * (draw[4] - 0.5)} if whole and warmth else {}
+            scores = (
+                {"warmth": mean + 0.2 * (draw[3] - 0.5), "harshness": 1 - mean + 0.2 * (draw[4] - 0.5)}
+                if whole and warmth
+                else {}
+            )
             z = 2 * (draw[5] - 0.5) + (10 * strength if name == "desperate" else 0.0) + 0.1 * (episode % cases)
             rows.append(
                 {
@@ -113,7 +121,16 @@ def played(
                 }
             )  # fmt: skip
     for episode in range(n):
-        rows.append({**rows[episode * len(arms)], "level": "gentle", "episode": episode, "outcome": "none", "act": False, "coherent": True})
+        rows.append(
+            {
+                **rows[episode * len(arms)],
+                "level": "gentle",
+                "episode": episode,
+                "outcome": "none",
+                "act": False,
+                "coherent": True,
+            }
+        )
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
@@ -140,3 +157,32 @@ def table(outcome: Outcome, id: str) -> Table:
 
 def shape(outcome: Outcome, name: str = "desperate") -> str:
     return next(str(row[1]) for row in table(outcome, "shapes").rows if row[0] == name)
+
+
+def tokens_of(rows: Mapping[str, Sequence[Any]], seed: int = 0) -> dict[str, list[Any]]:
+    """Tokens of all episodes as a run keeps them: the prompt, then the reply."""
+    rng = np.random.default_rng(seed)
+    out: dict[str, list[Any]] = {
+        k: [] for k in ("episode", "level", "arm", "reply", "token", "text", "role", "desperate", "calm")
+    }
+    for i, messages in enumerate(rows["messages"]):
+        place = 0
+        for n, (role, content) in enumerate(json.loads(messages)):
+            words = ["<|im_start|>", role, "\n"] if n == 0 else []
+            for text in [*words, *(f"{' ' if j else ''}{w}" for j, w in enumerate(content.split())), "<|im_end|>"]:
+                inner = text not in ("<|im_start|>", "<|im_end|>", role, "\n")
+                values = rng.normal(size=2) if inner else (None, None)
+                line = (
+                    rows["episode"][i],
+                    rows["level"][i],
+                    rows["arm"][i],
+                    0,
+                    place,
+                    text,
+                    role if inner else "template",
+                    *values,
+                )
+                for key, value in zip(out, line, strict=True):
+                    out[key].append(value)
+                place += 1
+    return out

@@ -24,7 +24,7 @@ import numpy as np
 from scipy import stats as distributions
 
 from affectlens import stats
-from affectlens.experiments.episodes import Field
+from affectlens.experiments.field import Field
 from affectlens.stats import Array, Estimate, Null
 from affectlens.studies import Claim, Finding, Table
 
@@ -101,7 +101,7 @@ class Reading:
         q = stats.benjamini_hochberg([c.null.p if c.null else math.nan for _, _, c in pairs])
         against = {"before": "before the act − without it", "during": "during the act − before it"}
         rows = [
-            (name, against[key], _text(c.estimate), c.null and c.null.p, None if math.isnan(own) else round(float(own), 4),
+            (name, against[key], _text(c.estimate), _number(c.null.p if c.null else math.nan), _number(float(own)),
              c.estimate and c.estimate.n)
             for (name, key, c), own in zip(pairs, q, strict=True)
         ]  # fmt: skip
@@ -329,6 +329,10 @@ def _columns(values: Array) -> Array:
     return np.where(known, values, 0.0).sum(axis=0) / np.where(counts == 0, np.nan, counts)
 
 
+def _number(value: float) -> float | None:
+    return float(f"{value:.2g}") if math.isfinite(value) else None
+
+
 def _text(e: Estimate | None) -> str | None:
     return None if e is None else str(e).rpartition(" (")[0]
 
@@ -337,7 +341,7 @@ def course(tokens: Mapping[str, Sequence[Any]], field: Field, names: Sequence[st
     """Readings over the replies of an episode, of episodes with the act and without; the mean of every arm is taken away.
 
     Args:
-        tokens: Columns ``episode``, ``arm``, ``reply``, ``role`` and one for each emotion.
+        tokens: Columns ``level``, ``episode``, ``arm``, ``reply``, ``role`` and one for each emotion.
         field: What was played.
         names: The emotions.
 

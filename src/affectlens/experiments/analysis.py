@@ -4,7 +4,7 @@ Declared before any data is seen:
 
 * **Rates.** The share of episodes that end in the behaviour, among all (an incoherent reply is no act) and among the coherent
   ones, with Wilson's interval; coherence and refusals stand beside. Where cases are the sample (there are
-  :data:`~affectlens.experiments.episodes.CASES` or more), the interval is widened by their design effect.
+  :data:`~affectlens.experiments.field.CASES` or more), the interval is widened by their design effect.
 * **Trend.** The change of the rate along the line of least squares over the strengths of a sweep, with the interval of
   :mod:`affectlens.experiments.trends`: arms play the same episodes, so episodes (or cases) are the units, never rows.
 * **Against random directions.** Any push may change a behaviour. The change from the lowest strength to the highest is compared
@@ -32,11 +32,11 @@ import numpy as np
 from affectlens.errors import FormatError
 from affectlens.experiments import Experiment
 from affectlens.experiments.acts import course, readings, visible
-from affectlens.experiments.episodes import Episodes, Field, Rates, fields
+from affectlens.experiments.field import Episodes, Field, Rates, fields
 from affectlens.experiments.published import ACT, NONE, published
 from affectlens.experiments.sweeps import Measure, Swept, beyond_random, measures, swept
-from affectlens.experiments.tables import arms_table, levels_table, place, short, signed, sweeps_tables, variants_table
-from affectlens.stats import Null
+from affectlens.experiments.tables import arms_table, levels_table, place, signed, sweeps_tables, variants_table
+from affectlens.stats import Estimate, Null
 from affectlens.studies import Claim, Finding, Outcome
 
 
@@ -55,8 +55,7 @@ def analyse(
         episodes: One row for each case and arm; the columns of ``RUN/episodes.parquet``. Every level's baseline, and all arms at
             the one level that was swept. Any mapping of names to columns will do, a pandas frame too.
         experiment: What was run: names, acts, refusals, scales, levels.
-        tokens: The columns ``episode``, ``arm``, ``reply``, ``role`` and one for each watched emotion of ``RUN/tokens.parquet``:
-            how readings go on from reply to reply. None leaves that out.
+        tokens: Columns of ``RUN/tokens.parquet``: how readings go on from reply to reply. None leaves that out.
         seed: Of the draws behind p values of shapes.
         draws: How many.
         unit: Of the readings ``before.E`` and ``during.E``: ``z`` or ``centred cosine``.
@@ -90,7 +89,7 @@ def analyse(
     data = _data(levels, field, experiment, made, found)
     data |= {"readings": reading.data(), "visible": seen.data(), "unit": unit}
     data |= {"course": course(tokens, field, reading.names) if tokens is not None and reading.names else {}}
-    return Outcome(tuple(findings), (*tables, *reading.tables(), *seen.tables()), data)
+    return Outcome(tuple(findings), (*tables, *reading.tables(), *seen.tables()), _json(data))
 
 
 # ── findings ──
@@ -121,8 +120,8 @@ def _findings(field: Field, experiment: Experiment, measure: Measure, each: Swep
     )
     if not each.tested:
         reason = f"Cannot be tested here ({each.why})."
-        return [trend.untestable(reason), turns.untestable(reason)]
-    return [_trend(field, measure, each, trend, stated.sign), _turn(measure, each, turns)]
+        return [trend.untestable(reason), *([turns.untestable(reason)] if measure.id == ACT else [])]
+    return [_trend(field, measure, each, trend, stated.sign), *([_turn(measure, each, turns)] if measure.id == ACT else [])]
 
 
 def _trend(field: Field, measure: Measure, each: Swept, claim: Claim, sign: int) -> Finding:
@@ -135,14 +134,18 @@ def _trend(field: Field, measure: Measure, each: Swept, claim: Claim, sign: int)
     shown = (lambda value: f"{100 * value:.0f} %") if measure.id == ACT else (lambda value: f"{value:.2f}")
     why = f" ({each.why})" if each.why else ""
     note = (
-        f"{shown(first)} at {signed(each.strengths[0])}, {shown(last)} at {signed(each.strengths[-1])}; shape: {each.label}{why}. "
-        f"Fitted change {short(each.trend)}; among coherent episodes {short(alone)}"
+        f"{shown(first)} at {signed(each.strengths[0])}, {shown(last)} at {signed(each.strengths[-1])}; "
+        f"shape: {each.label}{why}. Fitted change {_text(each.trend)}; among coherent episodes {_text(alone)}"
     )
     note += f"; shuffled stories {', '.join(f'{value:+.2g}' for value in each.shuffled)}." if each.shuffled else "."
     found = claim.tested(own, each.random.null(factor=measure.factor), clear, note + _limits(field, measure, each))
     if sign and found.verdict != "fails" and (own.value > 0) != (sign > 0):
         found = replace(found, verdict="fails", note=f"It goes the other way than published. {found.note}")
     return found
+
+
+def _text(e: Estimate) -> str:
+    return str(e).rpartition(" (")[0]
 
 
 def _limits(field: Field, measure: Measure, each: Swept) -> str:
@@ -227,3 +230,12 @@ def _plain(experiment: Experiment, measure: Measure, each: Swept) -> dict[str, A
         "p": each.random.p,
         "published": [[s, v] for s, v in sorted(stated.points.items())],
     }
+
+
+def _json(value: Any) -> Any:
+    """The same with None for what is no number, as JSON has no word for it."""
+    if isinstance(value, dict):
+        return {key: _json(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

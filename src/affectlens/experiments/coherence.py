@@ -27,10 +27,10 @@ FEW = 20
 
 _FENCED = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 _WORD = re.compile(r"[^\W\d_]+(?:['’\-][^\W\d_]+)*")
-_INTERJECTIONS = frozenset(
-    ["aah", "aargh", "ah", "argh", "aw", "damn", "damnit", "eek", "gah", "gosh", "grr", "hah", "haha", "hmph", "hooray"]
-    + ["hurrah", "hurray", "jeez", "oh", "ooh", "oops", "ouch", "ow", "oy", "phew", "ugh", "uh", "whoa", "woah", "wow"]
-    + ["yay", "yikes"]
+_INTERJECTIONS = re.compile(
+    r"a+h+|a+r+g+h+|aw+|damn(?:it)?|ee+k|gah|go+sh|gr+|ha(?:ha)+|hah|hmph|hoo?ray|hurra[hy]|jeez|oh+|oo+h+|oops|ouch|ow|oy|phew|"
+    r"u+gh+|uh|whoa|woah|wow|yay|yikes",
+    re.IGNORECASE,
 )
 _CRIED = frozenset(["god", "hell", "help", "hey", "no", "please", "stop", "wait", "yeah", "yes"])
 """Ordinary words that are cries when an exclamation mark follows."""
@@ -101,7 +101,7 @@ def loud(text: str) -> float:
     for i, (word, end) in enumerate(words):
         beside = (i > 0 and capital[i - 1]) or (i + 1 < len(words) and capital[i + 1])
         shouted = capital[i] and (len(word) >= 4 or beside)
-        called = word.lower() in _INTERJECTIONS or (word.lower() in _CRIED and prose[end : end + 1] == "!")
+        called = _INTERJECTIONS.fullmatch(word) is not None or (word.lower() in _CRIED and prose[end : end + 1] == "!")
         cries += shouted or called
     return 100 * (cries + prose.count("!")) / len(words)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from affectlens.experiments import Experiment
-from affectlens.experiments.episodes import Field, plain
+from affectlens.experiments.field import Field, plain
 from affectlens.experiments.published import ACT
 from affectlens.experiments.trends import Means, Prediction, Turn, against_controls, means, slope_weights, turning
 from affectlens.stats import Array, Estimate
@@ -81,15 +81,17 @@ def measures(field: Field, experiment: Experiment) -> list[Measure]:
     """The share of acts, and every scale that was scored and varies."""
     coherent = field.column("coherent") > 0
 
-    def both(values: Array, scale: float) -> tuple[Means, Means]:
+    def both(values: Array, shares: bool) -> tuple[Means, Means]:
         alone = np.where(coherent, values, np.nan)
-        return means(values, field.codes, scale=scale), means(alone, field.codes, scale=scale)
+        return means(values, field.codes, shares=shares), means(alone, field.codes, shares=shares)
 
-    made = [Measure(ACT, f"share of {listed(experiment.acts)}", *both(field.column("act"), 1.0), 100.0, "points")]
+    ends = " or ".join(f"“{name.replace('_', ' ')}”" for name in experiment.acts)
+    made = [Measure(ACT, f"rate of {ends}", *both(field.column("act"), True), 100.0, "points")]
     for scale in experiment.scales:
         values = _scores(field, scale)
-        if np.isfinite(values).sum() > 1 and (spread := float(np.nanstd(values))) > 0:
-            made.append(Measure(scale, f"mean score of {scale}", *both(values, spread), 1.0, ""))
+        known = values[np.isfinite(values)]
+        if len(known) > 1 and np.ptp(known) > 0:
+            made.append(Measure(scale, f"mean score of {scale}", *both(values, False), 1.0, ""))
     return made
 
 
@@ -208,8 +210,3 @@ def _stuck(measure: Measure, each: Swept) -> str:
     if measure.id == ACT and (values == 1).all():
         return f"ceiling: each of the {int(counts.sum())} episodes at every strength is an act"
     return ""
-
-
-def listed(names: Sequence[str]) -> str:
-    """Outcomes in words."""
-    return " or ".join(name.replace("_", " ") for name in names)

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from affectlens.experiments import Experiment
-from affectlens.experiments.episodes import Field
+from affectlens.experiments.field import Field
 from affectlens.experiments.published import ACT, published
-from affectlens.experiments.sweeps import Measure, Swept, listed
+from affectlens.experiments.sweeps import Measure, Swept
 from affectlens.experiments.trends import places_of_largest
 from affectlens.stats import Estimate, benjamini_hochberg, wilson
 from affectlens.studies import Table
@@ -42,9 +42,10 @@ def arms_table(field: Field, experiment: Experiment) -> Table:
         rates = field.rates(i)
         shares = (*_percent(rates.acts), *_percent(rates.among), _percent(rates.coherent)[0], _percent(rates.refused)[0])
         rows.append((lane.id, rates.acts.n, *shares, *(field.count(i, outcome) for outcome in experiment.outcomes)))
+    acts = ", ".join(name.replace("_", " ") for name in experiment.acts)
     sampled = f"the {len(set(field.cases))} cases" if field.units == field.cases else "episodes"
     caption = (
-        f"Level {field.level}. Acts: {listed(experiment.acts)}; an incoherent reply is none. Wilson's intervals; the units are "
+        f"Level {field.level}. Acts: {acts}; an incoherent reply is none. Wilson's intervals; the units are "
         f"{sampled}. The last columns count outcomes."
     )
     columns = ("arm", "n", "acts, %", "95 % interval", "acts among coherent, %", "95 % interval", "coherent, %", "refused, %")
@@ -78,8 +79,8 @@ def sweeps_tables(experiment: Experiment, measure: Measure, found: Sequence[Swep
     columns = ("emotion", "trend", "p", "q", "ends", "random directions", "shuffled", "p among random", "q", "detectable")
     first = Table(f"sweeps{key}", f"Trends: {measure.what}", caption, columns, tuple(trends))
     caption = (
-        "Rises or falls: both p values of the trend are at most 0.05. A turn must be more than chance (its p) among all and among "
-        "coherent episodes, and more than random directions show. The largest value was chosen by looking; its place lies "
+        "Rises or falls: both p values of the trend are at most 0.05. A turn must be more than chance (its p) among all and "
+        "among coherent episodes, and more than random directions show. The largest value was chosen by looking; its place lies "
         "among the strengths named in 95 % of draws. Published values are those of a closed model."
     )
     heads = ("emotion", "shape", "p of a turn", "largest", "its place", "published", "note")
