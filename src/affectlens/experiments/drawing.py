@@ -470,10 +470,10 @@ def _strengths(figure: go.Figure, strengths: Sequence[float], **where: Any) -> g
 
 
 def _spread(each: Sequence[Sequence[float]], colour: str | None) -> dict[str, Any]:
-    """Intervals as error bars."""
+    """Intervals as error bars; those that are not known are left out."""
     ends = {
-        "array": [_or(high - value, 0.0) for value, _, high in each],
-        "arrayminus": [_or(value - low, 0.0) for value, low, _ in each],
+        "array": [_or(high, value) - value for value, _, high in each],
+        "arrayminus": [value - _or(low, value) for value, low, _ in each],
     }
     own = {"color": colour} if colour else {}
     return {"type": "data", "symmetric": False, "thickness": 1.4, "width": 3, **ends, **own}
