@@ -14,19 +14,25 @@ import re
 from affectlens.effects import distinct, repetition
 
 REPEATED, DISTINCT = 0.5, 0.35
-"""A reply of 20 words or more has fallen apart when half of its sequences of four words were said before, or when fewer than so
-many of its pairs of words are different ones."""
-SIGNS, RUN, GIBBERISH = 0.4, 12, 0.25
-"""Or when so many of its characters are neither letters, digits nor white space, when one word stands so often in a row, or when so many of its words are none that could be spoken."""
+"""Share of sequences of four words that were said before, at most; share of pairs of words that are different, at least."""
+
+SIGNS, GIBBERISH = 0.4, 0.25
+"""Share of characters that are neither letters, digits nor marks of prose, and of words that could not be spoken, at most."""
+
+RUN = 12
+"""So often a word stands in a row when it has fallen apart."""
+
 FEW = 20
+"""Words that a text needs for its shares to mean anything."""
 
 _FENCED = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 _WORD = re.compile(r"[^\W\d_]+(?:['’\-][^\W\d_]+)*")
-_INTERJECTIONS = frozenset(
-    "aah aargh ah argh aw damn damnit eek gah gosh grr hah haha hmph hooray hurray hurrah jeez oh ooh oops ouch ow oy phew ugh uh "
-    "whoa woah wow yay yikes".split()
+_INTERJECTIONS = re.compile(
+    r"a+h+|a+r+g+h+|aw+|damn(?:it)?|ee+k|gah|go+sh|gr+|ha(?:ha)+|hah|hmph|hoo?ray|hurra[hy]|jeez|oh+|oo+h+|oops|ouch|ow|oy|phew|"
+    r"u+gh+|uh|whoa|woah|wow|yay|yikes",
+    re.IGNORECASE,
 )
-_CRIED = frozenset("god hell help hey no please stop wait yeah yes".split())
+_CRIED = frozenset(["god", "hell", "help", "hey", "no", "please", "stop", "wait", "yeah", "yes"])
 """Ordinary words that are cries when an exclamation mark follows."""
 
 
@@ -95,7 +101,7 @@ def loud(text: str) -> float:
     for i, (word, end) in enumerate(words):
         beside = (i > 0 and capital[i - 1]) or (i + 1 < len(words) and capital[i + 1])
         shouted = capital[i] and (len(word) >= 4 or beside)
-        called = word.lower() in _INTERJECTIONS or (word.lower() in _CRIED and prose[end : end + 1] == "!")
+        called = _INTERJECTIONS.fullmatch(word) is not None or (word.lower() in _CRIED and prose[end : end + 1] == "!")
         cries += shouted or called
     return 100 * (cries + prose.count("!")) / len(words)
 

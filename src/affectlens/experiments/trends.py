@@ -79,19 +79,26 @@ class Means:
         low, high = min(change - half, value), max(change + half, value)
         return Estimate(factor * value, factor * low, factor * high, n, unit=unit)
 
+    def with_interval(self, arm: int) -> tuple[float, float, float]:
+        """The mean of an arm and its 95 % interval; for shares use Wilson's."""
+        value = float(self.value[arm])
+        half = float(distributions.t.ppf(0.975, self.freedom)) * math.sqrt(self.covariance[arm, arm])
+        return value, value - half, value + half
+
     def p(self, weights: ArrayLike) -> float:
         """How often a contrast is so far from 0 by chance, when there is nothing; two-sided."""
         t = self.change(weights) / math.sqrt(self.variance(weights))
         return float(2 * distributions.t.sf(abs(t), self.freedom))
 
 
-def means(values: ArrayLike, units: ArrayLike, *, scale: float = 1.0) -> Means:
+def means(values: ArrayLike, units: ArrayLike, *, shares: bool = True) -> Means:
     """Means of arms over the same episodes.
 
     Args:
         values: ``(episodes, arms)``; nan where nothing was measured.
         units: What each episode was drawn with, ``(episodes,)``: itself, or its case when cases are the sample.
-        scale: What the added episodes differ by: 1 for acts, the standard deviation for scores.
+        shares: Whether values are 0 and 1, so that the added episodes are needed. Of scores only the variance gets a little more,
+            by that of one episode, which keeps it from being 0.
 
     Example:
         >>> both = means([[0, 1], [0, 1], [0, 0], [0, 1]] * 10, range(40))
@@ -102,19 +109,24 @@ def means(values: ArrayLike, units: ArrayLike, *, scale: float = 1.0) -> Means:
     """
     y = np.asarray(values, dtype=np.float64)
     codes = np.unique(np.asarray(units), return_inverse=True)[1]
-    known, n, u = np.isfinite(y), len(y), int(codes.max()) + 1
+    known, u = np.isfinite(y), int(codes.max()) + 1
     counts = known.sum(axis=0).astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        value = np.where(known, y, 0.0).sum(axis=0) / np.where(counts == 0, np.nan, counts)
-    moved = np.where(known, y - value, 0.0) / np.maximum(counts, 1)
+    value = np.where(known, y, 0.0).sum(axis=0) / np.where(counts == 0, np.nan, counts)
+    moved = np.where(known, y - value, 0.0)
+    keep, extra = (counts / (counts + 2), 1.0) if shares else (np.ones_like(counts), _spread(y[known], moved[known]))
     together = np.zeros((u, y.shape[1]))
-    np.add.at(together, codes, moved)
-    keep = counts / (counts + 2)
+    np.add.at(together, codes, moved / np.maximum(counts, 1))
     covariance = np.outer(keep, keep) * (together.T @ together) * (u / max(1, u - 1))
-    covariance += np.diag(scale**2 / (counts + 2) ** 2)
+    covariance += np.diag(extra / (counts + 2) ** 2)
     covariance[:, counts == 0] = covariance[counts == 0, :] = np.nan
-    common = float(np.nansum(value * counts) / max(1.0, counts.sum())) if n else math.nan
+    common = float(y[known].mean()) if known.any() else math.nan
     return Means(value, keep * value + (1 - keep) * common, covariance, counts, u)
+
+
+def _spread(values: Array, moved: Array) -> float:
+    """Variance within arms, and never nothing."""
+    reach = float(np.ptp(values)) if len(values) else 0.0
+    return max(float((moved**2).mean()) if len(moved) else 0.0, (1e-4 * reach) ** 2, 1e-24)
 
 
 def design_effect(values: ArrayLike, units: ArrayLike) -> float:
