@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -79,22 +78,20 @@ def test_a_product_by_rows_does_not_depend_on_the_other_rows() -> None:
 
 
 @pytest.mark.real
-def test_equal_prompts_are_read_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_prompts_are_read_once(engine: Engine) -> None:
     """Several replies to one prompt: it is run for the first of them, and changes no bit of the others'."""
     asked = requests(engine)[2:5]  # one prompt, three steerings
     several = [
-        replace(request, sampling=replace(request.sampling, seed=seed)) for request in asked for seed in range(3) if request.sampling
+        replace(request, sampling=replace(request.sampling, seed=seed))
+        for request in asked
+        for seed in range(3)
+        if request.sampling
     ]
     passes: list[int] = []
-    forward = engine.model.forward  # type: ignore[attr-defined]
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        passes.append(kwargs["input_ids"].shape[1])
-        return forward(*args, **kwargs)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(engine.model, "forward", counted)  # type: ignore[attr-defined]
-        together = served(engine, {0: several})
+    words = engine.model.get_input_embeddings()  # type: ignore[attr-defined]
+    hook = words.register_forward_pre_hook(lambda module, args: passes.append(args[0].shape[1]))
+    together = served(engine, {0: several})
+    hook.remove()
     assert sum(length > 1 for length in passes) == len(asked)
     assert len({result.text for result in together}) > len(asked)
     if not engine.session().exact:
