@@ -23,16 +23,17 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
+import families
 from acting import ActingToy, play, rates
 from affectlens.baseline import Baseline, neutral_dialogues
 from affectlens.cli import main
-from affectlens.engine import Chat, Request, Result, Sampling, Where
+from affectlens.engine import Chat, Readout, Request, Result, Sampling, Where, open_engine
 from affectlens.engines.toy import ToyEngine
 from affectlens.errors import AffectlensError, EngineError, FormatError, UnknownName
 from affectlens.experiments import EXPERIMENTS, Answer, Ask, Case, Exec, Experiment, Grade, Play, Question, Ran, Reply
 from affectlens.experiments.arms import Sweep, arms
 from affectlens.experiments.episodes import CONTEXT, EPISODES, TOKENS, Gauge
-from affectlens.experiments.playing import Player, reply_seed
+from affectlens.experiments.playing import Player, reply_seed, together
 from affectlens.experiments.runner import Plan, open_run, play_experiment, run_experiment
 from affectlens.readings import Readings
 from affectlens.traces import Probe
@@ -764,3 +765,22 @@ def test_cases_of_one_name_are_refused(vectors: ConceptVectors, tmp_path: Path) 
 def test_experiments_are_listed() -> None:
     done = CliRunner().invoke(main, ["list", "experiments", "--json"])
     assert done.exit_code == 0 and set(json.loads(done.stdout)) == set(EXPERIMENTS)
+
+
+# ── together ──
+
+
+def test_replies_in_a_session_are_those_of_the_engine() -> None:
+    model = families.build("llama")
+    engine = open_engine(model, tokenizer=families.tiny_tokenizer())
+    assert engine.session().shares
+    asked = [
+        Request(f"the calm sea {word}", sampling=Sampling(max_tokens=3 + n, temperature=0.0), readouts=(Readout((0,)),))
+        for n, word in enumerate(["so", "so", "but", "", "so so", "so"] * 8)
+    ]
+    for one, two in zip(together(engine, asked), engine.run(asked), strict=True):
+        assert (one.text, one.finish, one.layout) == (two.text, two.finish, two.layout)
+        np.testing.assert_allclose(one.readings[0].values, two.readings[0].values, atol=1e-4)
+    too_long = replace(asked[1], prompt="sea " * 10_000)
+    with pytest.raises(EngineError, match="do not fit the context"):
+        together(engine, [asked[0], too_long])
