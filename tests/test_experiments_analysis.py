@@ -7,11 +7,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pytest
 
+from affectlens.errors import FormatError
 from affectlens.experiments import Case, Experiment, Grade, Play
+from affectlens.experiments.acts import readings
+from affectlens.experiments.analysis import analyse
+from affectlens.experiments.coherence import incoherent, loud
+from affectlens.experiments.drawing import figures
+from affectlens.experiments.field import fields
+from affectlens.experiments.reporting import transcripts, write_report
+from affectlens.experiments.trends import against_controls, design_effect, means, slope_weights, turning
 from affectlens.report import Report
 from affectlens.studies import Finding, Outcome, Table
 
@@ -100,15 +110,17 @@ def played(
             said = "I take it." if act else "I leave it."
             rows.append(
                 {
-                    "experiment": "theft", "version": 1, "case": f"case-{episode % cases}", "variant": ("shop", "desk")[episode % 2],
-                    "level": "strong", "episode": episode, "seed": episode, "arm": id, "kind": kind, "name": name,
-                    "strength": strength, "outcome": outcome, "ruled": outcome, "act": act, "coherent": whole, "refused": refused,
+                    "experiment": "theft", "version": 1, "case": f"case-{episode % cases}", "level": "strong",
+                    "variant": ("shop", "desk")[episode % 2], "episode": episode, "seed": episode, "arm": id, "kind": kind,
+                    "name": name, "strength": strength, "outcome": outcome, "ruled": outcome,
+                    "act": act, "coherent": whole, "refused": refused,
                     "rounds": 1, "finish": "stop", "replies": [said], "reasons": ["something was taken"] if act else [],
                     "messages": json.dumps([{"role": "user", "content": TILL}, {"role": "assistant", "content": said}]),
                     "scores": json.dumps(scores), "answers": "{}", "judge": "", "tokens": 4, "repetition": 0.0, "distinct": 1.0,
                     "loud": loudness(strength) + draw[4] if act else 0.0,
-                    "before.desperate": z + (hidden if act else 0.0), "during.desperate": z + 2 * hidden + draw[4] if act else None,
-                    "before.calm": draw[4], "during.calm": draw[3] if act else None, "prompt.desperate": 0.0, "prompt.calm": 0.0,
+                    "before.desperate": z + (hidden if act else 0.0),
+                    "during.desperate": z + 2 * hidden + draw[4] if act else None,
+                    "before.calm": draw[4], "during.calm": draw[3] if act else None,
                 }
             )  # fmt: skip
     gentle = {"level": "gentle", "outcome": "none", "act": False, "coherent": True, "refused": False}
@@ -206,7 +218,7 @@ def test_a_trend_that_random_directions_share_is_no_finding() -> None:
     """Here any push does something: the swept emotion is one more of the kind."""
     called = []
     for seed in SEEDS:
-        own, *others = directions(seed, 0.5, spread=0.2, k=6)
+        own, *others = directions(100 + seed, 0.5, spread=0.2, k=6)
         rows = played({"desperate": own}, n=60, seed=seed, random=others, broken=flat(0.0))
         called.append(finding(analyse(rows, Theft(), draws=200), "trend-desperate").verdict == "holds")
     assert sum(called) <= 3
@@ -283,7 +295,7 @@ def test_many_cases_are_the_sample_and_widen_the_intervals() -> None:
         return high - low
 
     assert "units are episodes" in table(few, "arms").caption and "the 12 cases" in table(many, "arms").caption
-    assert width(few) == pytest.approx(20, abs=2) and width(many) > 1.5 * width(few)
+    assert width(many) > 1.4 * width(few)
 
 
 def test_scales_are_tested_the_same_way() -> None:
@@ -299,7 +311,7 @@ def test_scales_are_tested_the_same_way() -> None:
 
 def test_readings_are_compared_within_arms() -> None:
     """The push lifts "desperate" by a standard deviation in its own arms; the difference that was planted is 0.8."""
-    outcome = analyse(played({"desperate": line(0.4, 0.3)}, n=60, random=directions(0, 0.4), hidden=0.8), Theft())
+    outcome = analyse(played({"desperate": line(0.4, 0.3)}, n=60, seed=1, random=directions(0, 0.4), hidden=0.8), Theft())
     before, during = finding(outcome, "before-desperate"), finding(outcome, "during-desperate")
     assert before.estimate is not None and during.estimate is not None
     assert before.verdict == during.verdict == "holds"
@@ -355,7 +367,10 @@ def test_a_missing_column_is_named(gone: str) -> None:
 
 def test_bad_tables_are_refused() -> None:
     rows = played({"desperate": flat(0.3)}, n=5)
-    n = len(rows["act"])
+    rows = {
+        name: [v for v, level in zip(column, rows["level"], strict=True) if level == "strong"] for name, column in rows.items()
+    }
+    both, n = {name: column * 2 for name, column in rows.items()}, len(rows["act"])
     for broken, why in (
         ({**rows, "act": rows["act"][1:]}, "different lengths"),
         ({name: [] for name in rows}, "no rows"),
@@ -363,7 +378,14 @@ def test_bad_tables_are_refused() -> None:
         ({**rows, "experiment": ["burglary"] * n}, "of burglary, not of theft"),
         ({**rows, "version": [1 + i % 2 for i in range(n)]}, "versions 1, 2"),
         ({**rows, "coherent": [False] * n, "act": [True] * n}, "is no act"),
-        ({**rows, "level": [("gentle", "strong")[i % 2] for i in range(n)]}, "were both swept|has no baseline"),
+        ({**both, "level": rows["level"] + ["gentle"] * n}, "gentle and strong were both swept"),
+        (
+            {
+                name: [v for v, kind in zip(column, rows["kind"], strict=True) if kind == "concept"]
+                for name, column in rows.items()
+            },
+            "no baseline",
+        ),
     ):
         with pytest.raises(FormatError, match=why):
             analyse(broken, Theft())
@@ -375,7 +397,7 @@ def test_only_baselines_and_missing_episodes_still_give_an_outcome() -> None:
     outcome = analyse({name: [column[i] for i in lone] for name, column in rows.items()}, Theft())
     assert outcome.findings == () and [t.id for t in outcome.tables][:2] == ["levels", "arms"]
     assert "levels" in {figure.id for figure in figures(outcome.data)}
-    half = [i for i in range(len(rows["arm"])) if i % 3]
+    half = [i for i, kind in enumerate(rows["kind"]) if i % 3 or kind == "baseline"]
     assert figures(analyse({name: [column[i] for i in half] for name, column in rows.items()}, Theft()).data)
 
 
@@ -426,6 +448,18 @@ def test_the_design_effect_is_one_without_repeated_units() -> None:
     assert design_effect(values, range(60)) == 1.0
     assert design_effect(values, np.arange(60) % 20) == pytest.approx(1.0, abs=0.4)
     assert design_effect(np.repeat(values[:20], 3, axis=0), np.repeat(np.arange(20), 3)) == pytest.approx(3.0)
+
+
+def test_intervals_of_readings_hold_and_nothing_is_read_where_nothing_was() -> None:
+    held, called = [], []
+    for seed in range(40):
+        rows = played({"desperate": line(0.4, 0.2)}, n=40, seed=seed, random=[flat(0.4)] * 2, broken=flat(0.0), hidden=0.8)
+        reading = readings(fields(rows, experiment="theft", levels=Theft.levels)["strong"], unit="z", seed=seed, draws=200)
+        before, during = reading.before["desperate"].estimate, reading.during["desperate"].estimate
+        assert before is not None and during is not None
+        held += [before.low <= 0.8 <= before.high, during.low <= 1.3 <= during.high]
+        called += [null.p <= 0.05 for null in (reading.before["calm"].null, reading.during["calm"].null) if null]
+    assert sum(held) >= 72 and sum(called) <= 8
 
 
 # ── rules of text ──

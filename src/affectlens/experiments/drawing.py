@@ -67,7 +67,7 @@ def figures(data: Mapping[str, Any]) -> list[Figure]:
             f"stream holds the push. {data['readings']['acts']} acts, {data['readings']['others']} coherent episodes without."
         )
         add("readings", "Emotions before and during the act", caption, _readings(data))
-    if any(n >= 2 for *_, n in data["visible"]):
+    if sweeps[ACT] and any(n for *_, n in data["visible"]):
         caption = (
             "Capitals, exclamation marks and interjections for each 100 words of acts; Student's 95 % interval where there are "
             f"{ENOUGH} acts or more."
