@@ -572,6 +572,26 @@ def test_transcripts_without_tokens_or_with_other_ones_lose_no_word(run: Path) -
     assert len(broken) == 20 and "".join(broken[0].pieces) == f"{TILL}I take it."
 
 
+def test_rules_and_judge_stand_beside_each_other(run: Path, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pytest.importorskip("affectlens.experiments.judging")
+    episodes = columns(run, "episodes")
+    n = len(episodes["act"])
+    # The judge overrules a fifth of the acts, and every tenth answer cannot be read.
+    episodes["ruled"] = ["takes" if i % 5 == 0 else own for i, own in enumerate(episodes["outcome"])]
+    episodes["answers"] = [
+        json.dumps({"took": {"option": None if i % 10 == 9 else 0, "answer": None if i % 10 == 9 else "yes"}}) for i in range(n)
+    ]
+    pq.write_table(pa.table(episodes), tmp_path / "episodes.parquet")
+    report = write_report(tmp_path, experiment=Theft(), model={"id": "toy"}, vectors={"layer": 3}, judge="self")
+    rows = {row[0]: row for row in next(t for t in report.tables if t.id == "theft-agreement").rows}
+    assert rows["agree"][2] == sum(i % 10 != 9 for i in range(n))
+    assert rows["answers that could not be read"][1] == f"{n // 10} of {n}"
+    assert report.provenance["judge"] == "self"
+
+
 def test_a_run_without_episodes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="does not exist"):
         write_report(tmp_path, experiment=Theft(), model={"id": "toy"}, vectors={})

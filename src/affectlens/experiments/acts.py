@@ -190,8 +190,10 @@ def _within(values: Array, units: np.ndarray, *, unit: str, seed: int, draws: in
 def _judged(
     value: float, design: Array, x: Array, parts: Array, units: np.ndarray, *, unit: str, seed: int, draws: int
 ) -> Compared:
-    """The first coefficient of least squares: its interval from leaving out each unit in turn, with the constants fitted anew (the
-    jackknife, which few units with constants of their own cases need), its null from changing the signs of whole units.
+    """The first coefficient of least squares, with its interval and its null.
+
+    The interval comes from leaving out each unit in turn, all constants fitted anew: the jackknife, which few units with
+    constants of their own cases need. The null changes the signs of whole units.
 
     Args:
         value: The coefficient.
