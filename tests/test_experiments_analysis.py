@@ -342,7 +342,7 @@ def test_published_values_stand_beside_and_decide_the_direction() -> None:
     assert finding(outcome, "trend-calm").verdict == "holds"
     drawn = {figure.id: figure for figure in figures(outcome.data)}
     names = {trace.get("name") for trace in drawn["dose-desperate"].plotly["data"]}
-    assert {"published (closed model)", "random directions", "shuffled stories", "coherent", "refused"} <= names
+    assert {"closed model (paper)", "random directions", "shuffled stories", "coherent", "refused"} <= names
 
 
 def test_data_are_plain_json_and_draw_the_same_figures() -> None:

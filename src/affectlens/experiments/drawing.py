@@ -172,7 +172,7 @@ def _dose(data: Mapping[str, Any], sweep: Mapping[str, Any]) -> go.Figure:
         marker = {"symbol": "diamond-open", "size": 11, "color": PALETTE[1], "line": {"width": 2}}
         points = {"x": [s for s, _ in sweep["published"]], "y": [v for _, v in sweep["published"]]}
         hover = "published for a closed model, %{x:+g}: %{y:.0%}<extra></extra>"
-        shown = {"mode": "markers", "marker": marker, "name": "published (closed model)", "legendrank": 1005}
+        shown = {"mode": "markers", "marker": marker, "name": "closed model (paper)", "legendrank": 1005}
         grid.add_scatter(**points, hovertemplate=hover, **shown, **top)
     for key, own_colour, dash in (("coherent", PALETTE[2], "solid"), ("refused", PALETTE[3], "dash")):
         _band(grid, x, [arm[key] for arm in own], own_colour, **below)
@@ -246,6 +246,7 @@ def _outcomes(data: Mapping[str, Any]) -> go.Figure:
     patterns = {name: ("", "/", "x", ".")[i % 4] for i, name in enumerate(acts)}
     for number, (each, where) in enumerate(zip(sweeps, places, strict=True)):
         labels = _labels(each["strengths"])
+        grid.update_xaxes(tickvals=_labels(_few(each["strengths"])), **where)
         for name in (*acts, *others, *(n for n in data["outcomes"] if n == "incoherent")):
             grid.add_bar(
                 x=labels,
@@ -261,7 +262,7 @@ def _outcomes(data: Mapping[str, Any]) -> go.Figure:
                 hovertemplate=f"{name.replace('_', ' ')} at %{{x}}: %{{y:.1%}}<extra></extra>",
                 **where,
             )
-    grid.update_layout(barmode="stack", bargap=0.12).update_xaxes(type="category", tickangle=0)
+    grid.update_layout(barmode="stack", bargap=0.12).update_xaxes(type="category", tickangle=0, tickfont={"size": 10})
     grid.update_yaxes(tickformat=".0%", range=[0, 1]).update_yaxes(title_text="share", col=1)
     return grid
 
@@ -446,9 +447,10 @@ def _variants(data: Mapping[str, Any]) -> go.Figure:
             hovertemplate=f"%{{y}}, {each['name']} %{{x}}: %{{z:.0%}}<extra></extra>",
             **where,
         )
+        grid.update_xaxes(tickvals=_labels(_few(each["strengths"])), **where)
     bar = {"title": {"text": "rate", "side": "top"}, "thickness": 9, "outlinewidth": 0, "x": 1.01, "tickformat": ".0%"}
     grid.update_layout(coloraxis={"colorscale": SEQUENTIAL, "cmin": 0, "cmax": 1, "colorbar": bar})
-    grid.update_xaxes(type="category", showline=False, ticks="", tickangle=0)
+    grid.update_xaxes(type="category", showline=False, ticks="", tickangle=0, tickfont={"size": 10})
     return grid.update_yaxes(type="category", autorange="reversed", showgrid=False, zeroline=False, ticks="")
 
 
@@ -490,9 +492,16 @@ def _panels(titles: Sequence[str], *, height: int) -> tuple[go.Figure, list[dict
 
 
 def _strengths(figure: go.Figure, strengths: Sequence[float], **where: Any) -> go.Figure:
-    """Ticks at the strengths themselves, at most nine of them."""
-    shown = strengths[:: -(-len(strengths) // 9)]
+    """Ticks at the strengths themselves, at most nine of them; in one of several panels, which are narrow on a phone, at the ends
+    and in the middle."""
+    shown = strengths[:: -(-len(strengths) // 9)] if where.get("row") is None else _few(strengths)
     return figure.update_xaxes(tickvals=list(shown), ticktext=_labels(shown), tickangle=0, **where)
+
+
+def _few(strengths: Sequence[float]) -> list[float]:
+    """The lowest, the highest, and the baseline or else the middle one."""
+    inner = 0.0 if 0.0 in strengths else strengths[len(strengths) // 2]
+    return sorted({strengths[0], inner, strengths[-1]})
 
 
 def _labels(strengths: Sequence[float]) -> list[str]:

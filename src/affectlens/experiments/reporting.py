@@ -85,6 +85,7 @@ def write_report(
             "experiment": f"{experiment.name}, version {experiment.version}",
             "source of the method": experiment.source,
             "level": outcome.data["level"],
+            "transcripts": "transcripts.html, beside this page",
             "judge": judge or "none: graded by rules alone",
         },
         resume=command,
