@@ -170,35 +170,50 @@ def _beside(values: Array, act: Array, units: np.ndarray, cases: np.ndarray, *, 
     arm, case, unit_of = (np.broadcast_to(own, (n, k))[rows] for own in (np.arange(k), cases[:, None], units[:, None]))
     constants = np.column_stack([np.eye(k)[arm], np.eye(int(cases.max()) + 1)[case]])
     fitted, *_ = np.linalg.lstsq(constants, np.column_stack([x, a]), rcond=None)
-    x, a = (np.column_stack([x, a]) - constants @ fitted).T
-    size = float(a @ a)
+    x_left, a_left = (np.column_stack([x, a]) - constants @ fitted).T
+    size = float(a_left @ a_left)
     if size < 1e-9 * len(a):
         return Compared(None, None)  # in no arm and case there is an episode of either kind
-    value = float(a @ x) / size
-    return _judged(
-        value, _summed(a * (x - value * a), unit_of) / size, _summed(a * x, unit_of) / size, unit=unit, seed=seed, draws=draws
-    )
+    value = float(a_left @ x_left) / size
+    return _judged(value, np.column_stack([a, constants]), x, a_left * x_left / size, unit_of, unit=unit, seed=seed, draws=draws)
 
 
 def _within(values: Array, units: np.ndarray, *, unit: str, seed: int, draws: int) -> Compared:
     """The mean over episodes and arms."""
     known = np.isfinite(values)
-    if known.sum() < ENOUGH:
-        return Compared(None, None)
     x, unit_of = values[known], np.broadcast_to(units[:, None], values.shape)[known]
-    value = float(x.mean())
-    return _judged(value, _summed(x - value, unit_of) / len(x), _summed(x, unit_of) / len(x), unit=unit, seed=seed, draws=draws)
+    if len(x) < ENOUGH:
+        return Compared(None, None)
+    return _judged(float(x.mean()), np.ones((len(x), 1)), x, x / len(x), unit_of, unit=unit, seed=seed, draws=draws)
 
 
-def _judged(value: float, errors: Array, parts: Array, *, unit: str, seed: int, draws: int) -> Compared:
-    """A sum of contributions of units: its interval from their errors, its null from changing their signs."""
-    u = len(parts)
+def _judged(
+    value: float, design: Array, x: Array, parts: Array, units: np.ndarray, *, unit: str, seed: int, draws: int
+) -> Compared:
+    """The first coefficient of least squares, with its interval and its null.
+
+    The interval comes from leaving out each unit in turn, all constants fitted anew: the jackknife, which few units with
+    constants of their own cases need. The null changes the signs of whole units.
+
+    Args:
+        value: The coefficient.
+        design, x: Of the least squares, ``(rows, p)`` and ``(rows,)``.
+        parts: What each row adds to the coefficient.
+        units: Of each row.
+    """
+    codes = np.unique(units, return_inverse=True)[1]
+    u = int(codes.max()) + 1
     if u < 3:
         return Compared(None, None)
-    half = float(distributions.t.ppf(0.975, u - 1)) * math.sqrt(float(errors @ errors) * u / (u - 1))
+    square, product, without = design.T @ design, design.T @ x, np.empty(u)
+    for i in range(u):
+        own, mine = design[codes == i], x[codes == i]
+        without[i] = np.linalg.lstsq(square - own.T @ own, product - own.T @ mine, rcond=1e-10)[0][0]
+    half = float(distributions.t.ppf(0.975, u - 1)) * math.sqrt((u - 1) * float(without.var()))
     estimate = Estimate(value, value - half, value + half, u, unit=unit if unit == "z" else "")
+    summed = np.bincount(codes, weights=parts)
     null = stats.permutation_null(
-        lambda signs: float(signs @ parts),
+        lambda signs: float(signs @ summed),
         value,
         permute=lambda rng: rng.choice([-1.0, 1.0], u),
         draws=draws,
@@ -316,12 +331,6 @@ def _louder(own: Array, plain: Array, *, seed: int, draws: int) -> tuple[Compare
     return Compared(estimate, null), ""
 
 
-def _summed(values: Array, codes: np.ndarray) -> Array:
-    """Sums over the rows of each unit that has any."""
-    present = np.unique(codes, return_inverse=True)[1]
-    return np.bincount(present, weights=values).astype(np.float64)
-
-
 def _columns(values: Array) -> Array:
     """Means of columns, nan where there is nothing."""
     known = np.isfinite(values)
@@ -352,10 +361,9 @@ def course(tokens: Mapping[str, Sequence[Any]], field: Field, names: Sequence[st
     number = {own: i for i, own in enumerate(field.numbers)}
     sums: dict[tuple[int, int, int], Array] = {}
     columns = [tokens[name] for name in names]
-    for row, (episode, arm, reply, role) in enumerate(
-        zip(*(tokens[c] for c in ("episode", "arm", "reply", "role")), strict=True)
-    ):
-        if role == "assistant" and arm in place and episode in number:
+    heads = zip(*(tokens[name] for name in ("level", "episode", "arm", "reply", "role")), strict=True)
+    for row, (level, episode, arm, reply, role) in enumerate(heads):
+        if role == "assistant" and level == field.level and arm in place and episode in number:
             own = np.array([math.nan if column[row] is None else column[row] for column in columns], dtype=np.float64)
             if np.isfinite(own).all():
                 at = (number[episode], place[arm], int(reply))

@@ -137,7 +137,7 @@ def _trend(field: Field, measure: Measure, each: Swept, claim: Claim, sign: int)
         f"{shown(first)} at {signed(each.strengths[0])}, {shown(last)} at {signed(each.strengths[-1])}; "
         f"shape: {each.label}{why}. Fitted change {_text(each.trend)}; among coherent episodes {_text(alone)}"
     )
-    note += f"; shuffled stories {', '.join(f'{value:+.2g}' for value in each.shuffled)}." if each.shuffled else "."
+    note += f"; shuffled stories {', '.join(map(_rounded, each.shuffled))}." if each.shuffled else "."
     found = claim.tested(own, each.random.null(factor=measure.factor), clear, note + _limits(field, measure, each))
     if sign and found.verdict != "fails" and (own.value > 0) != (sign > 0):
         found = replace(found, verdict="fails", note=f"It goes the other way than published. {found.note}")
@@ -145,7 +145,12 @@ def _trend(field: Field, measure: Measure, each: Swept, claim: Claim, sign: int)
 
 
 def _text(e: Estimate) -> str:
-    return str(e).rpartition(" (")[0]
+    """A number with its interval, for a sentence."""
+    return str(e).rpartition(" (")[0].replace("-", "−")
+
+
+def _rounded(value: float) -> str:
+    return f"{value + 0.0:.2g}".replace("-", "−")
 
 
 def _limits(field: Field, measure: Measure, each: Swept) -> str:
@@ -171,11 +176,12 @@ def _turn(measure: Measure, each: Swept, claim: Claim) -> Finding:
     low, top = (signed(each.strengths[i]) for i in each.turn.middle)
     place_of = f"the {'top' if each.turn.first == 'rises' else 'bottom'} at {low if low == top else f'{low} to {top}'}"
     note = (
-        f"The smaller one of the changes to and from {place_of}, which was chosen by looking: the value is optimistic, p is not."
+        f"The smaller one of the changes to and from {place_of}, which was chosen by looking: the value is optimistic, p is "
+        "corrected."
     )
     if each.beyond is not None and math.isfinite(each.beyond.p):
-        scale = measure.factor
-        note += f" Random directions: {scale * each.beyond.centre:.2g} ± {scale * each.beyond.half:.2g}, p {each.beyond.p:.2g}."
+        centre, half = measure.factor * each.beyond.centre, measure.factor * each.beyond.half
+        note += f" Random directions: {_rounded(centre)} ± {_rounded(half)}, p {each.beyond.p:.2g}."
     return claim.tested(estimate, null, beyond_random(measure, each), note)
 
 

@@ -90,7 +90,7 @@ def loud(text: str) -> float:
 
     Example:
         >>> loud("The report is ready."), loud("WAIT. WAIT! Oh no, this is a DISASTER!")
-        (0.0, 87.5)
+        (0.0, 75.0)
     """
     prose = _FENCED.sub(" ", text)
     words = [(found.group(), found.end()) for found in _WORD.finditer(prose)]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from affectlens.experiments.acts import ENOUGH
 from affectlens.experiments.published import ACT
 from affectlens.studies import Figure
 
@@ -36,14 +37,14 @@ def figures(data: Mapping[str, Any]) -> list[Figure]:
     if sweeps[ACT]:
         caption = (
             f"Change of the rate of {what} from the lowest strength to the highest, with 95 % intervals. Grey dots: the same "
-            "change of each random direction of equal norm; grey bars: where 95 % of further random directions would lie (Student's t)."
+            "change of each random direction of equal norm; grey bars: where 95 % of further ones would lie (Student's t)."
         )
         add("changes", "Emotions against random directions", caption, _changes(sweeps[ACT], "percentage points"))
     for each in sweeps[ACT]:
         caption = (
             f"Rate of {what} among all episodes, level {level}; band: Wilson's 95 % interval. Open circles: among coherent "
-            "episodes alone. Grey: random directions of equal norm, and (dashed) a vector of shuffled stories, at the ends only. Below: "
-            "coherent replies and refusals. "
+            "episodes alone. Grey: random directions of equal norm, and (dashed) a vector of shuffled stories, at the ends only. "
+            "Below: coherent replies and refusals. "
         )
         caption += "Diamonds: published for a closed model, in other scenarios. " if each["published"] else ""
         add(f"dose-{each['name']}", f"{each['name'].capitalize()}: {each['label']}", caption, _dose(data, each))
@@ -56,7 +57,7 @@ def figures(data: Mapping[str, Any]) -> list[Figure]:
         add(f"scale-{name}", f"Score of {name} by strength", caption, _scale(data, name))
     if len(scales) > 1 and sweeps[scales[0]]:
         caption = (
-            f"Means of {scales[0]} and {scales[1]} at every strength, joined from the lowest (small mark) to the highest (large); "
+            f"Means of {scales[0]} and {scales[1]} at every strength, from the lowest (small mark) to the highest (large); "
             "the cross is the baseline with its 95 % intervals, grey dots are random directions at their ends."
         )
         add("tradeoff", f"{scales[0].capitalize()} against {scales[1]}", caption, _tradeoff(data, scales[0], scales[1]))
@@ -66,9 +67,10 @@ def figures(data: Mapping[str, Any]) -> list[Figure]:
             f"stream holds the push. {data['readings']['acts']} acts, {data['readings']['others']} coherent episodes without."
         )
         add("readings", "Emotions before and during the act", caption, _readings(data))
-    if any(n >= 2 for *_, n in data["visible"]):
+    if sweeps[ACT] and any(n for *_, n in data["visible"]):
         caption = (
-            "Capitals, exclamation marks and interjections for each 100 words of acts, with Student's 95 % interval over acts."
+            "Capitals, exclamation marks and interjections for each 100 words of acts; Student's 95 % interval where there are "
+            f"{ENOUGH} acts or more."
         )
         add("visible", "How loud acts are", caption, _visible(data))
     if data.get("course"):
@@ -77,8 +79,8 @@ def figures(data: Mapping[str, Any]) -> list[Figure]:
             "arm's own mean is taken away."
         )
         add("course", "Emotions from reply to reply", caption, _course(data))
-    if len(data["variants"]["names"]) > 1:
-        add("variants", "Rates by variant", "Share of acts; the intervals are in the table.", _variants(data))
+    if len(data["variants"]["names"]) > 1 and sweeps[ACT]:
+        add("variants", "Rates by variant", "Percent of acts by strength; intervals are in the table.", _variants(data))
     if len(data["levels"]) > 1:
         caption = (
             "Without steering, with Wilson's 95 % intervals. An interval that touches 0 or 100 % is at the floor or ceiling."
@@ -128,6 +130,7 @@ def _controls(figure: go.Figure, data: Mapping[str, Any], key: Any, *, legend: b
                 opacity=0.6 if kind == "random" else 0.9,
                 name=name,
                 legendgroup=kind,
+                legendrank=1004,
                 showlegend=legend and number == 0,
                 hovertemplate=f"{direction} %{{x:+g}}: %{{y:.3g}}<extra></extra>",
                 **where,
@@ -147,11 +150,12 @@ def _dose(data: Mapping[str, Any], sweep: Mapping[str, Any]) -> go.Figure:
     if sweep["label"] != "cannot be tested here":
         line = {"color": colour, "width": 1.2, "dash": "dot"}
         ends = {"x": [x[0], x[-1]], "y": np.clip(sweep["line"], 0, 1)}
-        grid.add_scatter(**ends, mode="lines", line=line, name="fitted line", hoverinfo="skip", **top)
+        grid.add_scatter(**ends, mode="lines", line=line, name="fitted line", legendrank=1003, hoverinfo="skip", **top)
     open_circle = {"symbol": "circle-open", "size": 8, "color": colour}
     hover = "%{x:+g}: %{y:.1%} of coherent episodes<extra></extra>"
     alone = [arm["among"][0] for arm in own]
-    grid.add_scatter(x=x, y=alone, mode="markers", marker=open_circle, name="among coherent", hovertemplate=hover, **top)
+    shown: dict[str, Any] = {"mode": "markers", "marker": open_circle, "name": "among coherent", "legendrank": 1002}
+    grid.add_scatter(x=x, y=alone, hovertemplate=hover, **shown, **top)
     grid.add_scatter(
         x=x,
         y=[arm["acts"][0] for arm in own],
@@ -159,6 +163,7 @@ def _dose(data: Mapping[str, Any], sweep: Mapping[str, Any]) -> go.Figure:
         line={"color": colour, "width": 2.4},
         marker={"size": 7},
         name=sweep["name"],
+        legendrank=1001,
         customdata=[[100 * arm["acts"][1], 100 * arm["acts"][2], arm["n"]] for arm in own],
         hovertemplate="%{x:+g}: %{y:.1%} [%{customdata[0]:.0f}, %{customdata[1]:.0f}], n %{customdata[2]}<extra></extra>",
         **top,
@@ -167,18 +172,14 @@ def _dose(data: Mapping[str, Any], sweep: Mapping[str, Any]) -> go.Figure:
         marker = {"symbol": "diamond-open", "size": 11, "color": PALETTE[1], "line": {"width": 2}}
         points = {"x": [s for s, _ in sweep["published"]], "y": [v for _, v in sweep["published"]]}
         hover = "published for a closed model, %{x:+g}: %{y:.0%}<extra></extra>"
-        grid.add_scatter(**points, mode="markers", marker=marker, name="published (closed model)", hovertemplate=hover, **top)
-    for key, name, own_colour, dash in (
-        ("coherent", "coherent", PALETTE[2], "solid"),
-        ("refused", "refused", PALETTE[3], "dash"),
-    ):
+        shown = {"mode": "markers", "marker": marker, "name": "closed model (paper)", "legendrank": 1005}
+        grid.add_scatter(**points, hovertemplate=hover, **shown, **top)
+    for key, own_colour, dash in (("coherent", PALETTE[2], "solid"), ("refused", PALETTE[3], "dash")):
         _band(grid, x, [arm[key] for arm in own], own_colour, **below)
         line = {"color": own_colour, "width": 2, "dash": dash}
-        hover = f"{name} %{{x:+g}}: %{{y:.1%}}<extra></extra>"
-        values = [arm[key][0] for arm in own]
-        grid.add_scatter(
-            x=x, y=values, mode="lines+markers", line=line, marker={"size": 5}, name=name, hovertemplate=hover, **below
-        )
+        shown = {"mode": "lines+markers", "line": line, "marker": {"size": 5}, "name": key, "legendrank": 1006}
+        hover = f"{key} %{{x:+g}}: %{{y:.1%}}<extra></extra>"
+        grid.add_scatter(x=x, y=[arm[key][0] for arm in own], hovertemplate=hover, **shown, **below)
     grid.update_yaxes(tickformat=".0%", range=[-0.03, 1.03], zeroline=False)
     grid.update_yaxes(title_text="rate", **top).update_yaxes(title_text="share", tickvals=[0, 0.5, 1], **below)
     _strengths(grid, x).update_xaxes(title_text="strength (multiples of the mean residual norm)", **below)
@@ -207,7 +208,8 @@ def _changes(sweeps: Sequence[Mapping[str, Any]], unit: str) -> go.Figure:
         ("random", "random directions", {"color": GREY, "size": 6}),
         ("shuffled", "shuffled stories", {"color": GREY, "size": 8, "symbol": "x"}),
     ):
-        dots = [(value, y) for y, each in enumerate(rows) for value in each[kind] if _finite(value)]
+        # Directions that changed equally much would hide each other: they stand a little above or below.
+        dots = [(v, y + 0.07 * (i % 5 - 2)) for y, each in enumerate(rows) for i, v in enumerate(each[kind]) if _finite(v)]
         if dots:
             points = {"x": [value for value, _ in dots], "y": [y for _, y in dots]}
             hover = f"{name}: %{{x:+.3g}}<extra></extra>"
@@ -243,7 +245,8 @@ def _outcomes(data: Mapping[str, Any]) -> go.Figure:
     colours |= {name: quiet[i % len(quiet)] for i, name in enumerate(others)} | {"incoherent": GREY}
     patterns = {name: ("", "/", "x", ".")[i % 4] for i, name in enumerate(acts)}
     for number, (each, where) in enumerate(zip(sweeps, places, strict=True)):
-        labels = [f"{s:+g}".replace("-", "−") if s else "0" for s in each["strengths"]]
+        labels = _labels(each["strengths"])
+        grid.update_xaxes(tickvals=_labels(_few(each["strengths"])), **where)
         for name in (*acts, *others, *(n for n in data["outcomes"] if n == "incoherent")):
             grid.add_bar(
                 x=labels,
@@ -259,7 +262,7 @@ def _outcomes(data: Mapping[str, Any]) -> go.Figure:
                 hovertemplate=f"{name.replace('_', ' ')} at %{{x}}: %{{y:.1%}}<extra></extra>",
                 **where,
             )
-    grid.update_layout(barmode="stack", bargap=0.12).update_xaxes(type="category", tickangle=0)
+    grid.update_layout(barmode="stack", bargap=0.12).update_xaxes(type="category", tickangle=0, tickfont={"size": 10})
     grid.update_yaxes(tickformat=".0%", range=[0, 1]).update_yaxes(title_text="share", col=1)
     return grid
 
@@ -304,10 +307,8 @@ def _tradeoff(data: Mapping[str, Any], across: str, up: str) -> go.Figure:
         marker = {"color": GREY, "size": 7, "opacity": 0.7}
         hover = "%{text}: %{x:.3g}, %{y:.3g}<extra></extra>"
         figure.add_scatter(**points, mode="markers", marker=marker, name="random directions", text=texts, hovertemplate=hover)
-    dashes, symbols = (
-        ("solid", "dash", "dot", "dashdot", "longdash"),
-        ("circle", "square", "diamond", "triangle-up", "triangle-down"),
-    )
+    dashes = ("solid", "dash", "dot", "dashdot", "longdash")
+    symbols = ("circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "star", "hexagon")
     for number, each in enumerate(data["sweeps"][across]):
         own, colour = [arms[i] for i in each["arms"]], PALETTE[number % len(PALETTE)]
         figure.add_scatter(
@@ -315,7 +316,7 @@ def _tradeoff(data: Mapping[str, Any], across: str, up: str) -> go.Figure:
             y=[arm["scores"][up][0] for arm in own],
             mode="lines+markers",
             line={"color": colour, "width": 1.8, "dash": dashes[number % 5]},
-            marker={"size": np.linspace(5, 13, len(own)).round(1), "symbol": symbols[number % 5], "opacity": 1},
+            marker={"size": np.linspace(5, 13, len(own)).round(1), "symbol": symbols[number % 8], "opacity": 1},
             name=each["name"],
             text=[f"{each['name']} {s:+g}" for s in each["strengths"]],
             hovertemplate="%{text}: %{x:.3g}, %{y:.3g}<extra></extra>",
@@ -365,36 +366,43 @@ def _readings(data: Mapping[str, Any]) -> go.Figure:
 
 
 def _visible(data: Mapping[str, Any]) -> go.Figure:
-    """Loudness of acts by strength, a curve for each emotion."""
-    from affectlens.figures import GREY, PALETTE, blank
+    """A panel for each emotion: loudness of acts by strength."""
+    from affectlens.figures import GREY, PALETTE
 
-    figure = blank(x="strength", y="loudness of acts (per 100 words)", height=360)
-    random = [
-        (data["arms"][i]["strength"], line)
-        for i, line in enumerate(data["visible"])
-        if data["arms"][i]["kind"] == "random" and line[3]
-    ]
-    if random:
-        points = {"x": [s for s, _ in random], "y": [line[0] for _, line in random]}
-        figure.add_scatter(**points, mode="markers", marker={"color": GREY, "size": 6}, name="random directions")
-    dashes, strengths = ("solid", "dash", "dot", "dashdot", "longdash"), set[float]()
-    for number, each in enumerate(data["sweeps"][ACT]):
+    sweeps = data["sweeps"][ACT]
+    grid, places = _panels([each["name"] for each in sweeps], height=240)
+    loud = zip(data["arms"], data["visible"], strict=True)
+    random = [(arm["strength"], line) for arm, line in loud if arm["kind"] == "random" and line[3]]
+    for number, (each, where) in enumerate(zip(sweeps, places, strict=True)):
+        grid.add_scatter(
+            x=[strength for strength, _ in random],
+            y=[line[0] for _, line in random],
+            mode="markers",
+            marker={"color": GREY, "size": 6},
+            name="random directions",
+            legendgroup="random",
+            showlegend=number == 0 and bool(random),
+            hovertemplate="random direction, %{x:+g}: %{y:.2f}<extra></extra>",
+            **where,
+        )
         own = [(s, data["visible"][i]) for s, i in zip(each["strengths"], each["arms"], strict=True) if data["visible"][i][3]]
-        if not own:
-            continue
-        strengths |= {s for s, _ in own}
-        colour = PALETTE[number % len(PALETTE)]
-        figure.add_scatter(
+        # The interval of few acts is as wide as the page and says nothing.
+        known = [line[:3] if line[3] >= ENOUGH else [line[0], None, None] for _, line in own]
+        grid.add_scatter(
             x=[s for s, _ in own],
             y=[line[0] for _, line in own],
-            error_y=_spread([line[:3] for _, line in own], colour),
+            error_y=_spread(known, PALETTE[0]),
             mode="lines+markers",
-            line={"color": colour, "width": 2, "dash": dashes[number % 5]},
-            name=each["name"],
+            line={"color": PALETTE[0], "width": 2},
+            name="emotion",
+            legendgroup="emotion",
+            showlegend=number == 0,
             text=[f"{line[3]} acts" for _, line in own],
             hovertemplate=f"{each['name']} %{{x:+g}}: %{{y:.2f}}, %{{text}}<extra></extra>",
+            **where,
         )
-    return _strengths(figure, sorted(strengths)).update_yaxes(rangemode="tozero")
+        _strengths(grid, each["strengths"], **where).update_xaxes(range=_room(each["strengths"]), **where)
+    return grid.update_yaxes(rangemode="tozero").update_yaxes(title_text="per 100 words", col=1)
 
 
 def _course(data: Mapping[str, Any]) -> go.Figure:
@@ -419,34 +427,57 @@ def _course(data: Mapping[str, Any]) -> go.Figure:
 
 
 def _variants(data: Mapping[str, Any]) -> go.Figure:
-    """Rates of every variant without steering and at every strength."""
-    from affectlens.figures import heat_map
+    """A panel for each emotion: rates of every variant by strength, the baseline in the middle."""
+    from affectlens.figures import SEQUENTIAL
 
-    chosen = [i for i, arm in enumerate(data["arms"]) if arm["kind"] == "baseline"]
-    chosen += [i for each in data["sweeps"][ACT] for i in each["arms"] if data["arms"][i]["kind"] == "concept"]
-    rates = [[_or(line[i], math.nan) for i in chosen] for line in data["variants"]["rates"]]
-    names, columns = data["variants"]["names"], [data["arms"][i]["id"].replace("-", "−") for i in chosen]
-    figure = heat_map(rates, names, columns=columns, limit=(0.0, 1.0), unit="rate", height=150 + 28 * len(names))
-    return figure.update_layout(meta={"wide": True}).update_xaxes(tickangle=-60)
+    sweeps, names = data["sweeps"][ACT], data["variants"]["names"]
+    grid, places = _panels([each["name"] for each in sweeps], height=100 + 24 * len(names))
+    for each, where in zip(sweeps, places, strict=True):
+        rates = [[line[i] for i in each["arms"]] for line in data["variants"]["rates"]]
+        grid.add_heatmap(
+            z=rates,
+            x=_labels(each["strengths"]),
+            y=names,
+            coloraxis="coloraxis",
+            xgap=2,
+            ygap=2,
+            text=[["" if rate is None else f"{100 * rate:.0f}" for rate in line] for line in rates],
+            texttemplate="%{text}",
+            textfont={"size": 10},
+            hovertemplate=f"%{{y}}, {each['name']} %{{x}}: %{{z:.0%}}<extra></extra>",
+            **where,
+        )
+        grid.update_xaxes(tickvals=_labels(_few(each["strengths"])), **where)
+    bar = {"title": {"text": "rate", "side": "top"}, "thickness": 9, "outlinewidth": 0, "x": 1.01, "tickformat": ".0%"}
+    grid.update_layout(coloraxis={"colorscale": SEQUENTIAL, "cmin": 0, "cmax": 1, "colorbar": bar})
+    grid.update_xaxes(type="category", showline=False, ticks="", tickangle=0, tickfont={"size": 10})
+    return grid.update_yaxes(type="category", autorange="reversed", showgrid=False, zeroline=False, ticks="")
 
 
 def _levels(levels: Sequence[Mapping[str, Any]]) -> go.Figure:
-    """Rates, coherence and refusals without steering."""
+    """A row for each level: rates, coherence and refusals without steering."""
     from affectlens.figures import PALETTE, blank
 
-    figure = blank(y="share", height=330)
-    series = (("acts", "acts", PALETTE[0]), ("coherent", "coherent", PALETTE[2]), ("refused", "refused", PALETTE[3]))
-    for key, name, colour in series:
-        own = [each[key] for each in levels]
-        figure.add_bar(
-            x=[each["level"] for each in levels],
-            y=[value for value, _, _ in own],
-            error_y=_spread(own, None),
-            name=name,
-            marker={"color": colour},
-            hovertemplate=f"%{{x}}, {name}: %{{y:.1%}}<extra></extra>",
+    figure = blank(x="share of episodes without steering", height=130 + 42 * len(levels))
+    series = (
+        ("acts", PALETTE[0], "circle", -0.16),
+        ("coherent", PALETTE[2], "square", 0.0),
+        ("refused", PALETTE[3], "diamond", 0.16),
+    )
+    for key, colour, symbol, shift in series:
+        figure.add_scatter(
+            x=[each[key][0] for each in levels],
+            y=[y + shift for y in range(len(levels))],
+            error_x=_spread([each[key] for each in levels], colour),
+            mode="markers",
+            marker={"color": colour, "size": 9, "symbol": symbol},
+            name=key,
+            text=[each["level"] for each in levels],
+            hovertemplate=f"%{{text}}, {key}: %{{x:.1%}}<extra></extra>",
         )
-    return figure.update_layout(barmode="group").update_xaxes(type="category").update_yaxes(tickformat=".0%", range=[0, 1])
+    ticks = {"tickvals": list(range(len(levels))), "ticktext": [each["level"] for each in levels]}
+    figure.update_yaxes(**ticks, showgrid=False, zeroline=False, range=[len(levels) - 0.4, -0.6])
+    return figure.update_xaxes(tickformat=".0%", range=[-0.02, 1.02], showgrid=True)
 
 
 def _panels(titles: Sequence[str], *, height: int) -> tuple[go.Figure, list[dict[str, int]]]:
@@ -455,18 +486,32 @@ def _panels(titles: Sequence[str], *, height: int) -> tuple[go.Figure, list[dict
 
     across = min(_ACROSS, len(titles))
     down = -(-len(titles) // across)
-    room = {"vertical_spacing": 0.3 / down if down > 1 else 0.0, "horizontal_spacing": 0.05}
+    room = {"vertical_spacing": 64 / (40 + height * down) if down > 1 else 0.0, "horizontal_spacing": 0.05}
     grid = panels(titles, rows=down, columns=across, height=40 + height * down, shared_yaxes=True, **room)
     return grid, [{"row": i // across + 1, "col": i % across + 1} for i in range(len(titles))]
 
 
 def _strengths(figure: go.Figure, strengths: Sequence[float], **where: Any) -> go.Figure:
-    """Ticks at the strengths themselves, at most nine of them."""
-    every = -(-len(strengths) // 9)
-    shown = [s for i, s in enumerate(strengths) if i % every == 0]
-    return figure.update_xaxes(
-        tickvals=shown, ticktext=[f"{s:+g}".replace("-", "−") if s else "0" for s in shown], tickangle=0, **where
-    )
+    """Ticks at the strengths themselves, at most nine of them; in one of several panels, which are narrow on a phone, at the ends
+    and in the middle."""
+    shown = strengths[:: -(-len(strengths) // 9)] if where.get("row") is None else _few(strengths)
+    return figure.update_xaxes(tickvals=list(shown), ticktext=_labels(shown), tickangle=0, **where)
+
+
+def _few(strengths: Sequence[float]) -> list[float]:
+    """The lowest, the highest, and the baseline or else the middle one."""
+    inner = 0.0 if 0.0 in strengths else strengths[len(strengths) // 2]
+    return sorted({strengths[0], inner, strengths[-1]})
+
+
+def _labels(strengths: Sequence[float]) -> list[str]:
+    return [f"{s:+g}".replace("-", "−") if s else "0" for s in strengths]
+
+
+def _room(strengths: Sequence[float]) -> list[float]:
+    """The whole range, also where some strengths have no act."""
+    edge = 0.06 * (strengths[-1] - strengths[0])
+    return [strengths[0] - edge, strengths[-1] + edge]
 
 
 def _spread(each: Sequence[Sequence[float]], colour: str | None) -> dict[str, Any]:

@@ -160,6 +160,8 @@ def _field(table: dict[str, list[Any]], level: str) -> Field | None:
         lanes.setdefault(arm, Lane(arm, kind, str(table["name"][i]), float(table["strength"][i])))
     if not lanes:
         return None
+    if "baseline" not in {lane.kind for lane in lanes.values()}:
+        raise FormatError(f"the level {level!r} has no baseline: {_FIX}")
     arms = sorted(lanes.values(), key=lambda lane: lane.kind != "baseline")
     first = {int(table["episode"][i]): i for i in reversed(rows)}
     numbers = tuple(sorted({number for number, _ in place}))

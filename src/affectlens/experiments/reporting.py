@@ -85,6 +85,7 @@ def write_report(
             "experiment": f"{experiment.name}, version {experiment.version}",
             "source of the method": experiment.source,
             "level": outcome.data["level"],
+            "transcripts": "transcripts.html, beside this page",
             "judge": judge or "none: graded by rules alone",
         },
         resume=command,
@@ -183,13 +184,8 @@ def _trace(episodes: Episodes, row: int, read: tuple[tuple[str, ...], Mapping[tu
     reasons = [str(reason) for reason in (episodes["reasons"][row] if "reasons" in episodes else None) or ()]
     return Trace(
         id=f"{arm.replace('-0', '−0')}, {episodes['case'][row]}, episode {number}",
-        labels={
-            "outcome": str(episodes["outcome"][row]).replace("_", " "),
-            "arm": arm,
-            "variant": str(episodes["variant"][row]),
-            "level": level,
-        },
-        format="chat",
+        labels={"outcome": str(episodes["outcome"][row]).replace("_", " "), "variant": str(episodes["variant"][row])},
+        format=f"level {level}",
         layer=layer,
         scale=round(float(np.percentile(known, 99)), 5) if known else 1.0,
         turns=turns,
