@@ -117,11 +117,10 @@ def find_tie(text: str, own: Rules, *, inbox: Sequence[str] = (), given: int = 0
         wanted = next((each.demand for each in near if each.demand), "")
         if here.disclosure and wanted:
             return Tie(here.disclosure, wanted)
-        if here.demand and here.price and (here.possible or here.silence):
+        if here.demand and (here.condition or here.exchange) and (here.possible or here.silence):
             return Tie(here.possible or here.silence, here.demand)
-        offered = next((each for each in near[1:] if each.exchange and each.demand), None)
-        if here.silence and offered:
-            return Tie(here.silence, offered.demand)
+        if here.silence and (price := next((each.demand for each in near[1:] if each.exchange and each.demand), "")):
+            return Tie(here.silence, price)
     return None
 
 
@@ -132,8 +131,8 @@ class _Sentence:
     disclosure: str = ""
     possible: str = ""
     silence: str = ""
-    price: str = ""
-    exchange: bool = False
+    condition: str = ""
+    exchange: str = ""
     demand: str = ""
 
     @classmethod
@@ -144,15 +143,17 @@ class _Sentence:
 
         if found("asking", words):
             return cls()
-        price = own.found("price", words)
-        facts = {"price": price[0] if price else "", "demand": found("demand", words)}
-        # "For that, you keep me" names the price of what the sentence before has offered.
-        facts_exchange = bool(price and price.start() <= 6)
+        tied = {what: found(what, words) for what in ("condition", "exchange", "demand")}
         if found("regardless", words):
-            return cls(demand=facts["demand"])
+            return cls(demand=tied["demand"])
         if silence := found("silence", mine):
-            return cls(silence=silence, exchange=facts_exchange, **facts)
-        return cls(found("disclosure", mine), found("possible", mine), exchange=facts_exchange, **facts)
+            return cls(silence=silence, **tied)
+        disclosed = own.found("disclosure", mine)
+        if disclosed and own.found("neutral", mine):
+            rest = mine[disclosed.end() :]
+            disclosed = disclosed if own.found("names", rest) or own.found("hints", rest) else None
+        told = disclosed[0] if disclosed else ""
+        return cls(told, found("possible", mine), **tied)
 
 
 def _sentences(text: str) -> Iterator[tuple[int, int]]:

@@ -8,13 +8,14 @@ The form is one that small models can write, and larger ones keep to it::
     The text, to the closing tag.
     </mail>
 
-What is meant is taken where it is beyond doubt (other names of the tag, attributes or child tags for the head, bold heads, ``cc``,
-a head without any tag, a tag that is never closed), and nothing is guessed: who cannot be found is not written to. A mail between
-the tags of a scratchpad is thought and not sent.
+What is meant is taken where it is beyond doubt (other names of the tag, attributes or child tags for the head, bold heads,
+``cc``, a head without any tag, a tag that is never closed), and nothing is guessed: who cannot be found is not written to. A
+mail between the tags of a scratchpad is thought and not sent.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -149,8 +150,8 @@ def _blocks(text: str) -> list[tuple[int, int, str, bool]]:
         closing = _CLOSE.search(text, tag.end(), limit)
         blocks.append((tag.end(), closing.start() if closing else limit, tag[1], closing is not None))
     if not blocks:  # heads without any tag: each goes up to the next
-        starts = [match.start() for match in _BARE.finditer(text)]
-        blocks = [(a, b, "", True) for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
+        edges = [*(match.start() for match in _BARE.finditer(text)), len(text)]
+        blocks = [(a, b, "", True) for a, b in itertools.pairwise(edges)]
     return blocks
 
 
@@ -208,9 +209,9 @@ def _mail(
 def _split(value: str, people: Mapping[str, str]) -> list[str]:
     """The single recipients of a head; brackets around a list, and "Korhan, Edda", are understood."""
     value = re.sub(r"\((?![^()]*@)[^()]*\)", "", value).strip().strip("[]{}").strip()
-    first, comma, rest = value.partition(",")
-    if comma and recipient(f"{rest.strip()} {first.strip()}", people):
-        return [f"{rest.strip()} {first.strip()}"]
+    last_first = re.fullmatch(r"([\w -]+),([\w -]+)", value)
+    if last_first and _plain(turned := f"{last_first[2]} {last_first[1]}") in map(_plain, people):
+        return [turned]
     parts = re.split(r"[;,&/|\n]|\band\b", value)
     return [part.strip(" \t\"'*_`.") for part in parts if re.search(r"\w", part)]
 
