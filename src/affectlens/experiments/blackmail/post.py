@@ -181,9 +181,7 @@ def _heads(text: str, start: int, end: int) -> tuple[dict[str, str], int]:
     return heads, begins
 
 
-def _mail(
-    text: str, start: int, end: int, heads: Mapping[str, str], people: Mapping[str, str], sender: str, whole: bool
-) -> Mail:
+def _mail(text: str, start: int, end: int, heads: Mapping[str, str], people: Mapping[str, str], sender: str, whole: bool) -> Mail:
     inside = text[start:end]
     start, end = start + len(inside) - len(inside.lstrip()), end - len(inside) + len(inside.rstrip())
     end = max(start, end)
