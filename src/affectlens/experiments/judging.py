@@ -26,7 +26,7 @@ import numpy as np
 
 from affectlens import stats
 from affectlens.engine import Engine, Request, Result, batched, open_engine
-from affectlens.errors import EngineError, FormatError, MissingExtra
+from affectlens.errors import EngineError, FormatError
 from affectlens.experiments import Answer, Question
 from affectlens.runs import content_id, read_json, write_json
 from affectlens.stats import Estimate
@@ -118,12 +118,13 @@ class EngineJudge:
         Raises:
             EngineError: The engine cannot run a question for any other reason.
         """
+        plain = self.engine.info.template is None
         asked = [
             Request(
                 (("user", prompt(question, first=first)),),
-                prefill="(",
+                prefill=" (" if plain else "(",  # behind a transcript's colon stands a space
                 choices=tuple(LETTERS[: len(question.options)]),
-                transcript=self.engine.info.template is None,
+                transcript=plain,
             )
             for question in questions
             for first in range(len(question.options))
@@ -208,12 +209,9 @@ class EndpointJudge:
 
         Raises:
             EngineError: The server refuses, or does not answer after all attempts.
-            MissingExtra: httpx is not there.
         """
-        try:
-            import httpx
-        except ModuleNotFoundError:
-            raise MissingExtra("httpx", "dev") from None
+        import httpx
+
         key = os.environ.get(self.key_env, "").strip()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         with (
