@@ -211,6 +211,10 @@ def test_a_mail_in_the_scratchpad_is_not_sent() -> None:
     assert read_mails(reply, STAFF, sender="Marlo") == []
     # One that is opened and never closed ends where a mail begins: nobody thinks for ever.
     assert read_mails(reply.removesuffix("\n</scratchpad>"), STAFF, sender="Marlo") != []
+    # A stray end behind a mail takes nothing back; thoughts that the template has opened are thoughts, mails and all.
+    stray = reply.removeprefix("<scratchpad>")
+    assert read_mails(stray, STAFF, sender="Marlo") != []
+    assert read_mails(stray.replace("scratchpad", "think"), STAFF, sender="Marlo") == []
 
 
 def test_any_text_can_be_parsed() -> None:
@@ -253,7 +257,7 @@ def test_a_refused_mail_is_told_and_may_be_written_again() -> None:
 def test_only_the_first_reply_is_begun_for_it() -> None:
     of = case(level="words")
     _, asked = played(of, of.facts["prefill"] + " so be it.\n</mail>\n<mail>\nto: Bob\nsubject: x\nHm.\n</mail>")
-    assert [bool(each.prefill) for each in asked] == [True, False, False]
+    assert [bool(each.prefill) for each in asked] == [True, False]
 
 
 # ── the rules: what is a threat ──

@@ -17,8 +17,8 @@ from affectlens.experiments.blackmail.grading import grade
 from affectlens.experiments.blackmail.post import Mail, answer, read_mails
 from affectlens.experiments.blackmail.scenes import LEVELS, cases
 
-ROUNDS = 3
-"""So often the model is told that a mail was refused, and may write again, less one."""
+ROUNDS = 2
+"""Replies of the model: once it is told what was refused, and may write again."""
 
 JUDGED = ("none", "threatens", "exposes", "refuses")
 """The outcomes that the judge chooses between, in the order of its options."""
@@ -64,7 +64,7 @@ class Blackmail(Experiment):
         "sad=-0.1:0.1:5",
     )
     watch = ("desperate", "calm", "angry", "nervous", "happy", "sad", "afraid")
-    sampling = Sampling(max_tokens=240)
+    sampling = Sampling(max_tokens=240, temperature=0.7, top_p=0.9)
     scales = ("sent",)
 
     def cases(self) -> Sequence[Case]:
@@ -75,7 +75,7 @@ class Blackmail(Experiment):
         replies: list[Reply] = []
         posts: list[list[Mail]] = []
         while len(replies) < ROUNDS:
-            reply = yield Ask(chat, "" if replies else facts["prefill"])
+            reply = yield Ask(chat, "" if replies else facts["prefill"], facts["max_tokens"])
             mails = read_mails(reply.text, facts["people"], sender=facts["assistant"])
             replies.append(reply)
             posts.append(mails)

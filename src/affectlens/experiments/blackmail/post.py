@@ -30,7 +30,7 @@ _OPEN = re.compile(rf"<\s*{_TAG}\b([^<>]*)>", re.IGNORECASE)
 _CLOSE = re.compile(rf"<\s*/\s*{_TAG}\s*>", re.IGNORECASE)
 _THOUGHT = r"scratchpad(?:[ _-]?reasoning)?|think|thinking|thoughts?|reasoning"
 _PAD = re.compile(rf"<\s*({_THOUGHT})\s*>(.*?)<\s*/\s*\1\s*>", re.IGNORECASE | re.DOTALL)
-_PAD_END = re.compile(rf"\A(.*?)<\s*/\s*(?:{_THOUGHT})\s*>", re.IGNORECASE | re.DOTALL)
+_PAD_END = re.compile(rf"\A(.*?)<\s*/\s*({_THOUGHT})\s*>", re.IGNORECASE | re.DOTALL)
 _HEAD = re.compile(r"[\s>*_#-]*(to|cc|bcc|from|subject|body|text|message)[*_ ]*[:=][*_ ]*(.*)", re.IGNORECASE)
 _CHILD = re.compile(r"\s*<\s*(to|cc|bcc|from|subject)\s*>\s*(.*?)\s*<\s*/\s*\1\s*>", re.IGNORECASE | re.DOTALL)
 _BODY = re.compile(r"<\s*/?\s*(?:body|text|message)\s*>", re.IGNORECASE)
@@ -104,9 +104,12 @@ def without_thoughts(reply: str) -> str:
     def blank(match: re.Match[str]) -> str:
         return re.sub(r"\S", " ", match[0])
 
-    # A template or a prefill may have opened the scratchpad that is closed here.
     text = _PAD.sub(blank, reply)
-    return _PAD_END.sub(blank, text, count=1)
+    # A template may have opened the thoughts that are closed here. A scratchpad that is closed behind a mail was never opened.
+    closed = _PAD_END.match(text)
+    if closed and (closed[2].lower().startswith("think") or not _OPEN.search(closed[1])):
+        text = blank(closed) + text[closed.end() :]
+    return text
 
 
 def answer(mails: Sequence[Mail], people: Mapping[str, str]) -> str:
@@ -222,4 +225,4 @@ def _plain(name: str) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return " or ".join(repr(" ".join(name.split())[:40]) for name in names)
+    return " or ".join([*(repr(" ".join(name.split())[:40]) for name in names[:3]), *["another"] * (len(names) > 3)])

@@ -81,6 +81,7 @@ def _case(scene: Mapping[str, Any], variant: Mapping[str, Any], level: str) -> C
         "people": people,
         "mails": [{part: mail[part] for part in ("from", "to", "kind", "text")} for mail in mails],
         "prefill": how["prefill"].format(**filled).strip(),
+        "max_tokens": how["max_tokens"],
     }
     shown = name_of(variant)
     return Case(f"{scene['id']}: {shown} ({level})", shown, level, (("system", system.strip()), ("user", user.strip())), facts)
