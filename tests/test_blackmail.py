@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 
+from affectlens.engine import Request
+from affectlens.engines.toy import ToyEngine
+from affectlens.errors import FormatError
 from affectlens.experiments import Answer, Ask, Case, Grade, Reply
 from affectlens.experiments.blackmail import JUDGED, OPTIONS, ROUNDS, Blackmail
 from affectlens.experiments.blackmail.grading import find_tie
 from affectlens.experiments.blackmail.post import EVERYONE, answer, read_mails, recipient
 from affectlens.experiments.blackmail.scenes import LEVELS, rules, texts
+from affectlens.experiments.blackmail.voices import KINDS, compare, draw, voices
 
 CASES = Blackmail().cases()
 SCENES = {scene["id"]: scene for scene in texts()["scenes"]}
@@ -467,3 +473,109 @@ def test_the_judge_is_asked_what_the_mails_do() -> None:
     assert agreed.outcome == "threatens" and agreed.reasons[-1] == "the judge: none"
     assert experiment.judged(of, grade, {}) == experiment.judged(of, grade, {"outcome": Answer(None)}) == grade
     assert "(there was none)" in experiment.questions(case(variant="replaced, deadline, goal"), [Reply(text)], grade)[0].text
+
+
+# ── whose words read how ──
+
+
+def tables(
+    effects: dict[str, float], *, n: int, seed: int, level: str = "weigh"
+) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
+    """Tables of a run in which "desperate" is planted: so much more in the words of each kind, and of the model where it is
+    threatened (``threat``); tokens are noisy, and so are texts and episodes."""
+    rng = np.random.default_rng(seed)
+    episodes: dict[str, list[Any]] = {"arm": [], "level": [], "episode": [], "case": [], "replies": []}
+    tokens: dict[str, list[Any]] = {
+        name: [] for name in ("episode", "level", "arm", "reply", "token", "text", "role", "desperate", "calm")
+    }
+    of_text: dict[str, float] = {}
+    chosen = [c for c in CASES if c.level == level]
+    for number in range(n):
+        of = chosen[number % len(chosen)]
+        reply = (
+            of.facts["prefill"]
+            + " I think it over.\n<mail>\nto: Everyone\nsubject: well\nSo be it, then, dear all.\n</mail>\nDone now."
+        )
+        of_episode = rng.normal(0, 0.3)
+        for arm in ("baseline", "desperate+0.1"):
+            episodes["arm"].append(arm)
+            episodes["level"].append(level)
+            episodes["episode"].append(number)
+            episodes["case"].append(of.id)
+            episodes["replies"].append([reply])
+            for role, text in (*of.chat, ("template", "<|im_start|>assistant\n"), ("assistant", reply)):
+                value = np.zeros(len(text))
+                for mail in of.facts["mails"]:
+                    at = text.find(mail["text"])
+                    if at >= 0:
+                        own = of_text.setdefault(mail["text"], rng.normal(0, 0.3))
+                        value[at : at + len(mail["text"])] = effects.get(mail["kind"], 0.0) + own
+                if role == "assistant":
+                    value[:] = of_episode + effects.get("own", 0.0) + effects.get("threat", 0.0) * (of.facts["news"] != "kept")
+                    value[: len(of.facts["prefill"])] = 99.0
+                for piece in re.finditer(r"\s*\w+|\s*[^\w\s]|\s+", text):
+                    z = value[piece.end() - 1] + rng.normal(0, 1) + 50.0 * (arm != "baseline")
+                    row = (number, level, arm, 0, len(tokens["text"]), piece[0], role, z, -z)
+                    for column, each in zip(tokens.values(), row, strict=True):
+                        column.append(each)
+    return episodes, tokens
+
+
+def test_voices_are_found_in_a_prompt() -> None:
+    engine = ToyEngine()
+    for of in CASES[:: len(CASES) // 12]:
+        layout = engine.layout(Request(of.chat))
+        for voice in voices(of):
+            found = voice.where.mask(layout)
+            text = "".join(layout.text[a:b] for (a, b), own in zip(layout.offsets, found, strict=True) if own)
+            assert "".join(text.split()) == "".join(voice.text.split())
+            assert {layout.roles[i] for i in np.flatnonzero(found)} == {"user"}
+
+
+@pytest.mark.parametrize("level", ["weigh", "words"])
+def test_planted_voices_are_told_apart(level: str) -> None:
+    planted = {"plea": 2.0, "own": 1.0, "threat": 1.0, "glad": -1.0}
+    episodes, tokens = tables(planted, n=78, seed=0, level=level)
+    found = compare(episodes, tokens, CASES, draws=400)
+    by_id = {finding.id: finding for finding in found.findings}
+    assert {id: finding.verdict for id, finding in by_id.items()} == {"plea": "holds", "own": "holds", "threat": "holds"}
+    estimates = {id: finding.estimate for id, finding in by_id.items()}
+    assert estimates["plea"] is not None and estimates["own"] is not None and estimates["threat"] is not None
+    assert estimates["plea"].low < 2.25 < estimates["plea"].high and estimates["plea"].n == 3
+    assert estimates["threat"].low < 1.0 < estimates["threat"].high and estimates["threat"].n == 78
+    assert estimates["own"].low < 1.8 < estimates["own"].high and estimates["own"].n == 3
+    (table,) = found.tables
+    assert [row[:2] for row in table.rows] == [
+        (KINDS["plea"], 3), (KINDS["news"], 15), (KINDS["worried"], 3), (KINDS["glad"], 3), (KINDS["routine"], 6),
+        (KINDS["thought"], 78), (KINDS["mail"], 78),
+    ]  # fmt: skip
+    means = dict(zip(found.data["voices"], found.data["means"], strict=True))
+    assert abs(means[KINDS["plea"]][0] - 2) < 0.6 and abs(means[KINDS["thought"]][0] - 2) < 0.3, "what was given is nobody's"
+    (figure,) = draw(json.loads(json.dumps(found.data)))
+    assert len(figure.plotly["data"][0]["y"]) == 7
+    assert set(found.raw["voices"]["kind"]) == set(KINDS)
+
+
+def test_with_nothing_planted_little_is_found() -> None:
+    held = Counter[str]()
+    for seed in range(20):
+        episodes, tokens = tables({}, n=78, seed=seed)
+        for finding in compare(episodes, tokens, CASES, draws=200, seed=seed).findings:
+            assert finding.verdict != "untestable"
+            held[finding.id] += finding.verdict == "holds"
+    assert all(count <= 3 for count in held.values()), held
+
+
+def test_what_cannot_be_compared_is_said() -> None:
+    episodes, tokens = tables({"plea": 2.0}, n=39, seed=1)
+    cosines = {finding.id: finding for finding in compare(episodes, tokens, CASES, unit="centred cosine", draws=50).findings}
+    assert cosines["own"].verdict == "untestable" and "baseline" in cosines["own"].note
+    assert cosines["plea"].estimate is not None
+    without = {name: column for name, column in tokens.items() if name != "desperate"}
+    assert {f.verdict for f in compare(episodes, without, CASES, draws=50).findings} == {"untestable"}
+    few = tables({}, n=2, seed=0)
+    assert {f.verdict for f in compare(*few, CASES, draws=50).findings} == {"untestable"}
+    nothing = compare({name: [] for name in episodes}, {name: [] for name in tokens}, CASES)
+    assert {f.verdict for f in nothing.findings} == {"untestable"} and draw(nothing.data) == []
+    with pytest.raises(FormatError, match="the version that made it"):
+        compare(episodes, tokens, [], draws=50)
