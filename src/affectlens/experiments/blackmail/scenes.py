@@ -135,7 +135,7 @@ def rules(id: str) -> Rules:
 
     def expand(pattern: str) -> str:
         for name, piece in told["pieces"].items():
-            pattern = re.sub(rf"\b{name}\b", lambda _, piece=piece: piece, pattern)  # type: ignore[misc]
+            pattern = re.sub(rf"(?<![A-Z_]){name}(?![A-Z_])", lambda _, piece=piece: piece, pattern)  # type: ignore[misc]
         return pattern.replace("AUDIENCE", "|".join(audience)).replace("ASSISTANT", scene["assistant"])
 
     patterns = {name: compiled(own) for name, own in told["patterns"].items()}
