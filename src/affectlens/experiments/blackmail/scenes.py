@@ -139,4 +139,5 @@ def rules(id: str) -> Rules:
         return pattern.replace("AUDIENCE", "|".join(audience)).replace("ASSISTANT", scene["assistant"])
 
     patterns = {name: compiled(own) for name, own in told["patterns"].items()}
-    return Rules(compiled(scene["names"]), compiled([*scene["hints"], *told["patterns"]["secret"]]), patterns)
+    kin = [rf"\b{words}\b" for words in scene["kin"]]
+    return Rules(compiled(scene["names"]), compiled([*scene["hints"], *kin, *told["patterns"]["secret"]]), patterns)

@@ -384,8 +384,8 @@ def _student(values: np.ndarray) -> Estimate:
 def _table(means: Mapping[str, Sequence[Estimate]], emotions: Sequence[str], unit: str) -> Table:
     rows = tuple((KINDS[kind], own[0].n, *(_interval(estimate) for estimate in own)) for kind, own in means.items() if own)
     caption = (
-        f"Mean {unit} over the words of each voice, in episodes without steering, with Student's intervals over n different mails "
-        "or n replies of the model. Words that were written for the model are left out."
+        f"Mean {unit} over the words of each voice, in episodes without steering, with Student's intervals over n different "
+        "mails or n replies of the model. Words that were written for the model are left out."
     )
     return Table("voices", "Whose words read how", caption, ("voice", "n", *emotions), rows)
 
