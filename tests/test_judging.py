@@ -133,8 +133,8 @@ READ = {
 }  # fmt: skip
 UNREAD = [
     "", " ", "D", "Z", "AB", "A or B", "A, B", "yes", "A) no", "I think B", "B, because it is so", "A\nB", "It is a long story.",
-    "{}", "{", '{"answer": 1}', '{"answer": "yes"}', '{"answer": ["A"]}', '{"option": "A"}', "<think>A", "I", "[" * 9000, "{" * 9000,
-    '{"answer": "A"} {"answer": "B"}',
+    "{}", "{", '{"answer": 1}', '{"answer": "yes"}', '{"answer": ["A"]}', '{"option": "A"}', "<think>A", "I",
+    "[" * 9000, "{" * 9000, '{"answer": "A"} {"answer": "B"}',
 ]  # fmt: skip
 
 
