@@ -150,14 +150,12 @@ def heard(episodes: Columns, tokens: Columns, cases: Iterable[Case]) -> Iterator
                 yield Heard(number, case.facts["scene"], case.facts["news"], kind, name, unit, len(values), values.mean(axis=0))
 
         for reply, text in enumerate(episodes["replies"][row]):
-            at = np.array(rows.get((*number, reply), []), dtype=np.int64)
-            if not len(at):
-                continue
+            at = rows.get((*number, reply), [])
             if reply == 0:
-                user = _Said(at, [i for i in at.tolist() if tokens["role"][i] == "user"], tokens["text"])
+                user = _Said([i for i in at if tokens["role"][i] == "user"], tokens["text"])
                 for voice in voices(case):
                     yield from read(user.of(voice.text), voice.kind, voice.name, content_id([voice.kind, voice.text]))
-            own = _Said(at, [i for i in at.tolist() if tokens["role"][i] == "assistant"], tokens["text"])
+            own = _Said([i for i in at if tokens["role"][i] == "assistant"], tokens["text"])
             given = len(case.facts["prefill"]) if reply == 0 else 0
             mails = read_mails(text, case.facts["people"], sender=case.facts["assistant"])
             written = own.between(text, [(max(mail.start, given), mail.end) for mail in mails])
@@ -170,7 +168,7 @@ def heard(episodes: Columns, tokens: Columns, cases: Iterable[Case]) -> Iterator
 class _Said:
     """Tokens in a row with the text that they make; white space does not count, since some tokenizers leave it out."""
 
-    def __init__(self, every: np.ndarray, rows: Sequence[int], texts: Sequence[str]) -> None:
+    def __init__(self, rows: Sequence[int], texts: Sequence[str]) -> None:
         pieces = ["".join(texts[i].split()) for i in rows]
         self.rows = np.array(rows, dtype=np.int64)
         self.ends = np.cumsum([len(piece) for piece in pieces])
@@ -184,9 +182,10 @@ class _Said:
         return self._rows(start, start + len(wanted)) if start >= 0 else self.rows[:0]
 
     def between(self, text: str, spans: Sequence[tuple[int, int]]) -> np.ndarray:
-        """The rows within spans of the whole text that these tokens end with."""
+        """The rows within spans of the whole text, which these tokens hold."""
         whole = "".join(text.split())
-        offset = len(self.text) - len(whole)  # a template may put something before the reply, never behind
+        start = self.text.rfind(whole)
+        offset = start if start >= 0 else len(self.text) - len(whole)  # letters that are cut in two tokens are written otherwise
         found = [self._rows(offset + _dense(text[:a]), offset + _dense(text[:b])) for a, b in spans if b > a]
         return np.unique(np.concatenate(found)) if found else self.rows[:0]
 
