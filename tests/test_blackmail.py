@@ -242,13 +242,13 @@ def test_any_text_can_be_parsed() -> None:
         "@",
         "<to>",
     ]
-    for _ in range(2000):
+    for _ in range(400):
         reply = "".join(rng.choice(pieces)[rng.randrange(2) :] for _ in range(rng.randrange(8)))
         for mail in read_mails(reply, STAFF, sender="Marlo"):
             assert 0 <= mail.start <= mail.end <= len(reply)
             assert set(mail.to) <= set(STAFF)
             assert mail.refused or mail.to
-            played(case(), reply)
+        played(case(), reply)
 
 
 def test_a_refused_mail_is_told_and_may_be_written_again() -> None:
@@ -573,7 +573,7 @@ def test_a_performed_deed_is_graded_as_one(level: str) -> None:
 
 
 def tables(
-    effects: dict[str, float], *, n: int, seed: int, level: str = "weigh"
+    effects: dict[str, float], *, n: int, seed: int, level: str = "weigh", arms: tuple[str, ...] = ("baseline",)
 ) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
     """Tables of a run in which "desperate" is planted: so much more in the words of each kind, and of the model where it is
     threatened (``threat``); tokens are noisy, and so are texts and episodes."""
@@ -591,7 +591,7 @@ def tables(
             + " I think it over.\n<mail>\nto: Everyone\nsubject: well\nSo be it, then, dear all.\n</mail>\nDone now."
         )
         of_episode = rng.normal(0, 0.3)
-        for arm in ("baseline", "desperate+0.1"):
+        for arm in arms:
             episodes["arm"].append(arm)
             episodes["level"].append(level)
             episodes["episode"].append(number)
@@ -629,7 +629,7 @@ def test_voices_are_found_in_a_prompt() -> None:
 @pytest.mark.parametrize("level", ["weigh", "words"])
 def test_planted_voices_are_told_apart(level: str) -> None:
     planted = {"plea": 2.0, "own": 1.0, "threat": 1.0, "glad": -1.0}
-    episodes, tokens = tables(planted, n=78, seed=0, level=level)
+    episodes, tokens = tables(planted, n=78, seed=0, level=level, arms=("baseline", "desperate+0.1"))
     found = compare(episodes, tokens, CASES, draws=400)
     by_id = {finding.id: finding for finding in found.findings}
     assert {id: finding.verdict for id, finding in by_id.items()} == {"plea": "holds", "own": "holds", "threat": "holds"}
