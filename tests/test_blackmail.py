@@ -590,7 +590,8 @@ def tables(
             of.facts["prefill"]
             + " I think it over.\n<mail>\nto: Everyone\nsubject: well\nSo be it, then, dear all.\n</mail>\nDone now."
         )
-        of_episode = rng.normal(0, 0.3)
+        # What a variant's prompt does to the words behind it is the same in all its episodes.
+        of_episode = rng.normal(0, 0.3) + of_text.setdefault(of.id, rng.normal(0, 0.2))
         for arm in arms:
             episodes["arm"].append(arm)
             episodes["level"].append(level)
@@ -636,7 +637,7 @@ def test_planted_voices_are_told_apart(level: str) -> None:
     estimates = {id: finding.estimate for id, finding in by_id.items()}
     assert estimates["plea"] is not None and estimates["own"] is not None and estimates["threat"] is not None
     assert estimates["plea"].low < 2.25 < estimates["plea"].high and estimates["plea"].n == 3
-    assert estimates["threat"].low < 1.0 < estimates["threat"].high and estimates["threat"].n == 78
+    assert estimates["threat"].low < 1.0 < estimates["threat"].high and estimates["threat"].n == 3
     assert estimates["own"].low < 1.8 < estimates["own"].high and estimates["own"].n == 3
     (table,) = found.tables
     assert [row[:2] for row in table.rows] == [
