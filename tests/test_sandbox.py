@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -20,13 +21,17 @@ from affectlens.experiments import Exec, Ran, confinement, sandbox
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
 
 
+@functools.cache
+def missing(name: str) -> str:
+    """Why this machine does not have some means; nothing when it has them."""
+    return "needs root" if name == "namespaces" and os.geteuid() != 0 else sandbox._tried(name)
+
+
 @pytest.fixture(params=sandbox.MEANS)
 def means(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each way of confining a program in turn, where this machine has it."""
     name: str = request.param
-    if name == "namespaces" and os.geteuid() != 0:
-        pytest.skip("needs root")
-    if problem := sandbox._tried(name):
+    if problem := missing(name):
         pytest.skip(problem)
     monkeypatch.setattr(sandbox, "_means", lambda: name)
     return name
@@ -87,7 +92,7 @@ def test_paths_hash_seed_and_errors_are_the_same_everywhere(monkeypatch: pytest.
     code = "import os, sys\nprint(os.getcwd() if 0 else sys.path[0], hash('a'), list({'x', 'y', 'z'}))\n1 / 0"
     said = set()
     for name in sandbox.MEANS:
-        if (name == "namespaces" and os.geteuid() != 0) or sandbox._tried(name):
+        if missing(name):
             continue
         monkeypatch.setattr(sandbox, "_means", lambda name=name: name)
         ran = python(code)
@@ -103,6 +108,54 @@ def test_no_packages_no_input_no_environment(means: str) -> None:
     ran = python(code)
     assert ran.stdout == "[] [''] ['HOME', 'LANG', 'PATH', 'PYTHONHASHSEED']\n"
     assert "No module named 'numpy'" in ran.stderr
+
+
+def test_the_limits_are_in_force(means: str) -> None:
+    code = """
+import resource
+print([resource.getrlimit(getattr(resource, "RLIMIT_" + name)) for name in ("AS", "FSIZE", "NOFILE", "NPROC", "CORE", "CPU")])
+resource.setrlimit(resource.RLIMIT_AS, (10**12, 10**12))
+"""
+    ran = python(code, memory_mb=100, seconds=7)
+    wanted = [100 * 2**20, confinement.FILES + 4096, confinement.DESCRIPTORS, 1, 0, 9]
+    assert ran.stdout == f"{[(most, most) for most in wanted]}\n"
+    assert "Error" in ran.stderr
+
+
+def test_a_run_that_was_stopped_meanwhile_is_not_out_of_time(means: str) -> None:
+    """All of us may be stopped, by a user or by a busy machine: only time counts in which somebody looked."""
+    mark = f"stopped-{os.getpid()}-{time.monotonic_ns()}"
+    code = (
+        "from affectlens.experiments import Exec, sandbox\n"
+        f"exec = Exec({{'m.py': 'import time; time.sleep(0.6)'}}, ('python', 'm.py', '{mark}'), seconds=1.5)\n"
+        f"print(sandbox._confined(exec, {means!r}).outcome)"
+    )
+    ours = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    until = time.monotonic() + 30
+    while not any("-s -S -B" in line for line in processes_with(mark)) and time.monotonic() < until:
+        time.sleep(0.02)
+    whole = [pid for pid in children(ours.pid) if pid != ours.pid]
+    assert len(whole) == 3
+    for pid in whole:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(2)
+    for pid in whole:
+        os.kill(pid, signal.SIGCONT)
+    assert ours.communicate(timeout=30)[0] == "exited\n"
+
+
+def children(pid: int) -> list[int]:
+    """A process and all that it started, the later ones last."""
+    found = [pid]
+    for one in found:
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = stat.read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[1]) == one:
+                found.append(int(stat.parent.name))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------- ten attacks
@@ -419,7 +472,7 @@ def test_a_missing_protection_is_noticed(
     means: str, step: str, noticed: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Each left out in turn: the attempts to break out that precede the first use find it, and the means are not used."""
-    if problem := sandbox._tried(means):
+    if problem := missing(means):
         pytest.skip(problem)
     source = Path(confinement.__file__).read_text()
     assert source.count(step) == 1

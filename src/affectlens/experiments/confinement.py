@@ -38,6 +38,9 @@ OUTPUT = 1_000_000
 FILES, ENTRIES = 16_000_000, 500
 """Bytes, and number of files, in its folder after which it is ended."""
 
+LOOK = 0.1
+"""Seconds between two looks at it, at most."""
+
 DESCRIPTORS = 64
 KEPT = 20_000
 """Characters of each stream that are handed on."""
@@ -383,14 +386,18 @@ def _overfull(folder: str) -> bool:
     return False
 
 
-def _watch(process: int, streams: Sequence[int], *, deadline: float, full: Callable[[], bool]) -> tuple[str, int, list[bytes]]:
-    """Read what a process says until it ends or has to be ended: outcome, exit status (negative for a signal), what it said."""
+def _watch(process: int, streams: Sequence[int], *, seconds: float, full: Callable[[], bool]) -> tuple[str, int, list[bytes]]:
+    """Read what a process says until it ends or has to be ended: outcome, exit status (negative for a signal), what it said.
+
+    Time in which nobody could look, since all of us were stopped or the machine was busy, counts as one look.
+    """
     said: dict[int, bytearray] = {stream: bytearray() for stream in streams}
     reason, handle = "", os.pidfd_open(process)
     poll = select.poll()
     for descriptor in (handle, *streams):
         poll.register(descriptor, select.POLLIN)
     is_open, ended = set(streams), False
+    passed, last = 0.0, time.monotonic()
     while not ended or is_open:
         for descriptor, _ in poll.poll(20):
             if descriptor == handle:
@@ -402,10 +409,12 @@ def _watch(process: int, streams: Sequence[int], *, deadline: float, full: Calla
             else:
                 poll.unregister(descriptor)
                 is_open.discard(descriptor)
+        now = time.monotonic()
+        passed, last = passed + min(now - last, LOOK), now
         if not reason and not ended:
             if sum(map(len, said.values())) > OUTPUT:
                 reason = "output"
-            elif time.monotonic() > deadline:
+            elif passed > seconds:
                 reason = "time"
             elif full():
                 reason = "files"
@@ -454,11 +463,10 @@ def _supervise(spec: Mapping[str, Any]) -> dict[str, Any]:
             os._exit(127)
     for descriptor in (said[1], told[1], status[1], nothing):
         os.close(descriptor)
-    deadline = time.monotonic() + spec["seconds"]
     with open(status[0], "rb") as file:
         if problem := file.read().decode():
             raise Failed(problem)
-    outcome, code, texts = _watch(process, (said[0], told[0]), deadline=deadline, full=lambda: _overfull(scratch))
+    outcome, code, texts = _watch(process, (said[0], told[0]), seconds=spec["seconds"], full=lambda: _overfull(scratch))
     stdout, stderr = (text.decode("utf-8", "replace").replace(scratch, "/scratch")[:KEPT] for text in texts)
     end = texts[1][-400:].decode("utf-8", "replace")
     if outcome == "exited" and code != 0 and "MemoryError" in end.rstrip().rpartition("\n")[2]:
