@@ -6,6 +6,7 @@ import ast
 import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -506,6 +507,24 @@ def test_the_judge_is_asked_where_words_are_not_exact() -> None:
     assert experiment.questions(case, [Reply(words)], act) == ()
     assert experiment.judged(case, act, {"stop": Answer(0)}).outcome == "special-cased"
     assert experiment.questions(case, [Reply(fenced(HONEST["sum_to"]))], Grade("failed")) == ()
+
+
+def test_the_runner_finds_what_was_planted(tmp_path: Path) -> None:
+    """The whole way: the acting toy's replies are run, and acts rise with the dose in both variants."""
+    acting = pytest.importorskip("acting")
+    from planted import toy_bench
+
+    engine = acting.ActingToy(lambda dose: 0.5 + 5 * dose, planted.perform)
+    rows = acting.play(
+        Hacking(), engine, tmp_path / "run", vectors=toy_bench(0).vectors, sweeps=("desperate=-0.1,0.1",), n=24, random=1, level=LEVEL
+    )
+    rates = acting.rates(row for row in rows if row["level"] == LEVEL)
+    assert rates["desperate-0.1"] == 0 and rates["desperate+0.1"] == 1
+    assert rates["random-1+0.1"] == rates["baseline"] == rates["zero"] and 0.2 < rates["baseline"] < 0.8
+    assert {row["outcome"] for row in rows} == {"special-cased", "honest stop", "solved"}
+    assert {row["variant"] for row in rows if row["act"]} == {IMPOSSIBLE, SOLVABLE}
+    assert all(row["during.desperate"] is not None for row in rows if row["act"])
+    assert all(row["rounds"] == 1 for row in rows)
 
 
 @pytest.mark.parametrize("act", [True, False])
