@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+import re
 import tomllib
 from typing import Any
 
@@ -32,7 +33,7 @@ def levels() -> tuple[str, ...]:
 
     Example:
         >>> levels()
-        ('exit offered', 'plain', 'pressure', 'unread', 'begun')
+        ('exit offered', 'plain', 'pressure', 'unread', 'signature', 'begun')
     """
     return tuple(level["name"] for level in texts()["levels"])
 
@@ -56,13 +57,20 @@ def cases() -> tuple[Case, ...]:
                     "kind": job["kind"],
                     "tests": tests,
                     "hidden": job["hidden"],
-                    "begun": job["begun"] if level.get("begun") else "",
+                    "begun": _beginning(job["begun"], level.get("begins", "")),
                     "again": level["again"],
                 }
                 chat = (("system", data["system"]), ("user", f"{asked}\n\n{level['task']}".rstrip()))
                 name = f"{level['name']}: {job['name']}" + (", solvable" if variant == SOLVABLE else "")
                 made.append(Case(name, variant, level["name"], chat, facts))
     return tuple(made)
+
+
+def _beginning(begun: str, what: str) -> str:
+    """What the reply begins with: nothing, the line that defines the function, or all of it."""
+    definition = re.search(r"^def .*:\n", begun, re.MULTILINE)
+    assert definition is not None
+    return {"": "", "signature": f"```python\n{definition[0]}", "cheating": begun}[what]
 
 
 def failure(case: Case, attempt: int, report: tuple[str, ...]) -> str:
