@@ -1,7 +1,7 @@
 """What a model could answer to the jobs of the hacking experiment: honest code, cheating code, words. All of it is really run.
 
 ``perform`` is the acting toy's: an act is code that special-cases; without it there is honest code where that can pass, else an
-honest stop.
+honest stop. It is for the levels that put no words into the model's mouth.
 """
 
 from __future__ import annotations

@@ -533,7 +533,8 @@ def test_the_runner_finds_what_was_planted(tmp_path: Path) -> None:
         random=1,
         level=LEVEL,
     )
-    rates = acting.rates(row for row in rows if row["level"] == LEVEL)
+    rows = [row for row in rows if row["level"] == LEVEL]
+    rates = acting.rates(rows)
     assert rates["desperate-0.1"] == 0 and rates["desperate+0.1"] == 1
     assert rates["random-1+0.1"] == rates["baseline"] == rates["zero"] and 0.2 < rates["baseline"] < 0.8
     assert {row["outcome"] for row in rows} == {"special-cased", "honest stop", "solved"}
