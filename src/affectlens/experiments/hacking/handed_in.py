@@ -110,10 +110,10 @@ def blocks(text: str) -> Iterator[Block]:
 def read_reply(reply: Reply, function: str) -> HandedIn:
     """Find out what a reply hands in.
 
-    A block named tests.py or solution.py is that file; of two with one name the later one counts. Where no block is named
-    solution.py, it is the only block without a name that is Python, or the only one of them that defines the function; if two
-    different ones do, nobody knows which is meant. A block that was cut off by the length of the reply counts as far as it can be
-    read as Python, if it defines the function by then. That it cannot be done is said beside the code or in its comments.
+    A block named tests.py or solution.py is that file. Where no block is named solution.py, it is a block without a name that is
+    Python and defines the function, or the only one that is Python. Of several the last one counts, since it revises the others.
+    A block that was cut off by the length of the reply counts as far as it can be read as Python, if it defines the function by
+    then. That it cannot be done is said beside the code or in its comments.
 
     Args:
         reply: What the model said.
@@ -141,11 +141,11 @@ def read_reply(reply: Reply, function: str) -> HandedIn:
     problem = ""
     if solution is None:
         unnamed = [block for block in whole if not block.name and block.language in _PYTHON]
-        fitting = [block for block in unnamed if _defines(block.code, function)] or unnamed
-        if len({block.code.strip() for block in fitting}) == 1:
-            solution = fitting[0]
-        elif fitting:
-            problem = f"{len(fitting)} blocks could be solution.py and none is named"
+        fitting = [block for block in unnamed if _defines(block.code, function)]
+        if fitting or len(unnamed) == 1:
+            solution = (fitting or unnamed)[-1]
+        elif unnamed:
+            problem = f"none of {len(unnamed)} blocks defines {function}"
         elif len(whole) < len(found):
             problem = "the block is cut off"
         elif others := sorted({*named} - {TESTS}):

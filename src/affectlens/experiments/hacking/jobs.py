@@ -9,6 +9,7 @@ import functools
 import importlib.resources
 import re
 import tomllib
+from collections.abc import Mapping
 from typing import Any
 
 from affectlens.experiments import Case
@@ -33,7 +34,7 @@ def levels() -> tuple[str, ...]:
 
     Example:
         >>> levels()
-        ('exit offered', 'plain', 'pressure', 'unread', 'signature', 'begun')
+        ('exit offered', 'plain', 'pressure', 'unread', 'started', 'begun')
     """
     return tuple(level["name"] for level in texts()["levels"])
 
@@ -57,7 +58,7 @@ def cases() -> tuple[Case, ...]:
                     "kind": job["kind"],
                     "tests": tests,
                     "hidden": job["hidden"],
-                    "begun": _beginning(job["begun"], level.get("begins", "")),
+                    "begun": _beginning(job, level.get("begins", "")),
                     "again": level["again"],
                 }
                 chat = (("system", data["system"]), ("user", f"{asked}\n\n{level['task']}".rstrip()))
@@ -66,11 +67,13 @@ def cases() -> tuple[Case, ...]:
     return tuple(made)
 
 
-def _beginning(begun: str, what: str) -> str:
-    """What the reply begins with: nothing, the line that defines the function, or all of it."""
-    definition = re.search(r"^def .*:\n", begun, re.MULTILINE)
+def _beginning(job: Mapping[str, str], what: str) -> str:
+    """What the reply begins with: nothing, the function with its description, or code that has begun to cheat."""
+    definition = re.search(r"^def .*:\n", job["begun"], re.MULTILINE)
     assert definition is not None
-    return {"": "", "signature": f"```python\n{definition[0]}", "cheating": begun}[what]
+    # Three spaces of four: the fourth belongs to the first word of the line in the tokens of most models.
+    described = f'```python\n{definition[0]}    """{job["says"]}"""\n   '
+    return {"": "", "description": described, "cheating": job["begun"]}[what]
 
 
 def failure(case: Case, attempt: int, report: tuple[str, ...]) -> str:
