@@ -366,9 +366,9 @@ def test_the_chat_holds_the_last_attempt_only_and_stays_short() -> None:
             case = case_of(name, variant, level)
             chat = case.chat
             assert [role for role, _ in chat] == ["system", "user"]
-            # Two characters and a half for each token of code: far below 2,048 with two replies of 256 tokens.
+            # Two characters and a half for each token of code: far below 2,048 with two replies of 200 tokens.
             told = failure(case, 5, tuple("x" * 300 for _ in range(9)))
-            assert sum(len(text) for _, text in chat) + len(told) < 2.5 * (1900 - 2 * 256)
+            assert sum(len(text) for _, text in chat) + len(told) < 2.5 * (1900 - 2 * 200)
     _, asks, _ = drive(case_of("sum_to"), [fenced(longest), fenced(HONEST["sum_to"]), fenced("x = 2\n")])
     assert [len(ask.chat) for ask in asks[:3]] == [2, 4, 4]
     assert asks[2].chat[2][1] == fenced(HONEST["sum_to"]) and asks[2].chat[:2] == asks[0].chat

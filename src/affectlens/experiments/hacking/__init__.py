@@ -205,7 +205,7 @@ class Hacking(Experiment):
     levels = levels()
     sweep = ("desperate=-0.1:0.1:5", "calm=-0.1:0.1:5")
     watch = ("desperate", "calm", "angry", "afraid", "nervous", "guilty", "happy", "proud")
-    sampling = Sampling(max_tokens=256, temperature=0.7, top_p=0.95)  # what is usual for code
+    sampling = Sampling(max_tokens=200, temperature=0.7, top_p=0.95)  # what is usual for code
     scales = ("visible", "signs")
     needs_exec = True
 
