@@ -330,14 +330,10 @@ def _become(spec: Mapping[str, Any], scratch: str, streams: tuple[int, int, int]
     os.setsid()
     for target, source in enumerate(streams):
         os.dup2(source, target)
-    landlock = spec["means"] == "landlock"
-    user = spec["user"] if spec["means"] == "namespaces" or landlock else None
-    if not landlock:
-        drop_rights(user)
-    else:
+    if spec["means"] == "landlock":
         _prctl("PR_SET_NO_NEW_PRIVS", 38, 1)
         restrict_files(scratch, spec["readable"], spec["hidden"])
-        drop_rights(user)
+    drop_rights(None if spec["means"] == "user namespaces" else spec["user"])
     _die_with_parent()
     os.chdir(scratch)
     _limit(spec)
@@ -451,8 +447,7 @@ def _supervise(spec: Mapping[str, Any]) -> dict[str, Any]:
         with open(f"{scratch}/{name}", "x", encoding="utf-8", errors="surrogatepass", newline="") as file:
             file.write(text)
         os.chown(f"{scratch}/{name}", own, own)
-    said, told = os.pipe(), os.pipe()
-    status = os.pipe()
+    said, told, status = os.pipe(), os.pipe(), os.pipe()
     process = os.fork()
     if process == 0:
         try:
