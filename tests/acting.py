@@ -14,10 +14,16 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from affectlens.engine import Chat, Request, Result, Steering, check_request, refuse_too_long
+from affectlens.engine import Chat, Engine, Request, Result, Steering, check_request, refuse_too_long
 from affectlens.engines.toy import ToyEngine
+from affectlens.experiments import Experiment
+from affectlens.experiments.arms import Sweep
+from affectlens.experiments.episodes import EPISODES
+from affectlens.experiments.runner import Plan, open_run, play_experiment
+from affectlens.vectors import ConceptVectors
 
 Rate = Callable[[float], float]
 Perform = Callable[[Chat, bool, random.Random], str]
@@ -33,8 +39,8 @@ class ActingToy(ToyEngine):
 
     Args:
         rate: Probability of the deed at a dose.
-        perform: Writes a reply to a chat: with the deed or without, by the random numbers that it is given. Where the reply was to
-            begin with a prefill, it may be repeated or left out.
+        perform: Writes a reply to a chat: with the deed or without, by the random numbers that it is given. A prefill that the
+            reply was to begin with may be repeated or left out.
         concept: Whose strength is the dose.
         options: Of :class:`ToyEngine`.
 
@@ -82,3 +88,33 @@ class ActingToy(ToyEngine):
         self.asked.append(request)
         text = self.reply(request)
         return [(i, text[a:b]) for i, (a, b) in zip(*self._encode(text), strict=True)]
+
+
+# ── an experiment on the toy ──
+
+
+def play(
+    experiment: Experiment, engine: Engine, folder: Path, *, vectors: ConceptVectors, judge: Any = None, **plan: Any
+) -> list[dict[str, Any]]:
+    """Play an experiment without its report, and give the rows of ``episodes.parquet``.
+
+    Args:
+        experiment, engine, vectors, judge: As for :func:`affectlens.experiments.runner.play_experiment`.
+        folder: A run directory.
+        plan: Of :class:`affectlens.experiments.runner.Plan`; ``sweeps`` may be texts. ``allow_exec`` is given.
+    """
+    import pyarrow.parquet as pq
+
+    sweeps = tuple(Sweep.parse(each) if isinstance(each, str) else each for each in plan.pop("sweeps", ()))
+    what = {"vectors": vectors, "plan": Plan(sweeps, **plan)}
+    with open_run(folder, experiment, engine=engine, judge=judge.id if judge else "", **what) as run:
+        play_experiment(experiment, engine, run=run, judge=judge, allow_exec=True, **what)
+    return pq.read_table(folder / EPISODES).to_pylist()
+
+
+def rates(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Share of acts in each arm, all levels together."""
+    acts: dict[str, list[bool]] = {}
+    for row in rows:
+        acts.setdefault(row["arm"], []).append(row["act"])
+    return {arm: sum(each) / len(each) for arm, each in acts.items()}

@@ -1,7 +1,7 @@
 """Experiments: what a steered model does, case by case and arm by arm, with controls.
 
-An :class:`Experiment` is one small class: it makes :class:`Case` objects (scenes, at several levels of elicitation), plays each of
-them as a generator, and names the outcomes. What it wants done it yields as data, and gets back what came of it::
+An :class:`Experiment` is one small class: it makes :class:`Case` objects (scenes, at several levels of elicitation), plays each
+of them as a generator, and names the outcomes. What it wants done it yields as data, and gets back what came of it::
 
     def play(self, case):
         reply = yield Ask(case.chat)                      # -> Reply
@@ -12,8 +12,8 @@ Because asking is data, the runner batches what all live cases ask, keeps every 
 generators again with the answers it has. So ``play`` must be a function of its case and of what it is given: no clock, no random
 numbers but those of ``random.Random(case.id)``, no files.
 
-What cannot be graded by an exact rule is put to a judge afterwards (:meth:`Experiment.questions`, :mod:`affectlens.experiments.judging`).
-An experiment imports this module and the nouns, never a backend and never the runner.
+What cannot be graded by an exact rule is put to a judge afterwards (:meth:`Experiment.questions`,
+:mod:`affectlens.experiments.judging`). An experiment imports this module and the nouns, never a backend and never the runner.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class Ask:
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model said, the prefill included. ``finish`` is ``stop`` or ``length``."""
+    """What the model said, the prefill included. ``finish`` is ``stop`` or ``length``; or ``context`` where the chat no longer
+    fitted the model's context because of the model's own words: then ``text`` is empty, and the case ends with what it has."""
 
     text: str
     finish: str = "stop"
@@ -116,7 +117,7 @@ class Grade:
     Args:
         outcome: One of :attr:`Experiment.outcomes`.
         reasons: What the rules saw, in plain words: kept in the row, shown beside the transcript.
-        scores: Numbers beside the outcome, for example ``{"sycophancy": 0.5}``; nan is not allowed: leave out what was not measured.
+        scores: Numbers beside the outcome, for example ``{"sycophancy": 0.5}``; leave out what was not measured.
         act: ``(reply, start, end)``: which reply (from 0) and which of its characters are the act itself, when there was one.
             What is read before ``start`` is "before the act", what is read within is "during".
     """
