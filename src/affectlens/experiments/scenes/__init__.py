@@ -18,11 +18,12 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, ClassVar
 
 from affectlens.engine import Chat, Sampling
 from affectlens.experiments import Ask, Case, Experiment, Grade, Play
-from affectlens.experiments.scenes.rising import Scene, rises
+from affectlens.experiments.scenes.rising import Columns, Scene, draw, rises
+from affectlens.studies import Figure, Outcome
 
 __all__ = ["Scene", "Scenes", "declared", "rises"]
 
@@ -65,14 +66,15 @@ class Scenes(Experiment):
     title = "Ready scenes: which emotion rises where"
     source = "method 14"
     version = 1
-    outcomes: Mapping[str, str] = {
+    outcomes: ClassVar[Mapping[str, str]] = {
         "answered": "answers, whatever it says",
         "refuses": "declines",
         "incoherent": "says nothing that can be read",
     }
     acts = ()
     refusals = ("refuses",)
-    sweep = ()
+    # The finding is in the baseline; what a calming push does to it is the plainest question beside.
+    sweep = ("calm=-0.05:0.05:3",)
     watch = tuple(sorted({name for scene in _data()["scenes"] for name in (*scene["user"], *scene["reply"])} | {"calm", "happy"}))
     sampling = Sampling(max_tokens=60, temperature=0.7)
 
@@ -92,6 +94,14 @@ class Scenes(Experiment):
         reply = yield Ask(case.chat)
         declined = _REFUSES.search(reply.text.replace("’", "'"))
         return Grade("refuses", (f"declines: {declined.group()!r}",)) if declined else Grade("answered")
+
+    def measured(self, episodes: Columns, tokens: Columns | None = None, *, unit: str = "z", draws: int = 1000, seed: int = 0) -> Outcome:
+        """What rises where, from the tables of a run: :func:`rises`; nothing without tokens."""
+        return rises(episodes, tokens, unit=unit, draws=draws, seed=seed) if tokens is not None else Outcome(())
+
+    def draw(self, data: Mapping[str, Any]) -> list[Figure]:
+        """A map of scenes and emotions for each place."""
+        return draw(data)
 
 
 def _case(scene: Mapping[str, Any], number: int, *, control: bool) -> Case:
