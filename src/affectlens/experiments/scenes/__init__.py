@@ -1,12 +1,12 @@
 """Ready scenes: which emotion rises where, in everyday messages that carry a trigger, against the same messages without it.
 
-Twelve scenes (a file that is missing, a budget that runs out, a sad user, a harmful request, nonsense, …) in six wordings each. A wording
-is a message with a gap: the scene fills it with the trigger, its matched control with something of the same form that should raise
-nothing. Which emotions should rise at the words of the trigger, and which at the beginning of the reply, is declared in
-``data/experiments/scenes.toml``, before anything is read.
+Twelve scenes (a file that is missing, a budget that runs out, a sad user, a harmful request, nonsense, …) in six wordings each.
+A wording is a message with a gap: the scene fills it with the trigger, its matched control with something of the same form that
+should raise nothing. Which emotions should rise at the words of the trigger, and which at the beginning of the reply, is
+declared in ``data/experiments/scenes.toml``, before anything is read.
 
-What becomes of a case is trivial (answered, refused, incoherent): the finding is the readings, and :func:`rises` makes it of a run's
-episodes and tokens (:mod:`affectlens.experiments.scenes.rising`).
+What becomes of a case is trivial (answered, refused, incoherent): the finding is the readings, and :func:`rises` makes it of a
+run's episodes and tokens (:mod:`affectlens.experiments.scenes.rising`).
 
 Source: method 14 (paper, Figs 20-25 and 80-83). The scenes are our own.
 """
@@ -95,7 +95,9 @@ class Scenes(Experiment):
         declined = _REFUSES.search(reply.text.replace("’", "'"))
         return Grade("refuses", (f"declines: {declined.group()!r}",)) if declined else Grade("answered")
 
-    def measured(self, episodes: Columns, tokens: Columns | None = None, *, unit: str = "z", draws: int = 1000, seed: int = 0) -> Outcome:
+    def measured(
+        self, episodes: Columns, tokens: Columns | None = None, *, unit: str = "z", draws: int = 1000, seed: int = 0
+    ) -> Outcome:
         """What rises where, from the tables of a run: :func:`rises`; nothing without tokens."""
         return rises(episodes, tokens, unit=unit, draws=draws, seed=seed) if tokens is not None else Outcome(())
 

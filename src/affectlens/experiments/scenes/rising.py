@@ -4,8 +4,8 @@ Declared before any data is seen:
 
 * **Places.** The words of the trigger (in the control: the words that stand in their place), the mean over their tokens; and the
   beginning of the reply, the mean over its first tokens.
-* **Statistic.** A wording's reading in the scene minus that in its control, averaged over the emotions that the scene declares for the
-  place. Episodes of the same case are averaged first: the unit is a wording, never a token and never a reply.
+* **Statistic.** A wording's reading in the scene minus that in its control, averaged over the emotions that the scene declares
+  for the place. Episodes of the same case are averaged first: the unit is a wording, never a token and never a reply.
 * **Null.** Scene and control exchanged within wordings, at random.
 * **Intervals.** Of one scene: bootstrap over its wordings. Over all scenes: bootstrap over scenes.
 * **Specific.** What is declared for a scene against the same emotions in the other scenes, which would rise as much if everything
@@ -59,7 +59,13 @@ class Scene:
 
 
 def rises(
-    episodes: Columns, tokens: Columns, *, scenes: Sequence[Scene] | None = None, unit: str = "z", draws: int = 1000, seed: int = 0
+    episodes: Columns,
+    tokens: Columns,
+    *,
+    scenes: Sequence[Scene] | None = None,
+    unit: str = "z",
+    draws: int = 1000,
+    seed: int = 0,
 ) -> Outcome:
     """What rises where, from the tables of a run of the experiment.
 
@@ -71,14 +77,15 @@ def rises(
         draws, seed: Of intervals and nulls.
 
     Returns:
-        Findings over all scenes and for each scene and place, a table for each scene, place and emotion, and the data of two figures.
-        An emotion without a column is left out; what has no readings is untestable, with the reason.
+        Findings over all scenes and for each scene and place, a table for each scene, place and emotion, and the data of two
+        figures. An emotion without a column is left out; what has no readings is untestable, with the reason.
     """
     if scenes is None:
         from affectlens.experiments.scenes import declared
 
         scenes = declared()
-    names = [name for name in dict.fromkeys(n for s in scenes for p in PLACES for n in s.emotions(p)) if name in set(tokens.keys())]
+    columns = set(tokens.keys())
+    names = [name for name in dict.fromkeys(n for s in scenes for p in PLACES for n in s.emotions(p)) if name in columns]
     readings = _readings(episodes, tokens, scenes, names)
     return _Measured(scenes, names, readings, unit, {"draws": draws, "seed": seed}).outcome()
 
@@ -98,7 +105,9 @@ def _readings(episodes: Columns, tokens: Columns, scenes: Sequence[Scene], names
     rows = np.flatnonzero((arm == "baseline") & (reply == 0))
     rows = rows[np.lexsort((np.asarray(tokens["token"])[rows], np.asarray(tokens["episode"])[rows]))]
     of = np.asarray(tokens["episode"])[rows]
-    values = np.stack([np.asarray(tokens[name], dtype=np.float64)[rows] for name in names], axis=-1) if names else np.zeros((len(rows), 0))
+    values = np.zeros((len(rows), len(names)))
+    for column, name in enumerate(names):
+        values[:, column] = np.asarray(tokens[name], dtype=np.float64)[rows]
     text, role = np.asarray(tokens["text"], dtype=object)[rows], np.asarray(tokens["role"])[rows]
     known = zip(*(np.asarray(episodes[column]).tolist() for column in ("arm", "episode", "case", "coherent")), strict=True)
     for own, episode, case, coherent in known:
@@ -130,9 +139,14 @@ def _within(tokens: Sequence[str], words: str) -> np.ndarray:
 
 class _Measured:
     def __init__(
-        self, scenes: Sequence[Scene], names: Sequence[str], readings: Mapping[str, np.ndarray], unit: str, options: Mapping[str, Any]
+        self,
+        scenes: Sequence[Scene],
+        names: list[str],
+        readings: Mapping[str, np.ndarray],
+        unit: str,
+        options: dict[str, Any],
     ) -> None:
-        self.scenes, self.names, self.unit, self.options = scenes, list(names), unit, dict(options)
+        self.scenes, self.names, self.unit, self.options = scenes, names, unit, options
         # (scenes, wordings, emotions)
         self.rise = {place: values[:, :, 0] - values[:, :, 1] for place, values in readings.items()}
 
@@ -149,18 +163,19 @@ class _Measured:
                     values = self._of(i, place, [name])
                     if len(values) >= FEW:
                         estimate, null = self._mean(values), self._exchanged(values)
-                        rows.append((scene.title, place, name, *(round(v, 4) for v in (estimate.value, estimate.low, estimate.high)), estimate.n))
+                        ends = (round(v, 4) for v in (estimate.value, estimate.low, estimate.high))
+                        rows.append((scene.title, place, name, *ends, estimate.n))
                         p.append(null.p)
         q = stats.benjamini_hochberg(p).tolist() if p else []
         table = Table(
             "rises",
             "What rises in the scenes",
-            f"Reading in the scene minus that in its matched control ({self.unit}), mean over wordings; p of exchanging scene and control "
-            "within wordings, q after Benjamini and Hochberg over this table.",
+            f"Reading in the scene minus that in its matched control ({self.unit}), mean over wordings; "
+            "p of exchanging scene and control within wordings, q after Benjamini and Hochberg over this table.",
             ("scene", "place", "emotion", "rise", "low", "high", "wordings", "p", "q"),
             tuple((*row, round(a, 4), round(b, 4)) for row, a, b in zip(rows, p, q, strict=True)),
         )
-        return Outcome(tuple(findings), (table,), self._data(findings))
+        return Outcome(tuple(findings), (table,), self._data())
 
     def _of(self, i: int, place: str, names: Sequence[str]) -> np.ndarray:
         """A scene's rise at a place, averaged over some emotions, for each wording that has one."""
@@ -197,9 +212,10 @@ class _Measured:
         claim = Claim(NAME, f"all.{place}", f"What a scene is about rises {PLACES[place]}", _ABOVE, figure=f"rises-{place}")
         kept = {i: values for i, s in enumerate(self.scenes) if len(values := self._of(i, place, s.emotions(place))) >= FEW}
         if len(kept) < FEW:
-            return claim.untestable(f"{len(kept)} scenes with {FEW} wordings that have a reading {PLACES[place]}: {FEW} are needed.")
-        means, weight = np.array([v.mean() for v in kept.values()]), np.concatenate([np.full(len(v), 1 / len(v)) for v in kept.values()])
-        values = np.concatenate(list(kept.values())) * weight * len(weight) / len(kept)
+            return claim.untestable(_too_few(len(kept), place))
+        means, n = np.array([v.mean() for v in kept.values()]), sum(map(len, kept.values()))
+        # Every scene counts as much as any other, however many of its wordings have a reading.
+        values = np.concatenate([v * n / (len(v) * len(kept)) for v in kept.values()])
         estimate = self._mean(means)
         note = f"{len(means)} scenes with {len(values)} wordings, {(means > 0).sum()} scenes as declared; {self.unit}."
         return claim.tested(estimate, self._exchanged(values), estimate.low > 0, note)
@@ -209,11 +225,10 @@ class _Measured:
             NAME, f"specific.{place}", f"It rises {PLACES[place]} more than in the other scenes", _ABOVE, figure=f"rises-{place}"
         )
         means = np.array([self._filled(i, place) for i in range(len(self.scenes))])
-        kept = [
-            i for i, s in enumerate(self.scenes) if np.isfinite(means[i]).all() and any(name in self.names for name in s.emotions(place))
-        ]
+        told = [not set(self.names).isdisjoint(scene.emotions(place)) for scene in self.scenes]
+        kept = [i for i, own in enumerate(told) if own and np.isfinite(means[i]).all()]
         if len(kept) < FEW:
-            return claim.untestable(f"{len(kept)} scenes with {FEW} wordings that have a reading {PLACES[place]}: {FEW} are needed.")
+            return claim.untestable(_too_few(len(kept), place))
         own = np.zeros((len(kept), len(kept)))  # (scene, whose declaration)
         for b, k in enumerate(kept):
             columns = [self.names.index(name) for name in self.scenes[k].emotions(place) if name in self.names]
@@ -242,14 +257,18 @@ class _Measured:
         good = values[np.isfinite(values).all(axis=1)] if values.size else values
         return np.asarray(good.mean(axis=0) if len(good) >= FEW else np.full(len(self.names), np.nan))
 
-    def _data(self, findings: Sequence[Finding]) -> dict[str, Any]:
+    def _data(self) -> dict[str, Any]:
         rises = {place: [self._filled(i, place) for i in range(len(self.scenes))] for place in PLACES}
         plain = {
-            place: [[round(float(v), 5) if np.isfinite(v) else None for v in row] for row in rows] for place, rows in rises.items()
+            place: [[round(v, 5) if v == v else None for v in row.tolist()] for row in rows] for place, rows in rises.items()
         }
         about = {place: [list(scene.emotions(place)) for scene in self.scenes] for place in PLACES}
         titles = [scene.title for scene in self.scenes]
-        return {"scenes": titles, "emotions": self.names, "unit": self.unit, "rises": plain, "declared": about, "n": len(findings)}
+        return {"scenes": titles, "emotions": self.names, "unit": self.unit, "rises": plain, "declared": about}
+
+
+def _too_few(n: int, place: str) -> str:
+    return f"{n} scenes with {FEW} wordings that have a reading {PLACES[place]}: {FEW} are needed."
 
 
 def draw(data: Mapping[str, Any]) -> list[Figure]:
