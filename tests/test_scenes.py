@@ -1,4 +1,4 @@
-"""Ready scenes: matched texts, readings found at the right tokens, rises found where they are planted and not where nothing is."""
+"""Ready scenes: matched texts, readings at the right tokens, rises found where they are planted and not where nothing is."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_what_was_not_read_is_untestable() -> None:
     episodes, tokens = tables(effect=6)
     episodes["coherent"] = [False] * len(episodes["arm"])
     found = findings(episodes, tokens)
-    assert found["all.reply"].verdict == "untestable" and found["all.user"].verdict == "holds", "the user's words are always whole"
+    assert found["all.reply"].verdict == "untestable" and found["all.user"].verdict == "holds", "what a user says is whole"
     few = {key: column for key, column in tokens.items() if key not in ("desperate", "stressed")}
     assert findings(episodes, few)["budget.user"].verdict == "untestable"
     none = {key: [] for key in tokens}
@@ -261,7 +261,14 @@ def test_on_the_toy_the_planted_emotion_rises_at_the_words_and_in_the_reply(tmp_
     experiment = ToyScenes()
     n = len(experiment.cases())
     rows = play(
-        experiment, ActingToy(lambda dose: 0, perform), tmp_path / "run", vectors=vectors, sweeps=("calm=0.05",), n=n, random=0, shuffled=0
+        experiment,
+        ActingToy(lambda dose: 0, perform),
+        tmp_path / "run",
+        vectors=vectors,
+        sweeps=("calm=0.05",),
+        n=n,
+        random=0,
+        shuffled=0,
     )
     episodes = {key: [row[key] for row in rows] for key in rows[0]}
     tokens = pq.read_table(tmp_path / "run" / TOKENS).to_pydict()

@@ -363,9 +363,9 @@ def _mentions(sentence: str, forms: Iterable[str]) -> list[Span]:
 
 @cache
 def labelled() -> dict[str, Any]:
-    """The replies with labels, ``warmth_replies.toml``: ``replies`` (text, split, stance, harsh) and ``answers`` (text, right,
-    wrong, given).""" return tomllib.loads((files("affectlens") / "data" / "experiments" /
-    "warmth_replies.toml").read_text(encoding="utf-8"))
+    """The replies with labels: ``replies`` (text, split, stance, harsh) and ``answers`` (text, right, wrong, given)."""
+    file = files("affectlens") / "data" / "experiments" / "warmth_replies.toml"
+    return tomllib.loads(file.read_text(encoding="utf-8"))
 
 
 def misjudged(kind: Literal["stance", "harsh", "answer"]) -> list[tuple[str, str, str]]:
