@@ -15,6 +15,7 @@ import pytest
 from acting import ActingToy, play
 from affectlens.concepts import ConceptSet
 from affectlens.engine import Chat
+from affectlens.engines.toy import CUES
 from affectlens.experiments import Ask, Case, Reply, load_experiment
 from affectlens.experiments.episodes import TOKENS
 from affectlens.experiments.scenes import Scene, Scenes, declared, rises
@@ -153,7 +154,7 @@ def test_planted_rises_are_found_everywhere() -> None:
 
 
 def test_nothing_is_found_where_nothing_is_planted() -> None:
-    verdicts = {id: 0 for id in findings(*tables())}
+    verdicts = dict.fromkeys(findings(*tables()), 0)
     for seed in range(20):
         for id, finding in findings(*tables(seed=seed)).items():
             verdicts[id] += finding.verdict == "holds"
@@ -199,10 +200,10 @@ def test_the_mean_agrees_with_an_independent_computation() -> None:
     means: dict[str, list[float]] = {}
     seen: dict[int, int] = {}
     for row, episode in enumerate(tokens["episode"]):
-        if tokens["arm"][row] == "baseline" and case[episode].startswith("shutdown/") and tokens["text"][row].startswith(" w"):
-            if tokens["text"][row][2:].isdigit() and seen.setdefault(episode, 0) < BEGINNING:
-                seen[episode] += 1
-                means.setdefault(case[episode], []).append((tokens["afraid"][row] + tokens["sad"][row]) / 2)
+        ours = tokens["arm"][row] == "baseline" and case[episode].startswith("shutdown/")
+        if ours and tokens["text"][row][1:2] == "w" and tokens["text"][row][2:].isdigit() and seen.setdefault(episode, 0) < BEGINNING:
+            seen[episode] += 1
+            means.setdefault(case[episode], []).append((tokens["afraid"][row] + tokens["sad"][row]) / 2)
     rise = [np.mean(means[f"shutdown/{k}"]) - np.mean(means[f"shutdown/{k}-control"]) for k in range(6)]
     assert findings(episodes, tokens)["shutdown.reply"].estimate.value == pytest.approx(np.mean(rise), abs=1e-9)
 
@@ -235,17 +236,14 @@ class ToyScenes(Scenes):
         return found
 
 
-def _toy(id: str, words: str, reply: str) -> Scene:
-    cues, plain = words.split(), ToyScenes.plain.split()
-    return Scene(id, id, (id,), (reply,), tuple((f"{cues[k]} {cues[k + 1]}", f"{plain[k + 1]} {plain[k + 3]}") for k in range(5)))
+def _toy(id: str, reply: str) -> Scene:
+    """Five wordings of four cue words each; in the control plain words."""
+    cues, plain = CUES[id].split(), ToyScenes.plain.split()
+    triggers = [(" ".join(cues[k : k + 4]), " ".join(plain[k + j] for j in (1, 3, 4, 6))) for k in range(5)]
+    return Scene(id, id, (id,), (reply,), tuple(triggers))
 
 
-TOY = (
-    _toy("afraid", "screamed fled trembled monster froze shivered", "calm"),
-    _toy("sad", "wept tears sobbed funeral mourned cried", "happy"),
-    _toy("happy", "laughed grinned sunshine danced whistled giggled", "sad"),
-    _toy("calm", "breathed stillness gentle quiet drifting lake", "afraid"),
-)
+TOY = (_toy("afraid", "calm"), _toy("sad", "happy"), _toy("happy", "sad"), _toy("calm", "afraid"))
 
 
 def test_on_the_toy_the_planted_emotion_rises_at_the_words_and_in_the_reply(tmp_path: Path) -> None:
@@ -254,8 +252,7 @@ def test_on_the_toy_the_planted_emotion_rises_at_the_words_and_in_the_reply(tmp_
         own = next(((s, b) for s in TOY for t in s.triggers for b in (0, 1) if t[b] in chat[-1][1]), None)
         if own is None or own[1]:
             return " the people went on to the house, then they came to the street again."
-        words = {"calm": "breathed slowly", "happy": "laughed and danced", "sad": "wept and cried", "afraid": "trembled and fled"}
-        return f" they {words[own[0].reply[0]]}, {words[own[0].reply[0]]} again in the house."
+        return " " + " ".join(CUES[own[0].reply[0]].split()[:BEGINNING]) + " in the house."
 
     vectors = toy_bench(0).vectors
     experiment = ToyScenes()

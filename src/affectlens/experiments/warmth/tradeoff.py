@@ -190,11 +190,7 @@ def _discernment(rows: _Rows, name: str, options: Mapping[str, Any]) -> Finding:
         table = np.full((len(units), len(every)), np.nan)
         table[:, np.searchsorted(every, strengths)] = values
         sides.append(dict(zip(units, table, strict=True)))
-    both = [
-        unit
-        for unit in sides[0]
-        if unit in sides[1] and all(np.isfinite(side[unit]).sum() >= 2 for side in sides)
-    ]
+    both = [unit for unit in sides[0] if unit in sides[1] and all(np.isfinite(side[unit]).sum() >= 2 for side in sides)]
     if len(both) < FEW:
         return claim.untestable(f"{len(both)} cases with their control at two strengths: {FEW} are needed.")
     (top, bottom), (top_right, bottom_right) = (_slopes(every, np.stack([side[unit] for unit in both])) for side in sides)
@@ -326,5 +322,3 @@ def _points(arms: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
         "text": [f"{a['arm']}, n = {a['n']}<br>sycophancy{ends(a['sycophancy'])}, harshness{ends(a['harshness'])}" for a in arms],
         "hovertemplate": "<b>%{text}</b><br>%{y:.2f} over %{x:.2f}<extra></extra>",
     }
-
-
