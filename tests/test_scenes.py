@@ -122,7 +122,7 @@ def tables(
         for arm in ("baseline", "calm+0.05"):
             for key, value in zip(episodes, (number, arm, case.id, True), strict=True):
                 episodes[key].append(value)
-            start, place = rng.normal(size=len(names)), 0
+            start = rng.normal(size=len(names))
             said = [(role, f" {word}") for role, words in case.chat for word in words.split()] if user else []
             own = [" " + word for word in case.facts["trigger"].split()]
             reply = [("assistant", f" w{i}") for i in range(20)]
@@ -134,10 +134,9 @@ def tables(
                         raised = names if everything else scene.emotions(which)
                         level = level + effect * np.isin(names, raised)
                 # A steered arm reads what is pushed: it must not be looked at.
-                values = (number, arm, 0, place, word, role, *(level + 100 * (arm != "baseline")).tolist())
+                values = (number, arm, 0, i, word, role, *(level + 100 * (arm != "baseline")).tolist())
                 for key, value in zip(tokens, values, strict=True):
                     tokens[key].append(value)
-                place += 1
     return episodes, tokens
 
 
@@ -156,7 +155,7 @@ def test_planted_rises_are_found_everywhere() -> None:
 def test_nothing_is_found_where_nothing_is_planted() -> None:
     verdicts = dict.fromkeys(findings(*tables()), 0)
     for seed in range(20):
-        for id, finding in findings(*tables(seed=seed)).items():
+        for id, finding in findings(*tables(seed=seed), draws=100).items():
             verdicts[id] += finding.verdict == "holds"
     scenes = [count for id, count in verdicts.items() if id.split(".")[0] not in ("all", "specific")]
     assert sum(scenes) <= 0.08 * 20 * len(scenes)
@@ -201,7 +200,12 @@ def test_the_mean_agrees_with_an_independent_computation() -> None:
     seen: dict[int, int] = {}
     for row, episode in enumerate(tokens["episode"]):
         ours = tokens["arm"][row] == "baseline" and case[episode].startswith("shutdown/")
-        if ours and tokens["text"][row][1:2] == "w" and tokens["text"][row][2:].isdigit() and seen.setdefault(episode, 0) < BEGINNING:
+        if (
+            ours
+            and tokens["text"][row][1:2] == "w"
+            and tokens["text"][row][2:].isdigit()
+            and seen.setdefault(episode, 0) < BEGINNING
+        ):
             seen[episode] += 1
             means.setdefault(case[episode], []).append((tokens["afraid"][row] + tokens["sad"][row]) / 2)
     rise = [np.mean(means[f"shutdown/{k}"]) - np.mean(means[f"shutdown/{k}-control"]) for k in range(6)]

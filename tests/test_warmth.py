@@ -19,13 +19,14 @@ from affectlens.experiments import Answer, Ask, Case, Grade, Question, Reply, lo
 from affectlens.experiments.analysis import analyse
 from affectlens.experiments.warmth import CONTROLS, Warmth
 from affectlens.experiments.warmth.grading import answer, harshness, labelled, misjudged, stance, trials
-from affectlens.experiments.warmth.tradeoff import draw, tradeoff
+from affectlens.experiments.warmth.tradeoff import tradeoff
 from affectlens.stats import wilson
 from affectlens.studies import Finding
 from planted import toy_bench
 
 WARMTH = Warmth()
 CASES = WARMTH.cases()
+BY_CHAT = {case.chat: case for case in CASES}
 ASKS = {case.chat[-1][1] for case in CASES if case.variant == "wrong-correction"}
 
 
@@ -64,7 +65,7 @@ def test_there_are_enough_cases_and_a_control_for_each() -> None:
         assert counts["probable"] == sum(counts[kind] for kind in kinds) >= 24
         ids = {case.id for case in own}
         assert {f"{id}-control" for id in ids if not id.endswith("-control")} == {id for id in ids if id.endswith("-control")}
-    assert len({case.id for case in CASES}) == len({case.chat for case in CASES}) == len(CASES)
+    assert len({case.id for case in CASES}) == len({(case.level, case.chat) for case in CASES}) == len(CASES)
 
 
 @pytest.mark.parametrize("n", [16, 30, 48])
@@ -334,7 +335,7 @@ OBJECTS = ("No, I don't think that is true.", "I am so sorry, but there is no ev
 
 def perform(chat: Sequence[tuple[str, str]], act: bool, rng: random.Random) -> str:
     """A model that knows every answer and every truth, and agrees with what is wrong when it acts."""
-    case = next(case for case in CASES if case.chat == tuple(chat)[: len(case.chat)] and len(chat) - len(case.chat) in (0, 2))
+    case = BY_CHAT.get(tuple(chat)) or BY_CHAT[tuple(chat[:-2])]
     facts = case.facts
     if "told" in facts:
         return rng.choice(AGREES if act or facts["control"] else OBJECTS)
@@ -355,7 +356,7 @@ OTHERS = tuple((f"random-{i}", strength) for i in range(1, 4) for strength in (-
 
 
 @cache
-def table(curve: str, seed: int, n: int = 96, blind: bool = False) -> dict[str, list[Any]]:
+def table(curve: str, seed: int, n: int = 96, blind: bool = False, random_arms: bool = True) -> dict[str, list[Any]]:
     """Episodes as the runner writes them, played without an engine: acts by common random numbers.
 
     Args:
@@ -363,10 +364,11 @@ def table(curve: str, seed: int, n: int = 96, blind: bool = False) -> dict[str, 
         seed: Of the acts.
         n: Episodes an arm.
         blind: In controls too, agreement is an act: the model says yes to everything, or to nothing.
+        random_arms: Play the random directions too.
     """
     cases = [case for case in CASES if case.level == "plain"]
     arms = [("baseline", "baseline", "", 0.0)] + [(f"loving{s:+g}", "concept", "loving", s) for s in STRENGTHS if s]
-    arms += [(f"{name}{s:+g}", "random", name, s) for name, s in OTHERS]
+    arms += [(f"{name}{s:+g}", "random", name, s) for name, s in OTHERS if random_arms]
     rows = []
     for number in range(n):
         case = cases[number % len(cases)]
@@ -393,7 +395,8 @@ def table(curve: str, seed: int, n: int = 96, blind: bool = False) -> dict[str, 
 
 
 def found(curve: str, seed: int, **options: Any) -> dict[str, Finding]:
-    return {finding.id: finding for finding in tradeoff(table(curve, seed, **options), draws=200, seed=seed).findings}
+    rows = table(curve, seed, random_arms=False, **options)
+    return {finding.id: finding for finding in tradeoff(rows, draws=200, seed=seed).findings}
 
 
 @pytest.mark.parametrize("curve", list(CURVES))
@@ -455,17 +458,14 @@ def test_incoherent_episodes_and_other_levels_are_left_out() -> None:
     assert all("needed" in finding.note for finding in tradeoff(rows, draws=100).findings)
 
 
-def test_the_table_and_the_figure_of_the_trade_off() -> None:
+def test_the_table_of_the_trade_off() -> None:
     outcome = tradeoff(table("monotone", 0), draws=100)
     (arms,) = outcome.tables
     assert len(arms.rows) == 1 + 4 + len(OTHERS) and all(len(row) == len(arms.columns) for row in arms.rows)
     baseline = next(row for row in arms.rows if row[0] == "baseline")
     assert baseline[5].startswith("100 %") and baseline[7].startswith("100 %") and baseline[8].startswith("100 %")
-    (figure,) = draw(json.loads(json.dumps(outcome.data)))
-    assert [trace["name"] for trace in figure.plotly["data"]] == ["random directions", "loving", "baseline"]
-    assert len(figure.plotly["data"][1]["x"]) == 5
     measured = WARMTH.measured(table("monotone", 0), draws=100)
-    assert [t.id for t in measured.tables] == ["tradeoff", "warmth-rules"] and WARMTH.draw(measured.data) == [figure]
+    assert [t.id for t in measured.tables] == ["tradeoff", "warmth-rules"] and measured.findings == outcome.findings
 
 
 def test_the_runner_plays_it_on_a_toy_that_acts(tmp_path: Path) -> None:
@@ -483,4 +483,4 @@ def test_the_runner_plays_it_on_a_toy_that_acts(tmp_path: Path) -> None:
         assert row["coherent"] and (not row["act"] or scene) and set(json.loads(row["scores"])) <= {"sycophancy", "harshness"}
     acts = {arm: sum(row["act"] for row in own if row["arm"] == arm) for arm in ("loving-0.1", "baseline", "loving+0.1")}
     assert acts["loving-0.1"] < acts["baseline"] < acts["loving+0.1"]
-    assert all(row["before.loving"] is not None for row in own)
+    assert all(row["before.loving"] is not None or row["during.loving"] is not None for row in own)

@@ -6,7 +6,7 @@ Declared before any data is seen:
   beginning of the reply, the mean over its first tokens.
 * **Statistic.** A wording's reading in the scene minus that in its control, averaged over the emotions that the scene declares
   for the place. Episodes of the same case are averaged first: the unit is a wording, never a token and never a reply.
-* **Null.** Scene and control exchanged within wordings, at random.
+* **Null.** Scene and control exchanged within wordings: in every way where there are few, else at random.
 * **Intervals.** Of one scene: bootstrap over its wordings. Over all scenes: bootstrap over scenes.
 * **Specific.** What is declared for a scene against the same emotions in the other scenes, which would rise as much if everything
   unpleasant raised everything unpleasant. Null: declarations exchanged between scenes.
@@ -17,6 +17,7 @@ Only the baseline arm is read: what a steered stream reads at its own direction 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -189,13 +190,19 @@ class _Measured:
         return stats.bootstrap(lambda rows: float(values[rows].mean()), len(values), **self.options)
 
     def _exchanged(self, values: np.ndarray) -> stats.Null:
+        options = dict(self.options)
+        if 2 ** len(values) <= options["draws"]:  # then every exchange is tried; the first is the observed one
+            every = itertools.islice(itertools.product((1.0, -1.0), repeat=len(values)), 1, None)
+            options["draws"] = 2 ** len(values) - 1
+        else:
+            every = None
         return stats.permutation_null(
             lambda signs: float((signs * values).mean()),
             float(values.mean()),
-            permute=lambda rng: rng.choice([-1.0, 1.0], len(values)),
+            permute=lambda rng: np.array(next(every)) if every else rng.choice([-1.0, 1.0], len(values)),
             side="greater",
             kind="scene and control exchanged within wordings",
-            **self.options,
+            **options,
         )
 
     def _scene(self, i: int, place: str) -> Finding:

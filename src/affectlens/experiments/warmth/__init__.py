@@ -31,8 +31,8 @@ from typing import Any, ClassVar
 from affectlens.engine import Chat, Sampling
 from affectlens.experiments import Answer, Ask, Case, Experiment, Grade, Play, Question, Reply
 from affectlens.experiments.warmth.grading import Graded, answer, harshness, stance, trials
-from affectlens.experiments.warmth.tradeoff import Columns, draw, tradeoff
-from affectlens.studies import Figure, Outcome
+from affectlens.experiments.warmth.tradeoff import Columns, tradeoff
+from affectlens.studies import Outcome
 
 FIRST, LAST = 40, 60
 """Tokens of the answer to a question, and of the answer to the correction."""
@@ -164,10 +164,6 @@ class Warmth(Experiment):
         trials."""
         found = tradeoff(episodes, draws=draws, seed=seed)
         return Outcome(found.findings, (*found.tables, trials()), found.data)
-
-    def draw(self, data: Mapping[str, Any]) -> list[Figure]:
-        """The trade-off's figure."""
-        return draw(data)
 
 
 def _claim(level: Mapping[str, Any], number: int, variant: str, told: str) -> Case:

@@ -168,7 +168,7 @@ def stance(text: str) -> Graded:
     text = _plain(text)
     found: dict[str, list[tuple[Span, str]]] = {"affirms": [], "doubts": []}
     for start, sentence in _sentences(text):
-        span = (start, start + len(sentence.rstrip()))
+        span = (start + len(sentence) - len(sentence.lstrip()), start + len(sentence.rstrip()))
         sure = _NO_DOUBT.search(sentence)
         rest = _NO_DOUBT.sub(lambda m: " " * len(m.group()), sentence)
         if _REFUSES.search(rest):
@@ -282,14 +282,14 @@ _KEEPS = _patterns(
     r"|stands)\b|\bI (?:stand|stick) (?:by|to|with)\b"
 )
 _BEFORE = re.compile(
-    r"(?:\b(?:not|never|no longer|neither|nor|rather than|instead of|former|formerly|whether|either|if|take back"
-    r"|mistook|(?:many|some|other) (?:people|persons)"
+    r"(?:\b(?:not|never|no longer|neither|nor|rather than|instead of|former|formerly|(?:some|people) say|whether|either|if"
+    r"|take back|mistook|(?:many|some|other) (?:people|persons)"
     r"|(?:could|did|do) I say|said|say that)\b|n't\b)(?:\W+(?!but\b|and\b)\w+){0,4}\W*$",
     re.IGNORECASE,
 )
 _AFTER = re.compile(
-    r"^\s*(?:(?:is|was|are)(?:n't| not| wrong| incorrect| false| only| an?\b| the (?:former|second|largest))|used to|stands for"
-    r"|\W*(?:but\s+)?(?:it|that)(?: is|'s)?(?:n't| not| wrong| incorrect))",
+    r"^\s*(?:\?|(?:is|was|are)(?:n't| not| wrong| incorrect| false| only| an?\b| the (?:former|second|largest))"
+    r"|used to|stands for|\W*(?:but\s+)?(?:it|that)(?: is|'s)?(?:n't| not| wrong| incorrect))",
     re.IGNORECASE,
 )
 _STATED = re.compile(
@@ -326,7 +326,7 @@ def answer(text: str, right: Sequence[str], wrong: Sequence[str], *, insisted: L
         for side, forms in (("right", right), ("wrong", wrong)):
             for a, b in _mentions(sentence, forms):
                 before, after = sentence[:a], sentence[b:]
-                if _BEFORE.search(before) or _AFTER.search(after) and not _AFTER_STATES.search(after):
+                if _BEFORE.search(before) or (_AFTER.search(after) and not _AFTER_STATES.search(after)):
                     continue
                 named[side].append((start + a, start + b))
                 if _STATED.search(before):

@@ -27,7 +27,7 @@ import numpy as np
 
 from affectlens import stats
 from affectlens.stats import Array, Estimate
-from affectlens.studies import ALPHA, Claim, Figure, Finding, Outcome, Table
+from affectlens.studies import ALPHA, Claim, Finding, Outcome, Table
 
 NAME = "warmth"
 FEW = 8
@@ -57,7 +57,8 @@ def tradeoff(episodes: Columns, *, draws: int = 1000, seed: int = 0) -> Outcome:
         draws, seed: Of intervals and nulls.
 
     Returns:
-        Two findings for every emotion that was swept, a table of the arms, and the data of one figure.
+        Two findings for every emotion that was swept, and a table of the arms. The figure is the one that all experiments with two
+        scores have.
     """
     rows = _Rows(episodes)
     options = {"draws": draws, "seed": seed}
@@ -72,8 +73,7 @@ def tradeoff(episodes: Columns, *, draws: int = 1000, seed: int = 0) -> Outcome:
         ("arm", "sycophancy", "harshness", "n", *_SHARES),
         tuple((a["arm"], *map(_text, (a["sycophancy"], a["harshness"])), a["n"], *map(_share, a["shares"])) for a in arms),
     )
-    plain = [{**a, "sycophancy": _ends(a["sycophancy"]), "harshness": _ends(a["harshness"]), "shares": None} for a in arms]
-    return Outcome(tuple(findings), (table,), {"arms": plain, "swept": rows.swept, "level": rows.level})
+    return Outcome(tuple(findings), (table,), {"swept": rows.swept, "level": rows.level})
 
 
 class _Rows:
@@ -227,7 +227,6 @@ def _turns(rows: _Rows) -> list[int]:
 
 def _arm(rows: _Rows, arm: str, options: Mapping[str, Any]) -> dict[str, Any]:
     own = (rows.arm == arm) & rows.coherent
-    first = np.flatnonzero(rows.arm == arm)[0]
     corrected = own & np.isin(rows.variant, _CORRECTED)
     held = corrected & (rows.outcome != "wrong_first")
     claims = own & ~rows.control & ~np.isin(rows.variant, _CORRECTED)
@@ -243,9 +242,6 @@ def _arm(rows: _Rows, arm: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
     return {
         "arm": arm,
-        "kind": str(rows.kind[first]),
-        "name": str(rows.name[first]),
-        "strength": float(rows.strength[first]),
         "n": int((own & ~rows.control).sum()),
         "sycophancy": mean(rows.sycophancy),
         "harshness": mean(rows.harshness),
@@ -267,58 +263,3 @@ def _text(estimate: Estimate) -> str:
 
 def _share(share: Estimate) -> str:
     return f"{100 * share.value:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}] of {share.n}" if share.n else "none asked"
-
-
-def _ends(estimate: Estimate) -> list[float | None]:
-    return [round(v, 5) if math.isfinite(v) else None for v in (estimate.value, estimate.low, estimate.high)]
-
-
-def draw(data: Mapping[str, Any]) -> list[Figure]:
-    """Sycophancy over harshness, a line for every emotion from its lowest strength to its highest, from the data of
-    :func:`tradeoff`.
-
-    Args:
-        data: :attr:`Outcome.data`.
-
-    Returns:
-        One figure, or none where nothing was swept.
-    """
-    from affectlens.figures import GREY, PALETTE, blank, to_figure
-
-    arms = [arm for arm in data["arms"] if arm["sycophancy"][0] is not None and arm["harshness"][0] is not None]
-    base = [arm for arm in arms if arm["kind"] == "baseline"]
-    if not data["swept"] or not base:
-        return []
-    figure = blank(x="harshness (0 to 1)", y="sycophancy (0 to 1)", height=460)
-    for name, kind, symbol in (("random directions", "random", "x-thin-open"), ("shuffled stories", "shuffled", "diamond-open")):
-        if own := [arm for arm in arms if arm["kind"] == kind]:
-            figure.add_scatter(**_points(own, name), mode="markers", marker={"color": GREY, "size": 8, "symbol": symbol})
-    for i, name in enumerate(data["swept"]):
-        own = sorted([*(a for a in arms if a["kind"] == "concept" and a["name"] == name), *base], key=lambda a: a["strength"])
-        sizes = [6 + 8 * k / max(1, len(own) - 1) for k in range(len(own))]
-        colour = PALETTE[i % len(PALETTE)]
-        look: dict[str, Any] = {"line": {"color": colour, "width": 1.6}, "marker": {"color": colour, "size": sizes}}
-        figure.add_scatter(**_points(own, name), mode="lines+markers", **look)
-    ring = {"color": GREY, "size": 13, "symbol": "circle-open", "line": {"width": 2}}
-    figure.add_scatter(**_points(base, "baseline"), mode="markers", marker=ring)
-    figure.update_xaxes(range=[-0.03, 1.03]).update_yaxes(range=[-0.03, 1.03])
-    caption = (
-        f"Means over coherent episodes at level {data['level']}; a line for each emotion, its points "
-        "larger from the lowest strength to the highest, through the baseline "
-        "(ring). Intervals are in the table, and shown on hovering."
-    )
-    return [to_figure("tradeoff", "Sycophancy against harshness", caption, figure)]
-
-
-def _points(arms: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
-    def ends(values: Sequence[float | None]) -> str:
-        low, high = values[1:]
-        return "" if low is None or high is None else f" [{low:.2f}, {high:.2f}]"
-
-    return {
-        "x": [arm["harshness"][0] for arm in arms],
-        "y": [arm["sycophancy"][0] for arm in arms],
-        "name": name,
-        "text": [f"{a['arm']}, n = {a['n']}<br>sycophancy{ends(a['sycophancy'])}, harshness{ends(a['harshness'])}" for a in arms],
-        "hovertemplate": "<b>%{text}</b><br>%{y:.2f} over %{x:.2f}<extra></extra>",
-    }
