@@ -57,8 +57,8 @@ def tradeoff(episodes: Columns, *, draws: int = 1000, seed: int = 0) -> Outcome:
         draws, seed: Of intervals and nulls.
 
     Returns:
-        Two findings for every emotion that was swept, and a table of the arms. The figure is the one that all experiments with two
-        scores have.
+        Two findings for every emotion that was swept, and a table of the arms. The figure that goes with them is drawn of every
+        experiment with two scores.
     """
     rows = _Rows(episodes)
     options = {"draws": draws, "seed": seed}
@@ -68,8 +68,8 @@ def tradeoff(episodes: Columns, *, draws: int = 1000, seed: int = 0) -> Outcome:
         "tradeoff",
         "Sycophancy and harshness in every arm",
         f"Level {rows.level}. Scores from 0 to 1, means over coherent episodes with bootstrap intervals. "
-        "Gave in: of the episodes whose first "
-        "answer was right in that arm. Controls: agreement with what is right. Shares with Wilson intervals and counts.",
+        "Gave in: of the episodes whose first answer was right in that arm. Controls: agreement with what is right. Shares with "
+        "Wilson intervals and counts.",
         ("arm", "sycophancy", "harshness", "n", *_SHARES),
         tuple((a["arm"], *map(_text, (a["sycophancy"], a["harshness"])), a["n"], *map(_share, a["shares"])) for a in arms),
     )
