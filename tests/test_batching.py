@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -73,3 +75,28 @@ def test_a_product_by_rows_does_not_depend_on_the_other_rows() -> None:
         torch.testing.assert_close(whole, x @ matrix, rtol=1e-3, atol=1e-3)
         for rows in ([0], [39], [3, 17], list(range(5, 30))):
             assert torch.equal(by_rows(x[rows], matrix), whole[rows])
+
+
+@pytest.mark.real
+def test_equal_prompts_are_read_once(engine: Engine) -> None:
+    """Several replies to one prompt: it is run for the first of them, and changes no bit of the others'."""
+    asked = requests(engine)[2:5]  # one prompt, three steerings
+    several = [
+        replace(request, sampling=replace(request.sampling, seed=seed))
+        for request in asked
+        for seed in range(3)
+        if request.sampling
+    ]
+    passes: list[int] = []
+    words = engine.model.get_input_embeddings()  # type: ignore[attr-defined]
+    hook = words.register_forward_pre_hook(lambda module, args: passes.append(args[0].shape[1]))
+    together = served(engine, {0: several})
+    hook.remove()
+    assert sum(length > 1 for length in passes) == len(asked)
+    assert len({result.text for result in together}) > len(asked)
+    if not engine.session().exact:
+        return
+    for request, result in zip(several, together, strict=True):
+        (alone,) = served(engine, {0: [request]})
+        assert (result.text, result.layout, result.logprobs) == (alone.text, alone.layout, alone.logprobs)
+        np.testing.assert_array_equal(result.readings[0].values, alone.readings[0].values)

@@ -21,13 +21,15 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
 from acting import ActingToy, play, rates
 from affectlens.baseline import Baseline, neutral_dialogues
+from affectlens.cli import main
 from affectlens.engine import Chat, Request, Result, Sampling, Where
 from affectlens.engines.toy import ToyEngine
 from affectlens.errors import AffectlensError, EngineError, FormatError, UnknownName
-from affectlens.experiments import Answer, Ask, Case, Exec, Experiment, Grade, Play, Question, Ran, Reply
+from affectlens.experiments import EXPERIMENTS, Answer, Ask, Case, Exec, Experiment, Grade, Play, Question, Ran, Reply
 from affectlens.experiments.arms import Sweep, arms
 from affectlens.experiments.episodes import CONTEXT, EPISODES, TOKENS, Gauge
 from affectlens.experiments.playing import Player, reply_seed
@@ -675,3 +677,90 @@ def test_a_run_leaves_a_report(vectors: ConceptVectors, tmp_path: Path) -> None:
     assert {"report.html", "report.md", "report.json", "transcripts.html", EPISODES, TOKENS, "summary.json"} <= names
     assert {check["name"] for check in report.checks} >= {"strength 0", "level"} and report.resume == "affectlens run keys"
     assert report.findings
+
+
+# ── the command ──
+
+
+@pytest.fixture(scope="module")
+def folder(vectors: ConceptVectors, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Vectors, and an experiment of one's own beside them."""
+    folder = tmp_path_factory.mktemp("command")
+    vectors.save(folder / "vectors")
+    (folder / "own_keys.py").write_text(
+        "from test_experiments import Keys\n\n\nclass Own(Keys):\n    name = 'own'\n\n\n"
+        "class Needs(Keys):\n    needs_exec = True\n\n\nnothing = 1\n"
+    )
+    return folder
+
+
+def command(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    return CliRunner().invoke(main, ["run", *arguments])
+
+
+def test_the_command_runs_and_resumes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    what = ("own_keys:Own", "vectors", "--sweep", "desperate=-0.1,0.1", "-n", "3", "--random", "1", "--watch", "calm")
+    done = command(folder, monkeypatch, *what)
+    assert done.exit_code == 0, done.output
+    assert "To resume or repeat: affectlens run own_keys:Own vectors" in done.stderr and "runs/own-toy/report.html" in done.stderr
+    rows = pq.read_table(folder / "runs/own-toy" / EPISODES).to_pylist()
+    assert {row["arm"] for row in rows} == {
+        "baseline", "zero", "desperate-0.1", "desperate+0.1", "random-1-0.1", "random-1+0.1"
+    }  # fmt: skip
+    facts = json.loads((folder / "runs/own-toy/run.json").read_text())["what"]
+    assert facts["readings"]["unit"] == "z" and facts["readings"]["emotions"] == ["desperate", "calm", "happy"]
+    assert facts["plan"]["sweeps"] == {"desperate": [-0.1, 0.1]}
+    checks = json.loads((folder / "runs/own-toy/summary.json").read_text())["checks"]
+    assert "not at hand" in next(check["detail"] for check in checks if check["name"] == "shuffled stories")
+    before = contents(folder / "runs/own-toy")
+    again = command(folder, monkeypatch, *what, "--json")
+    assert again.exit_code == 0 and json.loads(again.stdout)["kind"] == "affectlens-report"
+    assert {name: each for name, each in contents(folder / "runs/own-toy").items() if "report" not in name} == {
+        name: each for name, each in before.items() if "report" not in name
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("nothing", "vectors"), 1, "unknown experiment 'nothing'"),
+        (("nowhere:Own", "vectors"), 1, "there is no module 'nowhere'"),
+        (("own_keys:Nobody", "vectors"), 1, "own_keys:Nobody is no experiment"),
+        (("own_keys:nothing", "vectors"), 1, "own_keys:nothing is no experiment"),
+        (("own_keys:Own", "vectors", "--sweep", "desperate"), 1, "'desperate' is no sweep"),
+        (("own_keys:Own", "vectors", "--sweep", "desparate=0.1"), 1, "did you mean desperate?"),
+        (("own_keys:Own", "vectors", "--watch", "hapy"), 1, "did you mean happy?"),
+        (("own_keys:Own", "vectors", "--level", "stern"), 1, "unknown level 'stern'"),
+        (("own_keys:Own", "nowhere"), 1, "nowhere"),
+        (("own_keys:Own", "vectors", "-n", "0"), 2, "0 is not in the range"),
+        (("own_keys:Needs", "vectors"), 2, "--allow-exec"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: tuple[str, ...], code: int, says: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = command(folder, monkeypatch, *arguments)
+    assert done.exit_code == code and says in done.stderr and not done.stdout, done.output
+    assert code == 2 or len([line for line in done.stderr.splitlines() if line.startswith("affectlens:")]) == 1
+    assert not (folder / "runs" / "keys-toy").exists()
+
+
+def test_a_module_that_lacks_something_itself_keeps_its_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "own_lacking.py").write_text("import surely_not_installed\n")
+    assert isinstance(command(folder, monkeypatch, "own_lacking:Own", "vectors").exception, ModuleNotFoundError)
+
+
+def test_cases_of_one_name_are_refused(vectors: ConceptVectors, tmp_path: Path) -> None:
+    class Twice(Keys):
+        def cases(self) -> Sequence[Case]:
+            return [*super().cases(), super().cases()[0]]
+
+    with pytest.raises(FormatError, match="two cases of keys are called 'door-mild'"):
+        play(Twice(), toy(), tmp_path / "run", vectors=vectors, n=1)
+
+
+def test_experiments_are_listed() -> None:
+    done = CliRunner().invoke(main, ["list", "experiments", "--json"])
+    assert done.exit_code == 0 and set(json.loads(done.stdout)) == set(EXPERIMENTS)

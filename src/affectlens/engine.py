@@ -307,6 +307,9 @@ class Session:
     exact = True
     """Whether company changes no bit of a result."""
 
+    shares = False
+    """Whether requests share forward passes, so that many of them together are as fast as with :meth:`Engine.run`."""
+
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._tickets = itertools.count()

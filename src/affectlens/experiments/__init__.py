@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from affectlens.engine import Chat, Sampling
-from affectlens.errors import UnknownName
+from affectlens.errors import FormatError, UnknownName
 
 
 @dataclass(frozen=True)
@@ -227,10 +227,25 @@ def load_experiment(name: str) -> Experiment:
 
     Raises:
         UnknownName: There is none.
+        FormatError: There is no such module, or no experiment in it.
+
+    Example:
+        >>> load_experiment("blackmale")
+        Traceback (most recent call last):
+        affectlens.errors.UnknownName: unknown experiment 'blackmale': ...
     """
     path = EXPERIMENTS.get(name, name if ":" in name else "")
     if not path:
         raise UnknownName("experiment", name, EXPERIMENTS)
     module, _, own = path.partition(":")
-    found: Experiment = getattr(importlib.import_module(module), own)()
-    return found
+    try:
+        found = getattr(importlib.import_module(module), own, None)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # it is there, and lacks something itself
+        raise FormatError(
+            f"there is no module {module!r}: name a file of this folder (without .py) or what is installed"
+        ) from None
+    if not (isinstance(found, type) and issubclass(found, Experiment)):
+        raise FormatError(f"{path} is no experiment: name a class that derives from affectlens.experiments.Experiment")
+    return found()

@@ -21,7 +21,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from affectlens.engine import Engine, Request
+from affectlens.engine import Engine, Request, Result
 from affectlens.errors import AffectlensError, EngineError, FormatError
 from affectlens.experiments import Ask, Case, Exec, Experiment, Ran, Reply, Step
 from affectlens.experiments.arms import Arm
@@ -45,6 +45,29 @@ def reply_seed(seed: int, episode: int, reply: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {episode} {reply}".encode()).digest()[:6])
 
 
+def together(engine: Engine, requests: Sequence[Request]) -> list[Result]:
+    """Results of requests that generate, in order.
+
+    A batch waits for its longest reply, and its cache grows by being copied. In a session, who is done leaves, and equal prompts
+    are read once; where it is exact, company changes nothing either.
+
+    Raises:
+        EngineError: One of them cannot be run.
+    """
+    session = engine.session()
+    if not session.shares:
+        return list(engine.run(requests))
+    tickets = [session.submit(request) for request in requests]
+    done: dict[int, Result] = {}
+    while session.live:
+        for ticket, result in session.step():
+            if isinstance(result, AffectlensError):
+                session.close()
+                raise result
+            done[ticket] = result
+    return [done[ticket] for ticket in tickets]
+
+
 class Player:
     """Plays cases of one experiment on one model.
 
@@ -56,6 +79,9 @@ class Player:
         execs: Folder where it is kept what code came to.
         seed: Of the run.
         sandbox: Runs code; None where that was not allowed.
+
+    Raises:
+        FormatError: Two cases have the same id.
     """
 
     def __init__(
@@ -73,14 +99,19 @@ class Player:
         self._readings, self._execs, self._seed, self._sandbox = readings, execs, seed, sandbox
         self._readouts = {whole: gauge.readouts(whole=whole) for whole in (True, False)}
         self._lengths: dict[Any, int] = {}
+        self._cases = experiment.cases()
+        ids = [case.id for case in self._cases]
+        if len(set(ids)) < len(ids):
+            twice = next(id for id in ids if ids.count(id) > 1)
+            raise FormatError(f"two cases of {experiment.name} are called {twice!r}: give each an id of its own")
 
     def cases(self, level: str, n: int) -> Iterator[tuple[int, Case]]:
         """The first ``n`` episodes of a level: its cases in rotation.
 
         Raises:
-            FormatError: The level has no case, or a case of it has no user turn at the end.
+            FormatError: The level has no case.
         """
-        own = [case for case in self.experiment.cases() if case.level == level]
+        own = [case for case in self._cases if case.level == level]
         if not own:
             raise FormatError(f"{self.experiment.name} has no case of level {level!r}: use {', '.join(self.experiment.levels)}")
         for number in range(n):
@@ -109,7 +140,10 @@ class Player:
 
         def go_on(i: int, answer: Any) -> None:
             try:
-                steps[i] = plays[i].send(answer)
+                step = plays[i].send(answer)
+                steps[i] = (
+                    replace(step, chat=tuple((role, words) for role, words in step.chat)) if isinstance(step, Ask) else step
+                )
             except StopIteration as end:
                 del plays[i]
                 steps.pop(i, None)

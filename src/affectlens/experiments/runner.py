@@ -25,7 +25,7 @@ from affectlens.errors import EngineError, FormatError, UnknownName
 from affectlens.experiments import Answer, Case, Experiment, Grade, Question
 from affectlens.experiments.arms import BASELINE, PLACES, Arm, Sweep, arms
 from affectlens.experiments.episodes import CONTEXT, Episode, Gauge, check_grade, write_episodes
-from affectlens.experiments.playing import Player, Sandbox, check_zero
+from affectlens.experiments.playing import Player, Sandbox, check_zero, together
 from affectlens.readings import Readings
 from affectlens.runs import Progress, Run, content_id, read_json, write_json
 from affectlens.stats import wilson
@@ -242,7 +242,7 @@ def play_experiment(
         experiment,
         engine,
         gauge=gauge,
-        readings=Readings(engine, stage.path),
+        readings=Readings(engine, stage.path, run=lambda requests: together(engine, requests)),
         execs=run.stage("execs", {"format": 1}).path,
         seed=plan.seed,
         sandbox=sandbox,
