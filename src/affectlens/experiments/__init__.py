@@ -215,7 +215,10 @@ class Experiment(ABC):
         return grade
 
 
-EXPERIMENTS: Mapping[str, str] = {}
+EXPERIMENTS: Mapping[str, str] = {
+    "warmth": "affectlens.experiments.warmth:Warmth",
+    "scenes": "affectlens.experiments.scenes:Scenes",
+}
 """``module:Class`` by name."""
 
 
