@@ -31,7 +31,7 @@ from affectlens.server.app import refuse_open
 from affectlens.server.keys import Key, Keyring, digest, new_key, read_keys
 from affectlens.server.outlet import listen
 from affectlens.server.settings import Settings
-from affectlens.server.shared import Cancelled, ModelFailed, SharedEngine, TimedOut
+from affectlens.sharing import Cancelled, ModelFailed, SharedEngine, TimedOut
 from affectlens.server.store import Status
 from served import HI, Running, Slow, serving, toy_vectors
 

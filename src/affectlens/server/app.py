@@ -38,7 +38,7 @@ from affectlens.server.problems import SAID, SHAPE, Hung, failure, meaning
 from affectlens.server.schemas import place_of
 from affectlens.server.service import CLOSING, Service
 from affectlens.server.settings import Settings
-from affectlens.server.shared import Cancelled
+from affectlens.sharing import Cancelled
 
 
 def create_app(
