@@ -84,8 +84,8 @@ def asked(
     chat, prefill = joined(tuple((role, words) for role, words in plain if words.strip())), ""
     if chat and chat[-1][0] == "assistant":
         chat, prefill = chat[:-1], chat[-1][1]
-    if not chat or chat[-1][0] != "user":
-        raise EngineError("the conversation has no words of a user to answer: end it with a user's message that has some")
+    if not chat:
+        raise EngineError("the conversation has no words to answer: give it a message that has some")
     return Asked(chat, prefill, _sampling(config), seeds(config.seed, config.num_choices or 1, messages), tuple(tools), handler)
 
 

@@ -199,7 +199,8 @@ class AffectlensAPI(ModelAPI):
             input_context_tokens=n,
             metadata={"affectlens": metadata},
         )
-        sent |= {"sampling": asdict(sampling), "seeds": list(ask.seeds), "steering": str(self._instrument.steering)}
+        plain = {key: value for key, value in asdict(sampling).items() if key != "seed"}
+        sent |= {"sampling": plain, "seeds": list(ask.seeds), "steering": str(self._instrument.steering)}
         return output, ModelCall.create(sent, {"replies": [{"text": r.text, "finish": r.finish} for r in results]})
 
     def _room(self, place: Place, request: Request) -> int | None:
