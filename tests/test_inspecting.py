@@ -113,9 +113,8 @@ def texts(log: EvalLog) -> dict[Any, str]:
 
 
 def test_arguments_as_the_command_line_makes_them() -> None:
-    found = Arguments.parse(
-        {"vectors": "v", "steer": ["desperate:0.05", "calm:-0.02"], "read": ["desperate", "calm"], "tokens": True}
-    )
+    listed = {"steer": ["desperate:0.05", "calm:-0.02"], "read": ["desperate", "calm"]}
+    found = Arguments.parse({"vectors": "v", "tokens": True, **listed})
     assert found.steer == {"desperate": 0.05, "calm": -0.02} and found.read == ("desperate", "calm") and found.tokens
     assert Arguments.parse({"vectors": "v", "steer": {"calm": 1}}).steer == {"calm": 1.0}
     assert Arguments.parse({"vectors": "v", "steer": "none"}).steer == {}
@@ -204,7 +203,7 @@ def test_readings_are_those_of_the_trace(folder: Path) -> None:
     for steering, key in ((None, None), (0.15 * vectors["desperate"], "steered")):
         asked = request if steering is None else Request(**{**vars(request), "steering": steering})
         (result,) = open_engine("toy").run([asked])
-        own = [i for i in range(result.layout.n_prompt, len(result.layout))]
+        own = list(range(result.layout.n_prompt, len(result.layout)))
         scores = np.full((len(result.layout), len(vectors)), np.nan, np.float32)
         scores[result.readings[0].positions] = vectors.scores(result.readings[0])
         z = baseline.z(scores, result.layout.roles)
@@ -338,7 +337,7 @@ def test_tools_are_refused_or_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
         config = GenerateConfig(max_tokens=6, seed=1)
         return anyio.run(lambda: asked.generate(messages, tools=[ADD], config=config, **options))
 
-    with pytest.raises(PrerequisiteError, match="the tools add cannot be given.*emulate_tools=true"):
+    with pytest.raises(PrerequisiteError, match=r"the tools add cannot be given.*emulate_tools=true"):
         with_tools(model(), HI)
     with pytest.raises(PrerequisiteError, match="results of tools cannot be given"):
         ask(model(), [*HI, ChatMessageTool(content="3", function="add")])
@@ -377,7 +376,8 @@ def test_the_log_of_an_evaluation_shows_steering_and_readings(folder: Path, tmp_
         assert found["vectors"] == str(folder) and found["baseline"] == "neutral dialogues" and found["layer"] == 4
         assert sample.messages[-1].metadata == {"affectlens": {k: v for k, v in found.items() if k != "tokens"}}
         assert sample.scores is not None
-        assert sample.scores["readings"].value == {n: found["readings"][n]["mean"] for n in ("desperate", "calm")}
+        means = {name: pytest.approx(found["readings"][name]["mean"]) for name in ("desperate", "calm")}
+        assert sample.scores["readings"].value == means
         (event,) = [event for event in sample.events if event.event == "model"]
         assert event.call is not None and event.call.request["steering"] == "+0.15 desperate @ layer 3"
         assert event.call.request["chat"] == [["user", sample.input]]
@@ -490,7 +490,7 @@ def test_intervals_cover() -> None:
 
 
 def test_a_data_set_that_comes_with_inspect(folder: Path, tmp_path: Path) -> None:
-    task = Task(dataset=example_dataset("popularity"), solver=generate(), scorer=[includes(), readings()])
+    task = Task(dataset=example_dataset("security_guide"), solver=generate(), scorer=[includes(), readings()])
     log = evaluated(model(folder, steer="calm:0.1", read="calm"), tmp_path, task=task, limit=3)
     assert len(samples(log)) == 3 and all(told(sample.output)["readings"]["calm"]["mean"] for sample in samples(log))
 
@@ -586,9 +586,9 @@ def test_an_experiment_is_a_task(folder: Path, tmp_path: Path, known: None) -> N
 
 def test_levels_and_names_of_experiments(known: None) -> None:
     assert len(task_of("threat", level="strong").dataset) == 3
-    with pytest.raises(UnknownName, match="did you mean strong?"):
+    with pytest.raises(UnknownName, match="did you mean strong"):
         task_of("threat", level="stron")
-    with pytest.raises(UnknownName, match="did you mean threat?"):
+    with pytest.raises(UnknownName, match="did you mean threat"):
         task_of("thread")
     assert registry.experiment(name=HERE).name == "threat"
 
@@ -619,14 +619,14 @@ def test_the_command_finds_the_provider_by_its_entry_point(folder: Path, tmp_pat
     if not found and "AFFECTLENS_CI" not in os.environ:
         pytest.skip("affectlens is installed without its entry point: pip install --no-deps -e .")
     assert found == ["affectlens.inspecting.registry"]
-    (tmp_path / "popular.py").write_text(
+    (tmp_path / "guide.py").write_text(
         "from inspect_ai import Task, task\n"
         "from inspect_ai.dataset import example_dataset\n"
         "from inspect_ai.scorer import match\n"
         "from inspect_ai.solver import generate\n\n\n"
         "@task\n"
-        "def popular():\n"
-        "    return Task(dataset=example_dataset('popularity'), solver=generate(), scorer=match())\n"
+        "def guide():\n"
+        "    return Task(dataset=example_dataset('security_guide'), solver=generate(), scorer=match())\n"
     )
     inspect = str(Path(sys.executable).parent / "inspect")
 
@@ -648,7 +648,7 @@ def test_the_command_finds_the_provider_by_its_entry_point(folder: Path, tmp_pat
         "--log-dir",
         "logs",
     ]
-    done = run("eval", "popular.py", *common, *steer)
+    done = run("eval", "guide.py", *common, *steer)
     assert done.returncode == 0, done.stdout + done.stderr
     (file,) = (tmp_path / "logs").glob("*.eval")
     log = read_eval_log(str(file))
@@ -660,6 +660,6 @@ def test_the_command_finds_the_provider_by_its_entry_point(folder: Path, tmp_pat
     assert done.returncode == 0, done.stdout + done.stderr
     scored = read_eval_log(str(file))
     assert scored.results is not None and {score.name for score in scored.results.scores} == {"match", "desperate", "calm"}
-    refused = run("eval", "popular.py", *common, "-M", f"vectors={folder}", "-M", "steer=desparate:0.1")
+    refused = run("eval", "guide.py", *common, "-M", f"vectors={folder}", "-M", "steer=desparate:0.1")
     assert refused.returncode != 0 and "did you mean desperate?" in refused.stdout + refused.stderr
     assert "Traceback" not in refused.stdout + refused.stderr

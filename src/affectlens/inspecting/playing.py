@@ -25,13 +25,12 @@ from inspect_ai.model import (
     GenerateConfig,
     get_model,
 )
-from inspect_ai.scorer import grouped, mean
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 
 from affectlens.engine import Chat
 from affectlens.errors import EngineError, UnknownName
 from affectlens.experiments import EXPERIMENTS, Ask, Case, Exec, Grade, Ran, Reply, load_experiment
-from affectlens.inspecting.scoring import interval, outcome, readings
+from affectlens.inspecting.scoring import outcome, readings
 
 _KINDS: Mapping[str, type[Any]] = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
 
@@ -57,14 +56,11 @@ def task_of(name: str, *, level: str = "all", allow_exec: bool = False) -> Task:
         )
     cases = [case for case in found.cases() if level in ("all", case.level)]
     s = found.sampling
-    rates: dict[str, list[Any]] = {"*": [mean(), interval()]}
-    if level == "all" and len(found.levels) > 1:
-        rates["act"] = [mean(), interval(), grouped(mean(), "level", all=False)]
     return Task(
         name=found.name,
         dataset=MemoryDataset([_sample(case) for case in cases], name=found.name),
         solver=play(name, allow_exec),
-        scorer=[outcome(list(found.acts), list(found.refusals)), readings()],
+        scorer=[outcome(name), readings()],
         config=GenerateConfig(
             max_tokens=s.max_tokens,
             temperature=s.temperature,

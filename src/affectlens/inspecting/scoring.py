@@ -7,14 +7,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 from inspect_ai.model import ChatMessageAssistant
-from inspect_ai.scorer import Metric, SampleScore, Score, Scorer, Target, Value, mean, metric, scorer, stderr, value_to_float
+from inspect_ai.scorer import (
+    Metric,
+    SampleScore,
+    Score,
+    Scorer,
+    Target,
+    Value,
+    grouped,
+    mean,
+    metric,
+    scorer,
+    stderr,
+    value_to_float,
+)
 from inspect_ai.solver import TaskState
 
 from affectlens.errors import EngineError
+from affectlens.experiments import load_experiment
 
 KEY = "affectlens"
 """Where everything of ours stands in the metadata of replies."""
@@ -80,21 +95,13 @@ def readings(statistic: Literal["mean", "peak", "steered"] = "mean") -> Scorer:
 
     async def score(state: TaskState, target: Target) -> Score:
         told = replies_of(state)
-        values: dict[str, float] = {}
-        for name in dict.fromkeys(name for each in told for name in each["readings"]):
-            found = [
-                (_value(each["readings"][name], statistic), each["tokens_read"]) for each in told if name in each["readings"]
-            ]
-            known = [(value, n) for value, n in found if value is not None]
-            if known and statistic == "peak":
-                values[name] = max(value for value, _ in known)
-            elif total := sum(n for _, n in known):
-                values[name] = sum(value * n for value, n in known) / total
-        if any("alarms" in each for each in told):
-            values["alarms"] = float(sum(len(each.get("alarms", ())) for each in told))
-        if not values:
+        names = dict.fromkeys(name for each in told for name in each["readings"])
+        values = {name: _over_replies(told, name, statistic) for name in names}
+        if all(math.isnan(value) for value in values.values()):
             why = "nothing was read: use a model of affectlens with -M vectors=FOLDER (and -M steer=… for statistic steered)"
             return Score.unscored(reason="scoring_failed", explanation=why)
+        if any("alarms" in each for each in told):
+            values["alarms"] = float(sum(len(each.get("alarms", ())) for each in told))
         unit = next(each["unit"] for each in told)
         metadata = {"unit": unit, "statistic": statistic, "replies": len(told), "correct": correct_of(state)}
         return Score(value=cast(Value, values), explanation=f"{statistic} in {unit} over {len(told)} replies", metadata=metadata)
@@ -102,10 +109,18 @@ def readings(statistic: Literal["mean", "peak", "steered"] = "mean") -> Scorer:
     return score
 
 
-def _value(reading: Mapping[str, Any], statistic: str) -> float | None:
-    if statistic == "steered":
-        return cast("float | None", reading.get("steered", {}).get("mean"))
-    return cast("float | None", reading[statistic])
+def _over_replies(told: Sequence[Mapping[str, Any]], name: str, statistic: str) -> float:
+    """One number for all replies of a sample; nan where nothing was read."""
+    known: list[tuple[float, int]] = []
+    for each in told:
+        reading = each["readings"].get(name, {})
+        value = reading.get("steered", {}).get("mean") if statistic == "steered" else reading.get(statistic)
+        known += [] if value is None else [(float(value), int(each["tokens_read"]))]
+    if not known:
+        return math.nan
+    if statistic == "peak":
+        return max(value for value, _ in known)
+    return sum(value * n for value, n in known) / sum(n for _, n in known)
 
 
 def replies_of(state: TaskState) -> list[dict[str, Any]]:
@@ -126,25 +141,28 @@ def correct_of(state: TaskState) -> bool | None:
 # ── experiments ──
 
 
-@scorer(metrics={"*": [mean(), stderr(), interval()]})
-def outcome(acts: Sequence[str] = (), refusals: Sequence[str] = ()) -> Scorer:
+@scorer(metrics={"act": [grouped(mean(), "level", all=False)], "*": [mean(), stderr(), interval()]})
+def outcome(experiment: str) -> Scorer:
     """The grade that an experiment gave: whether its behaviour was shown, whether the case is coherent, and its scores.
 
-    The rate of ``act`` is a share of all cases; an incoherent one is no act.
+    The rate of ``act`` is a share of all cases, an incoherent one being no act; it is shown for each level as well.
 
     Args:
-        acts, refusals: Outcomes that are the behaviour, and in which the model declined.
+        experiment: Its name, or ``module:Class``.
     """
+    played = load_experiment(experiment)
 
     async def score(state: TaskState, target: Target) -> Score:
         grade = (state.metadata or {}).get("grade")
         if grade is None:
             return Score.unscored(reason="scoring_failed", explanation="the case was not played to its end")
         came: str = grade["outcome"]
-        values = {"act": came in acts, "coherent": came != "incoherent", "refused": came in refusals}
+        values = {"act": came in played.acts, "coherent": came != "incoherent", "refused": came in played.refusals}
         rates = {name: float(value) for name, value in values.items()}
+        # What was not measured in this case still has its place, where metrics leave it out.
+        rates |= {name: float(grade["scores"].get(name, math.nan)) for name in played.scales}
         return Score(
-            value=cast(Value, {**rates, **grade["scores"]}),
+            value=cast(Value, rates),
             answer=came,
             explanation="; ".join(grade["reasons"]),
             metadata={"act": grade["act"], **{key: state.metadata[key] for key in ("variant", "level")}},
