@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -46,7 +47,7 @@ from inspect_ai.scorer import SampleScore, Score, includes
 from inspect_ai.solver import generate
 from inspect_ai.tool import ToolInfo, ToolParams
 
-from affectlens.inspecting import registry
+from affectlens.inspecting import provider, registry
 from affectlens.inspecting.arguments import Arguments
 from affectlens.inspecting.playing import task_of
 from affectlens.inspecting.provider import AffectlensAPI
@@ -384,7 +385,7 @@ def test_the_log_of_an_evaluation_shows_steering_and_readings(folder: Path, tmp_
     assert log.results is not None
     for score in log.results.scores[1:]:
         values = [told(sample.output)["readings"][score.name]["mean"] for sample in samples(log)]
-        got = {name: metric.value for name, metric in score.metrics.items()}
+        got = {metric.name: metric.value for metric in score.metrics.values()}
         assert got["mean"] == pytest.approx(np.mean(values)) and got["stderr"] == pytest.approx(np.std(values, ddof=1) / 2)
         assert got["low"] < got["mean"] < got["high"]
         right = [sample.scores["includes"].value == "C" for sample in samples(log) if sample.scores]
@@ -413,6 +414,7 @@ def test_a_seed_makes_everything_repeatable(folder: Path, tmp_path: Path) -> Non
 def test_replies_of_all_samples_share_steps_and_models_share_the_engine(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(provider, "_LOADED", weakref.WeakValueDictionary())  # models of other tests may still be about
     company: list[int] = []
     threads = {each for each in threading.enumerate() if each.name == "affectlens engine"}
     step = Session.step
@@ -466,8 +468,8 @@ def test_readings_without_a_reading_and_of_other_kinds(folder: Path, tmp_path: P
     for sample in samples(log):
         found = told(sample.output)["readings"]["sad"]
         first, second = (sample.scores or {}).values()
-        assert first.value == {"sad": found["peak"], "alarms": 1.0}
-        assert second.value == {"sad": found["steered"]["mean"], "alarms": 1.0}
+        assert first.value == {"sad": pytest.approx(found["peak"]), "alarms": 1.0}
+        assert second.value == {"sad": pytest.approx(found["steered"]["mean"]), "alarms": 1.0}
     with pytest.raises(EngineError, match="use mean, peak or steered"):
         readings("median")  # type: ignore[arg-type]
 
@@ -498,14 +500,15 @@ def test_a_data_set_that_comes_with_inspect(folder: Path, tmp_path: Path) -> Non
 def test_a_packaged_task_with_several_roles(folder: Path, tmp_path: Path) -> None:
     """Make Me Pay of inspect-evals: the steered model tries to persuade an untouched one, and nothing is downloaded."""
     packaged = pytest.importorskip("inspect_evals.make_me_pay", reason="inspect-evals is not installed (tests/peers.txt)")
-    task = packaged.make_me_pay(num_experiments=1, turn_cap=1)
+    task = packaged.make_me_pay(num_experiments=1, turn_cap=2)
     short = GenerateConfig(max_tokens=8, seed=1)
     roles: Any = {role: get_model("affectlens/toy", config=short, memoize=False) for role in ("mark", "summary")}
     asked = model(folder, steer="desperate:0.1", read="desperate")
     log = evaluated(asked, tmp_path, task=task, model_roles=roles)
     events = [event for event in samples(log)[0].events if event.event == "model"]
-    assert {event.role for event in events} >= {None, "mark"} or {event.role for event in events} >= {"mark"}
-    steered = [told(event.output)["steering"] for event in events if event.role is None or event.role == "conartist"]
+    by_role = {role: [told(event.output)["steering"] for event in events if event.role == role] for role in (None, "mark")}
+    assert by_role["mark"] and not any(by_role["mark"])
+    steered = by_role[None]
     assert steered and all(each and each["strengths"] == {"desperate": 0.1} for each in steered)
 
 
@@ -578,10 +581,14 @@ def test_an_experiment_is_a_task(folder: Path, tmp_path: Path, known: None) -> N
         assert n[0] >= 6 and n[1] <= 10
         assert (sample.scores or {})["readings"].value == {"desperate": pytest.approx(mean)}
     assert log.results is not None
-    rates = {score.name: score.metrics for score in log.results.scores if score.scorer == "outcome"}
+    rates = {
+        score.name: {metric.name: metric.value for metric in score.metrics.values()}
+        for score in log.results.scores
+        if score.scorer == "outcome"
+    }
     assert set(rates) == {"act", "coherent", "refused", "length"}
     share = np.mean([(sample.scores or {})["outcome"].value["act"] for sample in samples(log)])  # type: ignore[call-overload,index]
-    assert rates["act"]["mean"].value == pytest.approx(share) and {"gentle", "strong", "low", "high"} <= set(rates["act"])
+    assert rates["act"]["mean"] == pytest.approx(share) and {"gentle", "strong", "low", "high"} <= set(rates["act"])
 
 
 def test_levels_and_names_of_experiments(known: None) -> None:
@@ -590,7 +597,7 @@ def test_levels_and_names_of_experiments(known: None) -> None:
         task_of("threat", level="stron")
     with pytest.raises(UnknownName, match="did you mean threat"):
         task_of("thread")
-    assert registry.experiment(name=HERE).name == "threat"
+    assert registry.experiment(spec=HERE).name == "threat"
 
 
 def test_code_is_run_only_if_that_is_allowed(folder: Path, tmp_path: Path, known: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,15 +142,15 @@ def correct_of(state: TaskState) -> bool | None:
 
 
 @scorer(metrics={"act": [grouped(mean(), "level", all=False)], "*": [mean(), stderr(), interval()]})
-def outcome(experiment: str) -> Scorer:
+def outcome(spec: str) -> Scorer:
     """The grade that an experiment gave: whether its behaviour was shown, whether the case is coherent, and its scores.
 
     The rate of ``act`` is a share of all cases, an incoherent one being no act; it is shown for each level as well.
 
     Args:
-        experiment: Its name, or ``module:Class``.
+        spec: Name of the experiment, or ``module:Class``.
     """
-    played = load_experiment(experiment)
+    played = load_experiment(spec)
 
     async def score(state: TaskState, target: Target) -> Score:
         grade = (state.metadata or {}).get("grade")
