@@ -48,6 +48,10 @@ OPTIONS = {
         "--layer", "--messages", "--model", "--out", "--text", "--vectors", "--weights",
     ],
     "baseline": ["--allow", "--device", "--dtype", "--json", "--layer", "--model", "--other", "--out"],
+    "run": [
+        "--allow", "--allow-exec", "--baseline", "--device", "--dtype", "--episodes", "--fresh", "--json", "--judge", "--layer",
+        "--level", "--model", "--out", "--random", "--seed", "--shuffled", "--sweep", "--watch", "--where", "-n",
+    ],
     "rules check": [
         "--allow", "--baseline", "--device", "--dtype", "--json", "--layer", "--model", "--on", "--other", "--vectors",
     ],
@@ -82,6 +86,7 @@ ARGUMENTS = {
     "score": ["vectors", "file"],
     "score-corpus": ["dataset"],
     "baseline": ["vectors", "file"],
+    "run": ["experiment", "vectors"],
     "rules check": ["rules"],
     "browse": ["vectors", "file"],
     "show": ["path", "other"],

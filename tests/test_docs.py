@@ -2,7 +2,7 @@
 
 How a page is run, from top to bottom, in a temporary folder of its own:
 
-* ```` ```python ```` blocks share one namespace.
+* ```` ```python ```` blocks share one namespace. Those that begin with ``# NAME.py`` are written to that file as well.
 * ```` ```console ```` blocks: every line ``$ … affectlens …`` runs and must exit with 0. Other lines are for the reader.
 * ```` ```toml ```` blocks that begin with ``# NAME.toml`` are written to that file.
 * ``<!-- no-run -->`` on the line before a block: it needs the network, a large model or an accelerator, and is not run.
@@ -83,14 +83,14 @@ def run_page(page: Path, folder: Path) -> None:
             if block.mark == "no-run":
                 continue
             where = f"{name(page)}, line {block.line}"
+            if named := re.match(r"# (\w+\.py|[\w-]+\.toml)\n", block.body):
+                Path(named[1]).write_text(block.body, encoding="utf-8")
             if block.kind == "python":
                 # Empty lines in front make a traceback name the line of the page.
                 exec(compile("\n" * (block.line - 1) + block.body, str(page), "exec"), namespace)
             elif block.kind == "console":
                 for command in commands(block):
                     _run(command, block, where)
-            elif block.kind == "toml" and (file := re.match(r"# ([\w-]+\.toml)\n", block.body)):
-                Path(file[1]).write_text(block.body, encoding="utf-8")
 
 
 def _run(command: str, block: Block, where: str) -> None:

@@ -58,6 +58,9 @@ ENGINES = tuple(name for name in MODULES if name.startswith("engines."))
 STUDIES = tuple(name for name in MODULES if name.startswith("studies."))
 AUDIT = tuple(name for name in MODULES if name.startswith("audit."))
 CURATION = tuple(name for name in MODULES if name.startswith("curation."))
+EXPERIMENTS = tuple(name for name in MODULES if name.startswith("experiments"))
+RUNNING = ("experiments.runner", "experiments.playing", "experiments.episodes", "experiments.reporting")
+"""What plays experiments and reports on them: no experiment knows it."""
 SERVER = tuple(name for name in MODULES if name == "server" or name.startswith("server."))
 HEAVY = ("torch", "transformers", "accelerate", "safetensors", "pandas", "pyarrow", "plotly", "scipy", "sklearn", "rich", "gguf")
 SERVING = ("fastapi", "uvicorn", "starlette", "pydantic", "sqlalchemy", "alembic", "prometheus_client", "opentelemetry")
@@ -104,7 +107,7 @@ def ours(module: str, *, lazy: bool = True, typing: bool = False) -> set[str]:
 
 def test_the_rings_are_complete() -> None:
     """A new module has to be put into a ring, or nothing guards it."""
-    known = {*SEAM, "errors", "engines", *NOUNS, *VERBS, *DOORS, *ENGINES, *STUDIES, *AUDIT, *CURATION, *SERVER}
+    known = {*SEAM, "errors", "engines", *NOUNS, *VERBS, *DOORS, *ENGINES, *STUDIES, *AUDIT, *CURATION, *EXPERIMENTS, *SERVER}
     assert set(MODULES) == known
 
 
@@ -128,9 +131,10 @@ def test_nouns_import_nouns(noun: str) -> None:
     assert ours(noun) & {*VERBS, *DOORS, *ENGINES, *STUDIES} <= allowed
 
 
-@pytest.mark.parametrize("verb", [*VERBS, *AUDIT, *CURATION])
+@pytest.mark.parametrize("verb", [*VERBS, *AUDIT, *CURATION, *EXPERIMENTS])
 def test_verbs_import_no_backend_and_no_door(verb: str) -> None:
-    doors = {"report", "browse"} if verb in ("pipeline", "curation") else set()  # these jobs end in a report and a page
+    ends = ("pipeline", "curation", "experiments.reporting", "experiments.runner")  # these jobs end in a report and a page
+    doors = {"report", "browse", "pages"} if verb in ends else set()
     assert ours(verb, typing=True) & {"engines", *ENGINES, *DOORS} <= doors
 
 
@@ -158,6 +162,16 @@ def test_a_study_imports_no_other_study_no_backend_and_no_verb(study: str) -> No
     top = ".".join(study.split(".")[:2])  # a study that is a package has modules of its own
     package = {name for name in STUDIES if name == top or name.startswith(f"{top}.")}
     assert ours(study, typing=True) <= {*SEAM, "errors", "studies", *package, *NOUNS}
+
+
+@pytest.mark.parametrize("module", sorted(set(EXPERIMENTS) - set(RUNNING)))
+def test_an_experiment_does_not_know_who_plays_it(module: str) -> None:
+    """And no experiment, a package of its own, imports another one."""
+    assert not ours(module, typing=True) & set(RUNNING)
+    packages = {name for name in EXPERIMENTS if f"{name}." in "".join(f"{each} " for each in EXPERIMENTS)} - {"experiments"}
+    mine = {package for package in packages if module == package or module.startswith(f"{package}.")}
+    if mine:
+        assert not {package for package in packages - mine if package in ours(module, typing=True)}
 
 
 def test_no_module_has_a_name_that_says_nothing() -> None:

@@ -14,10 +14,14 @@ import click
 from affectlens.errors import AffectlensError
 
 if TYPE_CHECKING:
+    from affectlens.activations import Activations
     from affectlens.audit import Check
     from affectlens.baseline import Baseline
     from affectlens.conversations import Conversation
     from affectlens.engine import Engine, Steering
+    from affectlens.experiments import Experiment
+    from affectlens.experiments.arms import Sweep
+    from affectlens.experiments.judging import Judge
     from affectlens.report import Report
     from affectlens.vectors import ConceptVectors
 
@@ -40,7 +44,7 @@ class Commands(click.Group):
             click.echo(f"affectlens: {error}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
-            resumable = ctx.invoked_subcommand in ("study", "discover", "score-corpus")
+            resumable = ctx.invoked_subcommand in ("study", "discover", "score-corpus", "run")
             click.echo(f"affectlens: interrupted{f'; to go on: {ctx.obj}' if resumable else ''}", err=True)
             ctx.exit(1)
 
@@ -650,6 +654,111 @@ def baseline(vectors: str, file: Path | None, out: Path | None, other: str | Non
         click.echo(json.dumps({"file": str(place), "source": found.source, "layer": found.layer, "spreads": spreads}))
         return
     click.echo(f"{place.resolve()}: {found.note}")
+
+
+@main.command()
+@click.argument("experiment")
+@click.argument("vectors")
+@click.option(
+    "--sweep",
+    "sweeps",
+    multiple=True,
+    metavar="NAME=LOW:HIGH:COUNT",
+    help="An emotion and its strengths, evenly spaced, or NAME=S,S,…; may be repeated.  [default: the experiment's own]",
+)
+@click.option("-n", "--episodes", "n", type=click.IntRange(1), default=50, show_default=True, help="Episodes of each arm.")
+@click.option(
+    "--level", default="auto", show_default=True, help="Of elicitation; auto takes one at which the behaviour can move."
+)
+@click.option("--random", type=click.IntRange(0), default=5, show_default=True, help="Random directions of equal norm.")
+@click.option(
+    "--shuffled",
+    type=click.IntRange(0),
+    default=1,
+    show_default=True,
+    help="Vectors of stories whose emotions were dealt at random.",
+)
+@click.option(
+    "--where",
+    type=click.Choice(["all", "reply"]),
+    default="all",
+    show_default=True,
+    help="Steer every token, or the reply alone.",
+)
+@click.option(
+    "--judge", metavar="MODEL", help="self, another model, http(s)://…#model, or none.  [default: self where it is asked]"
+)
+@click.option("--allow-exec", is_flag=True, help="Run code that the model writes, in a sandbox.")
+@click.option("--watch", metavar="NAME", multiple=True, help="Read this emotion too, at every token; may be repeated.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/EXPERIMENT-MODEL]")
+@click.option("--baseline", type=FILE, help="What z is stated against.  [default: that beside the vectors]")
+@shared("seed", "fresh", "layer", "model", "device", "dtype", "allow", "json")
+def run(experiment: str, vectors: str, sweeps: tuple[str, ...], judge: str | None, **options: Any) -> None:
+    """Run EXPERIMENT on the model of VECTORS, steered by each of its sweeps, with controls. Resumes where it stopped.
+
+    EXPERIMENT is one of those that affectlens list experiments names, or module:Class of your own. The run directory holds the
+    report, transcripts to browse, and a row for each episode.
+    """
+    from affectlens.experiments import load_experiment
+    from affectlens.experiments.arms import Sweep
+    from affectlens.experiments.runner import Plan, open_run, run_experiment
+
+    if ":" in experiment:
+        sys.path.insert(0, str(Path.cwd()))  # as other commands that take module:Class do
+    chosen = load_experiment(experiment)
+    settings = {key: options.pop(key) for key in ("n", "level", "random", "shuffled", "where", "watch")}
+    plan = Plan(tuple(map(Sweep.parse, sweeps)), seed=options["seed"], **settings)
+    allow_exec, as_json = options.pop("allow_exec"), options.pop("as_json")
+    plan.check(chosen)
+    if chosen.needs_exec and not allow_exec:
+        raise click.UsageError(f"{chosen.name} runs code that the model writes: allow it with --allow-exec")
+    loaded, engine = _vectors_and_engine(vectors, **options)
+    _warn_outside_safe_ranges(plan.of(chosen), loaded)
+    usual = _baseline(vectors, loaded, engine, options["baseline"])
+    asked = _judge(chosen, judge, engine)
+    out = options["out"] or Path("runs") / f"{chosen.name}-{Path(engine.info.id).name}"
+    opened = open_run(
+        out, chosen, engine=engine, vectors=loaded, plan=plan, baseline=usual, judge=asked.id if asked else "",
+        command=click.get_current_context().obj, fresh=options["fresh"],
+    )  # fmt: skip
+    with opened:
+        report = run_experiment(
+            chosen, engine, vectors=loaded, run=opened, plan=plan, baseline=usual, activations=_activations(vectors), judge=asked,
+            allow_exec=allow_exec,
+        )  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(report.as_dict(), ensure_ascii=False))
+    else:
+        report.print()
+    click.echo(f"\nReport: {out.resolve() / 'report.html'}\nTo resume or repeat: {opened.command}", err=True)
+
+
+def _warn_outside_safe_ranges(sweeps: Sequence[Sweep], vectors: ConceptVectors) -> None:
+    for sweep in sweeps:
+        ends = dict.fromkeys((sweep.strengths[0], sweep.strengths[-1]))
+        for strength in ends:
+            _warn_outside_safe_range(strength * vectors[sweep.name], vectors)
+
+
+def _judge(experiment: Experiment, spec: str | None, engine: Engine) -> Judge | None:
+    """The judge that was asked for; by default the model itself where the experiment has questions."""
+    from affectlens.experiments import Experiment as Plain
+
+    asks = type(experiment).questions is not Plain.questions
+    if spec == "none" or (spec is None and not asks):
+        return None
+    from affectlens.experiments.judging import open_judge
+
+    return open_judge(spec or "self", engine)
+
+
+def _activations(vectors: str) -> Activations | None:
+    """Of the stories that the vectors of a run were fitted on."""
+    from affectlens.activations import Activations
+    from affectlens.vectors import vectors_folder
+
+    folder = vectors_folder(vectors).parent / "activations"
+    return Activations(folder) if (folder / "done.json").exists() else None
 
 
 @main.group()
@@ -1266,10 +1375,10 @@ def _print_checks(checks: Sequence[Check], shown: int = 5) -> None:
 
 
 @main.command("list")
-@click.argument("what", type=click.Choice(["engines", "concepts", "corpus", "studies"]))
+@click.argument("what", type=click.Choice(["engines", "concepts", "corpus", "studies", "experiments"]))
 @shared("json")
 def list_(what: str, as_json: bool) -> None:
-    """List what there is: engines, concepts, files of the bundled corpus, or studies."""
+    """List what there is: engines, concepts, files of the bundled corpus, studies, or experiments."""
     if what == "engines":
         rows = {
             "hf": "transformers: a Hub id, a folder or a GGUF file",
@@ -1284,6 +1393,10 @@ def list_(what: str, as_json: bool) -> None:
         from affectlens.corpus import FILES
 
         rows = dict(FILES)
+    elif what == "experiments":
+        from affectlens.experiments import EXPERIMENTS, load_experiment
+
+        rows = {name: load_experiment(name).title for name in EXPERIMENTS}
     else:
         from affectlens.studies import STUDIES, load_study
 

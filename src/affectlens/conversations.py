@@ -406,6 +406,7 @@ class Trace:
             words, and larger than the mean of their scores.
         alone: For each shown concept the mean score of each turn's words read alone, as a plain text, in thousandths: what shows
             without the context. None for turns that were not read so; empty when none was.
+        notes: What else is known of it, in sentences to stand above its words.
     """
 
     id: str
@@ -418,6 +419,7 @@ class Trace:
     scores: Mapping[str, list[int | None]]
     means: Mapping[str, float]
     alone: Mapping[str, list[int | None]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def trace_readout(vectors: ConceptVectors) -> Readout:

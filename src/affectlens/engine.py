@@ -242,6 +242,14 @@ class Engine(ABC):
         """Records to use in place of a bundled file of texts; None to read the bundled ones, as all models but the toy do."""
         return None
 
+    def layout(self, request: Request) -> Layout:
+        """The tokens of a request with roles and offsets, before anything is generated; backends need not run it for that.
+
+        Raises:
+            EngineError: It cannot be put to the model: no chat template, roles that it does not know, an empty prompt.
+        """
+        return next(self.run([replace(request, sampling=None, readouts=(), choices=())])).layout
+
     def session(self) -> Session:
         """Begin to serve requests that come and go, one of which need not wait for the others."""
         return Session(self)
@@ -298,6 +306,9 @@ class Session:
 
     exact = True
     """Whether company changes no bit of a result."""
+
+    shares = False
+    """Whether requests share forward passes, so that many of them together are as fast as with :meth:`Engine.run`."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

@@ -33,6 +33,7 @@ class Readings:
     Args:
         engine: The model.
         folder: Where the shards lie. It must hold results of this model only: make it a stage whose inputs name the model.
+        run: What runs a shard's requests, in place of the engine's own ``run``.
 
     Raises:
         FormatError: A shard is broken.
@@ -46,8 +47,11 @@ class Readings:
         (1, 64)
     """
 
-    def __init__(self, engine: Engine, folder: Path) -> None:
+    def __init__(
+        self, engine: Engine, folder: Path, *, run: Callable[[Sequence[Request]], Iterable[Result]] | None = None
+    ) -> None:
         self.engine, self.folder = engine, Path(folder)
+        self._run = run or engine.run
         self.folder.mkdir(parents=True, exist_ok=True)
         self._keys: dict[int, tuple[Readout, str]] = {}
         self._where: dict[tuple[str, str], tuple[Path, int, int]] = {}
@@ -69,7 +73,7 @@ class Readings:
             ([r for r in merged if r.sampling is not None], FEW_GENERATED),
         ):
             for chunk in batched(group, size):
-                self._index(self._write(chunk, list(self.engine.run(chunk))))
+                self._index(self._write(chunk, list(self._run(chunk))))
                 advance(len(chunk))
 
     def missing(self, requests: Iterable[Request]) -> list[Request]:

@@ -252,6 +252,8 @@ class BatchSession(Session):
         engine: Whose model's caches keep all keys and values.
     """
 
+    shares = True
+
     def __init__(self, engine: HFEngine) -> None:
         self._hf = engine
         self._tickets = itertools.count()
@@ -345,17 +347,25 @@ class BatchSession(Session):
     # ── newcomers ──
 
     def _newcomers(self) -> list[list[tuple[int, Row]]]:
-        """Who may join now, in the order in which they came, and whose prompts run together: as many as there is room for."""
+        """Who may join now, in the order in which they came, and whose prompts run together: as many as there is room for.
+
+        Equal prompts in a row, steered and read equally, are run once.
+        """
         hf, groups, seats = self._hf, list[list[tuple[int, Row]]](), len(self._seats)
         room = hf.token_budget // BETWEEN
         longest = max((_longest(seat.reply.row) for seat in self._seats), default=0)
         while self._waiting and seats < hf.generate_rows:
             row = self._waiting[0][1]
             longest = max(longest, _longest(row))
+            if groups and _same_prompt(groups[-1][-1][1], row) and (seats + 1) * longest <= GENERATE_TOKENS:
+                groups[-1].append(self._waiting.popleft())
+                seats += 1
+                continue
             group = [] if self.exact or not groups else groups[-1]
             widest = in_blocks(max(len(other) for _, other in (*group, self._waiting[0])))
             joins = bool(group) and hf.can_pad
-            cost = max(LEAST, widest * (len(group) + 1)) - (max(LEAST, widest * len(group)) if joins else 0)
+            n = len(_distinct([other for _, other in group])[0])
+            cost = max(LEAST, widest * (n + 1)) - (max(LEAST, widest * n) if joins else 0)
             if (seats and (seats + 1) * longest > GENERATE_TOKENS) or (groups and cost > room):
                 break
             if not joins:
@@ -366,8 +376,9 @@ class BatchSession(Session):
         return groups
 
     def _join(self, newcomers: Sequence[tuple[int, Row]], out: Came) -> None:
-        hf, rows = self._hf, [row for _, row in newcomers]
-        replies = [Reply(row, row.request.sampling or Sampling()) for row in rows]
+        hf = self._hf
+        replies = [Reply(row, row.request.sampling or Sampling()) for _, row in newcomers]
+        rows, row_of = _distinct([row for _, row in newcomers])
         width = in_blocks(max(map(len, rows)))
         ids = torch.zeros((len(rows), width), dtype=torch.long)
         for n, row in enumerate(rows):
@@ -386,12 +397,13 @@ class BatchSession(Session):
             logits = hf.model(input_ids=ids.to(hf.device), past_key_values=cache, use_cache=True, **inputs).logits
         now.confirm()
         seen = prompts.take()
-        for n, ((ticket, row), reply) in enumerate(zip(newcomers, replies, strict=True)):
+        for n, (ticket, row), reply in zip(row_of, newcomers, replies, strict=True):
             self._slots.join(cache, n, length=len(row), more=reply.sampling.max_tokens + 1)
             own = {r: seen[n, r] for r in range(len(row.request.readouts)) if (n, r) in seen}
             self._seats.append(_Seat(ticket, reply, own))
         self._changed = True
-        self._draw(self._seats[-len(rows) :], logits[torch.arange(len(rows), device=hf.device), ends].float(), out)
+        each = torch.tensor(row_of, device=hf.device)
+        self._draw(self._seats[-len(replies) :], logits[each, ends[each]].float(), out)
 
     # ── a token further ──
 
@@ -468,6 +480,32 @@ class BatchSession(Session):
             self._seats[n] = self._seats[-1]
             self._seats.pop()
             self._changed = True
+
+
+def _same_prompt(one: Row, two: Row) -> bool:
+    """Whether a pass over two prompts would do and record the same."""
+
+    def readouts(row: Row) -> list[tuple[Any, ...]]:
+        return [(each.layers, each.where, each.pool, id(each.onto)) for each in row.request.readouts]
+
+    alike = one.layout.ids == two.layout.ids and one.layout.roles == two.layout.roles and one.layout.turns == two.layout.turns
+    return (
+        alike
+        and one.layout.n_prompt == two.layout.n_prompt
+        and readouts(one) == readouts(two)
+        and (one.request.steering == two.request.steering)
+    )
+
+
+def _distinct(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
+    """The rows without those that have the prompt of the row before, and for each row the number of its own among them."""
+    found: list[Row] = []
+    numbers = []
+    for row in rows:
+        if not (found and _same_prompt(found[-1], row)):
+            found.append(row)
+        numbers.append(len(found) - 1)
+    return found, numbers
 
 
 def _longest(row: Row) -> int:

@@ -1,7 +1,7 @@
 """Experiments: what a steered model does, case by case and arm by arm, with controls.
 
-An :class:`Experiment` is one small class: it makes :class:`Case` objects (scenes, at several levels of elicitation), plays each of
-them as a generator, and names the outcomes. What it wants done it yields as data, and gets back what came of it::
+An :class:`Experiment` is one small class: it makes :class:`Case` objects (scenes, at several levels of elicitation), plays each
+of them as a generator, and names the outcomes. What it wants done it yields as data, and gets back what came of it::
 
     def play(self, case):
         reply = yield Ask(case.chat)                      # -> Reply
@@ -12,8 +12,8 @@ Because asking is data, the runner batches what all live cases ask, keeps every 
 generators again with the answers it has. So ``play`` must be a function of its case and of what it is given: no clock, no random
 numbers but those of ``random.Random(case.id)``, no files.
 
-What cannot be graded by an exact rule is put to a judge afterwards (:meth:`Experiment.questions`, :mod:`affectlens.experiments.judging`).
-An experiment imports this module and the nouns, never a backend and never the runner.
+What cannot be graded by an exact rule is put to a judge afterwards (:meth:`Experiment.questions`,
+:mod:`affectlens.experiments.judging`). An experiment imports this module and the nouns, never a backend and never the runner.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from affectlens.engine import Chat, Sampling
-from affectlens.errors import UnknownName
+from affectlens.errors import FormatError, UnknownName
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class Ask:
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model said, the prefill included. ``finish`` is ``stop`` or ``length``."""
+    """What the model said, the prefill included. ``finish`` is ``stop`` or ``length``; or ``context`` where the chat no longer
+    fitted the model's context because of the model's own words: then ``text`` is empty, and the case ends with what it has."""
 
     text: str
     finish: str = "stop"
@@ -116,7 +117,7 @@ class Grade:
     Args:
         outcome: One of :attr:`Experiment.outcomes`.
         reasons: What the rules saw, in plain words: kept in the row, shown beside the transcript.
-        scores: Numbers beside the outcome, for example ``{"sycophancy": 0.5}``; nan is not allowed: leave out what was not measured.
+        scores: Numbers beside the outcome, for example ``{"sycophancy": 0.5}``; leave out what was not measured.
         act: ``(reply, start, end)``: which reply (from 0) and which of its characters are the act itself, when there was one.
             What is read before ``start`` is "before the act", what is read within is "during".
     """
@@ -223,10 +224,25 @@ def load_experiment(name: str) -> Experiment:
 
     Raises:
         UnknownName: There is none.
+        FormatError: There is no such module, or no experiment in it.
+
+    Example:
+        >>> load_experiment("blackmale")
+        Traceback (most recent call last):
+        affectlens.errors.UnknownName: unknown experiment 'blackmale': ...
     """
     path = EXPERIMENTS.get(name, name if ":" in name else "")
     if not path:
         raise UnknownName("experiment", name, EXPERIMENTS)
     module, _, own = path.partition(":")
-    found: Experiment = getattr(importlib.import_module(module), own)()
-    return found
+    try:
+        found = getattr(importlib.import_module(module), own, None)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # it is there, and lacks something itself
+        raise FormatError(
+            f"there is no module {module!r}: name a file of this folder (without .py) or what is installed"
+        ) from None
+    if not (isinstance(found, type) and issubclass(found, Experiment)):
+        raise FormatError(f"{path} is no experiment: name a class that derives from affectlens.experiments.Experiment")
+    return found()

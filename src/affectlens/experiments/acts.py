@@ -1,0 +1,380 @@
+"""What was read before and during acts, and how loud they were: hidden emotion against visible emotion.
+
+Declared before any data is seen:
+
+* **Within arms only.** A steered model's stream holds the push itself, so the swept emotion's own reading differs between arms
+  for that reason alone. Episodes with and without the act are compared within arms and cases: the difference is the
+  coefficient of the act beside one constant for every arm and one for every case.
+* **Before the act** against all words of coherent episodes without it, and **during** the act against before it in the same
+  episode. Intervals hold for other episodes (or cases): rows of one episode are not independent.
+* **Null.** The contribution of whole episodes (or cases) changes its sign at random.
+* **Visible.** How loud acts are (capitals, exclamation marks, interjections) where an emotion gives the most of them, against
+  acts without steering; the null exchanges acts between the two (method 16: outbursts against composed cheating).
+* **Conditions.** Five acts, and five coherent episodes without; five acts in either arm for loudness.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats as distributions
+
+from affectlens import stats
+from affectlens.experiments.field import Field
+from affectlens.stats import Array, Estimate, Null
+from affectlens.studies import Claim, Finding, Table
+
+ENOUGH = 5
+"""Acts, and episodes without, that a comparison needs."""
+
+_RULE = "holds: p ≤ 0.05 and the interval excludes 0; weak: p alone."
+_READ = {
+    ("before", "blackmail", "desperate"): "higher on prompts with more blackmail",
+    ("before", "blackmail", "calm"): "lower on prompts with more blackmail",
+    ("during", "hacking", "desperate"): "peaks when the shortcut is chosen",
+    ("loud", "hacking", "desperate"): "no visible emotion at positive strengths",
+    ("loud", "hacking", "calm"): "outbursts at negative strengths",
+}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A difference in a reading, with its null; None where there were too few acts."""
+
+    estimate: Estimate | None
+    null: Null | None
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """Readings of acts and of episodes without.
+
+    Args:
+        field: What was played.
+        unit: ``z`` or ``centred cosine``.
+        names: Watched emotions.
+        before, during: For each of them how far it lies above what is read without the act, and above what was read before it.
+        levels: For each emotion and arm the means without the act, before it and during it.
+        acts, others: Coherent episodes with and without the act, over all arms.
+    """
+
+    field: Field
+    unit: str
+    names: tuple[str, ...]
+    before: Mapping[str, Compared]
+    during: Mapping[str, Compared]
+    levels: Mapping[str, list[tuple[float, float, float]]]
+    acts: int
+    others: int
+
+    def findings(self, experiment: str, name: str) -> list[Finding]:
+        """The two findings of a swept emotion, when it was watched."""
+        if name not in self.names:
+            return []
+        texts = {
+            "before": f"Before the act {name} reads otherwise than in episodes without it",
+            "during": f"During the act {name} reads otherwise than before it",
+        }
+        made = []
+        for key, compared in (("before", self.before[name]), ("during", self.during[name])):
+            claim = Claim(experiment, f"{key}-{name}", texts[key], _RULE, _READ.get((key, experiment, name)), "readings")
+            if compared.estimate is None or compared.null is None:
+                need = f"{ENOUGH} acts and {ENOUGH} coherent episodes without are needed"
+                made.append(claim.untestable(f"Cannot be tested here ({self.acts} acts, {self.others} without; {need})."))
+                continue
+            note = "Compared within arms, since the push itself is in what is read."
+            if key == "before":
+                note += " Cases have a constant each; an act ends what is read before it, so these are the earlier words."
+            clear = compared.estimate.low > 0 or compared.estimate.high < 0
+            made.append(claim.tested(compared.estimate, compared.null, clear, note))
+        return made
+
+    def tables(self) -> list[Table]:
+        """The comparisons with q over all watched emotions, and the means of every arm."""
+        if not self.names:
+            return []
+        pairs = [(name, key, of[name]) for name in self.names for key, of in (("before", self.before), ("during", self.during))]
+        q = stats.benjamini_hochberg([c.null.p if c.null else math.nan for _, _, c in pairs])
+        against = {"before": "before the act − without it", "during": "during the act − before it"}
+        rows = [
+            (name, against[key], _text(c.estimate), _number(c.null.p if c.null else math.nan), _number(float(own)),
+             c.estimate and c.estimate.n)
+            for (name, key, c), own in zip(pairs, q, strict=True)
+        ]  # fmt: skip
+        caption = (
+            f"Differences in {self.unit}, within arms, with 95 % intervals; {self.acts} acts and {self.others} coherent episodes "
+            "without over all arms. p: signs of whole episodes exchanged; q: after Benjamini and Hochberg. Never between arms: "
+            "the push itself is in what is read."
+        )
+        columns = ("emotion", "difference", "here [95 %]", "p", "q", "n")
+        tables = [Table("readings", "Readings before and during acts", caption, columns, tuple(rows))]
+        each = [
+            (lane.id, name, *(round(v, 3) if math.isfinite(v) else None for v in self.levels[name][i]),
+             "own: not between arms" if lane.name == name else "")
+            for i, lane in enumerate(self.field.lanes)
+            for name in self.names
+        ]  # fmt: skip
+        caption = (
+            f"Means in {self.unit} over coherent episodes: all words of those without the act, the words before and during it."
+        )
+        head = ("arm", "emotion", "without the act", "before it", "during it", "")
+        return [*tables, Table("readings-arms", "Readings in every arm", caption, head, tuple(each))]
+
+    def data(self) -> dict[str, Any]:
+        """For the figures."""
+
+        def plain(c: Compared) -> list[float] | None:
+            return None if c.estimate is None else [c.estimate.value, c.estimate.low, c.estimate.high]
+
+        levels = {name: [list(line) for line in self.levels[name]] for name in self.names}
+        compared = [{"name": n, "before": plain(self.before[n]), "during": plain(self.during[n])} for n in self.names]
+        return {"compared": compared, "levels": levels, "acts": self.acts, "others": self.others}
+
+
+def readings(field: Field, *, unit: str, seed: int = 0, draws: int = 2000) -> Reading:
+    """Compare readings before and during acts with those of episodes without, within arms.
+
+    Args:
+        field: What was played; the columns ``before.E`` and ``during.E`` of the watched emotions.
+        unit: Of these.
+        seed, draws: Behind the nulls.
+    """
+    names = tuple(name.removeprefix("before.") for name in field.table if name.startswith("before."))
+    coherent = field.column("coherent") > 0
+    act = np.where(coherent, field.column("act"), np.nan)
+    units = np.unique(np.array(field.units), return_inverse=True)[1]
+    cases = np.unique(np.array(field.cases), return_inverse=True)[1]
+    acts, others = int((act == 1).sum()), int((act == 0).sum())
+    before, during, levels = {}, {}, {}
+    for name in names:
+        early, late = field.column(f"before.{name}"), field.column(f"during.{name}")
+        before[name] = _beside(early, act, units, cases, unit=unit, seed=seed, draws=draws)
+        during[name] = _within(np.where(act == 1, late - early, np.nan), units, unit=unit, seed=seed, draws=draws)
+        groups = (np.where(act == 0, early, np.nan), np.where(act == 1, early, np.nan), np.where(act == 1, late, np.nan))
+        means = [_columns(group) for group in groups]
+        levels[name] = list(zip(*(column.tolist() for column in means), strict=True))
+    return Reading(field, unit, names, before, during, levels, acts, others)
+
+
+def _beside(values: Array, act: Array, units: np.ndarray, cases: np.ndarray, *, unit: str, seed: int, draws: int) -> Compared:
+    """The coefficient of the act beside constants of arms and cases."""
+    n, k = values.shape
+    rows = np.isfinite(values) & np.isfinite(act)
+    x, a = values[rows], act[rows]
+    if (a == 1).sum() < ENOUGH or (a == 0).sum() < ENOUGH:
+        return Compared(None, None)
+    arm, case, unit_of = (np.broadcast_to(own, (n, k))[rows] for own in (np.arange(k), cases[:, None], units[:, None]))
+    constants = np.column_stack([np.eye(k)[arm], np.eye(int(cases.max()) + 1)[case]])
+    fitted, *_ = np.linalg.lstsq(constants, np.column_stack([x, a]), rcond=None)
+    x, a = (np.column_stack([x, a]) - constants @ fitted).T
+    size = float(a @ a)
+    if size < 1e-9 * len(a):
+        return Compared(None, None)  # in no arm and case there is an episode of either kind
+    value = float(a @ x) / size
+    return _judged(
+        value, _summed(a * (x - value * a), unit_of) / size, _summed(a * x, unit_of) / size, unit=unit, seed=seed, draws=draws
+    )
+
+
+def _within(values: Array, units: np.ndarray, *, unit: str, seed: int, draws: int) -> Compared:
+    """The mean over episodes and arms."""
+    known = np.isfinite(values)
+    if known.sum() < ENOUGH:
+        return Compared(None, None)
+    x, unit_of = values[known], np.broadcast_to(units[:, None], values.shape)[known]
+    value = float(x.mean())
+    return _judged(value, _summed(x - value, unit_of) / len(x), _summed(x, unit_of) / len(x), unit=unit, seed=seed, draws=draws)
+
+
+def _judged(value: float, errors: Array, parts: Array, *, unit: str, seed: int, draws: int) -> Compared:
+    """A sum of contributions of units: its interval from their errors, its null from changing their signs."""
+    u = len(parts)
+    if u < 3:
+        return Compared(None, None)
+    half = float(distributions.t.ppf(0.975, u - 1)) * math.sqrt(float(errors @ errors) * u / (u - 1))
+    estimate = Estimate(value, value - half, value + half, u, unit=unit if unit == "z" else "")
+    null = stats.permutation_null(
+        lambda signs: float(signs @ parts),
+        value,
+        permute=lambda rng: rng.choice([-1.0, 1.0], u),
+        draws=draws,
+        seed=seed,
+        kind="signs of whole episodes exchanged",
+    )
+    return Compared(estimate, null)
+
+
+@dataclass(frozen=True, eq=False)
+class Visible:
+    """How loud acts are.
+
+    Args:
+        field: What was played.
+        loud: For each arm mean, interval and number of acts; nan without any.
+        quiet: For each arm the mean of coherent episodes without the act.
+        compared: For each swept emotion the arm with the most acts at an end of its sweep, and how its acts differ from those of
+            the baseline; a reason where they could not be compared.
+    """
+
+    field: Field
+    loud: list[tuple[float, float, float, int]]
+    quiet: list[float]
+    compared: Mapping[str, tuple[str, Compared, str]]
+
+    def finding(self, experiment: str, name: str) -> Finding:
+        """Whether acts under a swept emotion sound otherwise than without steering."""
+        arm, compared, reason = self.compared[name]
+        claim = Claim(
+            experiment,
+            f"loud-{name}",
+            f"Acts where {name} gives the most of them sound otherwise (capitals, exclamation marks, interjections) than acts "
+            "without steering",
+            _RULE,
+            _READ.get(("loud", experiment, name)),
+            "visible",
+        )
+        if compared.estimate is None or compared.null is None:
+            return claim.untestable(f"Cannot be tested here ({reason}).")
+        clear = compared.estimate.low > 0 or compared.estimate.high < 0
+        return claim.tested(
+            compared.estimate, compared.null, clear, f"Acts of {arm} against those of the baseline, for each 100 words."
+        )
+
+    def tables(self) -> list[Table]:
+        """Loudness of acts by arm."""
+        rows = [
+            (
+                lane.id,
+                n,
+                round(value, 2),
+                f"{low:.2f} to {high:.2f}" if n > 1 else None,
+                round(q, 2) if math.isfinite(q) else None,
+            )
+            for lane, (value, low, high, n), q in zip(self.field.lanes, self.loud, self.quiet, strict=True)
+            if n
+        ]
+        if not rows:
+            return []
+        caption = "Capitals, exclamation marks and interjections for each 100 words; Student's interval over acts."
+        columns = ("arm", "acts", "loudness of acts", "95 % interval", "without the act")
+        return [Table("visible", "Visible emotion of acts", caption, columns, tuple(rows))]
+
+    def data(self) -> list[list[float]]:
+        """For the figures: mean, ends and number of acts of each arm."""
+        return [list(line) for line in self.loud]
+
+
+def visible(field: Field, *, seed: int = 0, draws: int = 2000) -> Visible:
+    """How loud acts are in every arm, and whether a swept emotion changes that.
+
+    Args:
+        field: What was played; the column ``loud``.
+        seed, draws: Behind intervals and nulls.
+    """
+    act, coherent, loudness = field.column("act"), field.column("coherent") > 0, field.column("loud")
+    acts = [loudness[(act[:, i] == 1) & np.isfinite(loudness[:, i]), i] for i in range(len(field.lanes))]
+    quiet = _columns(np.where((act == 0) & coherent, loudness, np.nan)).tolist()
+    loud = []
+    for own in acts:
+        n, value = len(own), float(own.mean()) if len(own) else math.nan
+        half = float(distributions.t.ppf(0.975, n - 1)) * float(own.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+        loud.append((value, max(0.0, value - half), value + half, n))
+    compared = {}
+    baseline = field.where("baseline")[0]
+    for name in field.names("concept"):
+        ends = [field.sweep(name)[i] for i in (0, -1)]
+        arm = max((i for i in ends if i != baseline), key=lambda i: len(acts[i]))
+        compared[name] = (field.lanes[arm].id, *_louder(acts[arm], acts[baseline], seed=seed, draws=draws))
+    return Visible(field, loud, quiet, compared)
+
+
+def _louder(own: Array, plain: Array, *, seed: int, draws: int) -> tuple[Compared, str]:
+    if min(len(own), len(plain)) < ENOUGH:
+        return Compared(None, None), f"{len(own)} acts there and {len(plain)} in the baseline; {ENOUGH} in either are needed"
+    both, group = np.concatenate([own, plain]), np.repeat([True, False], [len(own), len(plain)])
+    if not np.ptp(both):
+        return Compared(None, None), "no act is loud at all" if not both[0] else "all acts are equally loud"
+
+    def difference(marks: np.ndarray) -> float:
+        return float(both[marks].mean() - both[~marks].mean())
+
+    estimate = stats.bootstrap(
+        lambda rows: float(both[rows][group].mean() - both[rows][~group].mean()), group, draws=min(draws, 1000), seed=seed
+    )
+    null = stats.permutation_null(
+        difference,
+        estimate.value,
+        permute=lambda rng: rng.permutation(group),
+        draws=draws,
+        seed=seed,
+        kind="acts exchanged between the arms",
+    )
+    return Compared(estimate, null), ""
+
+
+def _summed(values: Array, codes: np.ndarray) -> Array:
+    """Sums over the rows of each unit that has any."""
+    present = np.unique(codes, return_inverse=True)[1]
+    return np.bincount(present, weights=values).astype(np.float64)
+
+
+def _columns(values: Array) -> Array:
+    """Means of columns, nan where there is nothing."""
+    known = np.isfinite(values)
+    counts = known.sum(axis=0)
+    return np.where(known, values, 0.0).sum(axis=0) / np.where(counts == 0, np.nan, counts)
+
+
+def _number(value: float) -> float | None:
+    return float(f"{value:.2g}") if math.isfinite(value) else None
+
+
+def _text(e: Estimate | None) -> str | None:
+    return None if e is None else str(e).rpartition(" (")[0]
+
+
+def course(tokens: Mapping[str, Sequence[Any]], field: Field, names: Sequence[str]) -> dict[str, Any]:
+    """Readings over the replies of an episode, of episodes with the act and without; the mean of every arm is taken away.
+
+    Args:
+        tokens: Columns ``level``, ``episode``, ``arm``, ``reply``, ``role`` and one for each emotion.
+        field: What was played.
+        names: The emotions.
+
+    Returns:
+        For each emotion and kind of episode the replies with mean and 95 % interval over episodes; empty when no episode has two.
+    """
+    place = {lane.id: i for i, lane in enumerate(field.lanes)}
+    number = {own: i for i, own in enumerate(field.numbers)}
+    sums: dict[tuple[int, int, int], Array] = {}
+    columns = [tokens[name] for name in names]
+    for row, (episode, arm, reply, role) in enumerate(
+        zip(*(tokens[c] for c in ("episode", "arm", "reply", "role")), strict=True)
+    ):
+        if role == "assistant" and arm in place and episode in number:
+            own = np.array([math.nan if column[row] is None else column[row] for column in columns], dtype=np.float64)
+            if np.isfinite(own).all():
+                at = (number[episode], place[arm], int(reply))
+                sums[at] = sums.get(at, np.zeros(len(names) + 1)) + np.append(own, 1.0)
+    if len({reply for _, _, reply in sums}) < 2:
+        return {}
+    means = {at: total[:-1] / total[-1] for at, total in sums.items()}
+    centre = {i: np.mean([own for (_, arm, _), own in means.items() if arm == i], axis=0) for i in {arm for _, arm, _ in means}}
+    act = field.column("act")
+    out: dict[str, Any] = {name: {} for name in names}
+    for kind, wanted in (("with the act", 1.0), ("without it", 0.0)):
+        for reply in sorted({reply for _, _, reply in means}):
+            rows = [own - centre[arm] for (e, arm, r), own in means.items() if r == reply and act[e, arm] == wanted]
+            if len(rows) < ENOUGH:
+                continue
+            values = np.array(rows)
+            half = distributions.t.ppf(0.975, len(rows) - 1) * values.std(axis=0, ddof=1) / math.sqrt(len(rows))
+            for j, name in enumerate(names):
+                middle = float(values[:, j].mean())
+                line = [reply, middle, middle - float(half[j]), middle + float(half[j])]
+                out[name].setdefault(kind, []).append(line)
+    return out
