@@ -73,7 +73,8 @@ class Arguments:
         )
         if out.where not in PLACES:
             raise UnknownName("place to steer", out.where, PLACES)
-        wants = [name for name in ("steer", "read", "baseline", "rules", "tokens") if getattr(out, name)]
+        of_vectors = ("steer", "where", "read", "baseline", "rules", "tokens", "allow_unsafe")
+        wants = [name for name in of_vectors if getattr(out, name) != getattr(cls(), name)]
         if wants and not out.vectors:
             raise EngineError(f"{wants[0]} does nothing without vectors: add -M vectors=FOLDER, or leave it out")
         return out

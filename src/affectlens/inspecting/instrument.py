@@ -163,7 +163,7 @@ class Instrument:
 
 
 def words_of(layout: Layout, reply: str) -> np.ndarray:
-    """Which tokens are the words of the reply: a stop string that was generated behind them is not among them.
+    """Which tokens are the words of the reply: neither its given beginning, nor a stop string that was generated behind it.
 
     Example:
         >>> tokens, offsets = ("Hi", ":", " yes", ".", "END"), ((0, 2), (2, 3), (3, 7), (7, 8), (8, 11))
@@ -171,12 +171,17 @@ def words_of(layout: Layout, reply: str) -> np.ndarray:
         >>> words_of(Layout("Hi: yes.END", tokens, (1, 2, 3, 4, 5), offsets, roles, 2), " yes.")
         array([2, 3])
     """
-    own = np.array([i for i in range(layout.n_prompt, len(layout)) if layout.roles[i] == "assistant"], dtype=np.int64)
-    if not len(own):
-        return own
-    start = layout.text.rfind(reply, layout.offsets[own[0]][0]) if reply else -1
-    end = start + len(reply) if start >= 0 else layout.offsets[own[-1]][1]
-    return own[np.array([layout.offsets[i][0] < end for i in own])]
+    own = [i for i in range(layout.n_prompt, len(layout)) if layout.roles[i] == "assistant"]
+    if not own or not reply:
+        return np.array([], dtype=np.int64)
+    # Some tokenizers leave the white space of a first token out of its span. Searched from behind: what was given before the reply
+    # may be the same words.
+    first, words = layout.offsets[own[0]][0], reply.lstrip()
+    found = layout.text.rfind(words, first)
+    if not words or found < 0:
+        return np.array(own, dtype=np.int64)
+    start, end = max(first, found - (len(reply) - len(words))), found + len(words)
+    return np.array([i for i in own if layout.offsets[i][0] < end and layout.offsets[i][1] > start], dtype=np.int64)
 
 
 # ── what the arguments name ──

@@ -46,7 +46,6 @@ from affectlens.experiments import (
     Reply,
     load_experiment,
 )
-from affectlens.experiments.coherence import incoherent
 from affectlens.inspecting.scoring import outcome, readings
 
 _KINDS: Mapping[str, type[Any]] = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
@@ -179,6 +178,8 @@ async def _ran(step: Exec, allow_exec: bool) -> Ran:
 
 async def _graded(experiment: Experiment, case: Case, replies: Sequence[Reply], grade: Any) -> tuple[Grade, dict[str, Any]]:
     """The grade as the runner would have it, and what else the log has to know of it."""
+    from affectlens.experiments.coherence import incoherent
+
     if not isinstance(grade, Grade) or grade.outcome not in experiment.outcomes:
         raise FormatError(f"{experiment.name} graded {case.id} by {grade!r}: return a Grade with one of its outcomes")
     # An act that was done in fallen-apart words is none; without an act the last words count.
@@ -193,7 +194,9 @@ async def _graded(experiment: Experiment, case: Case, replies: Sequence[Reply], 
     questions = experiment.questions(case, replies, grade)
     answers = {question.id: await _answer(grader, question) for question in questions}
     read = {id: answer for id, answer in answers.items() if answer.option is not None}
-    kept = {question.id: {"option": _option(question, answers[question.id]), "version": question.version} for question in questions}
+    kept = {
+        question.id: {"option": _option(question, answers[question.id]), "version": question.version} for question in questions
+    }
     return (experiment.judged(case, grade, read) if questions else grade), {**ruled, "judge": str(grader), "answers": kept}
 
 

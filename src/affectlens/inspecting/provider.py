@@ -134,10 +134,12 @@ class AffectlensAPI(ModelAPI):
     def collapse_system_messages(self) -> bool:
         return True
 
-    async def count_text_tokens(self, text: str) -> int:
+    async def tokenize(self, text: str) -> list[int]:
         engine = self._engine
-        (result,) = await anyio.to_thread.run_sync(lambda: list(engine.run([Request(text)])))
-        return len(result.layout)
+        return list((await anyio.to_thread.run_sync(lambda: engine.layout(Request(text)))).ids) if text else []
+
+    async def count_text_tokens(self, text: str) -> int:
+        return len(await self.tokenize(text))
 
     # ── replies ──
 
@@ -206,12 +208,11 @@ class AffectlensAPI(ModelAPI):
     def _room(self, place: Place, request: Request) -> int | None:
         """How many tokens a prompt has; None if it does not fit."""
         try:
-            (bare,) = place.run([request])
+            return len(place.layout(request))
         except EngineError as error:
             if "do not fit the context" in str(error):
                 return None
             raise
-        return len(bare.layout)
 
     def _choice(
         self, ask: Asked, result: Result, told: dict[str, Any], *, cut: bool, words: Sequence[str]

@@ -1,6 +1,6 @@
 """What Inspect finds when it looks for extensions: the entry point ``affectlens`` of group ``inspect_ai``.
 
-It imports this module at every start, so this module imports neither a model nor numpy.
+It is imported at every start of Inspect, whatever is evaluated: nothing that loads a model is imported here.
 """
 
 from __future__ import annotations
