@@ -3,8 +3,8 @@
 How a page is run, from top to bottom, in a temporary folder of its own:
 
 * ```` ```python ```` blocks share one namespace. Those that begin with ``# NAME.py`` are written to that file as well.
-* ```` ```console ```` blocks: every line ``$ … affectlens …`` or ``$ inspect …`` runs and must exit with 0. Other lines are for the
-  reader.
+* ```` ```console ```` blocks: every line ``$ … affectlens …`` or ``$ inspect …`` runs and must exit with 0. Other lines are for
+  the reader.
 * ```` ```toml ```` blocks that begin with ``# NAME.toml`` are written to that file.
 * ``<!-- no-run -->`` on the line before a block: it needs the network, a large model or an accelerator, and is not run.
 * ``<!-- exits 1 -->`` before a console block: its one command fails, and says exactly the line that stands below it.

@@ -174,8 +174,8 @@ def words_of(layout: Layout, reply: str) -> np.ndarray:
     own = [i for i in range(layout.n_prompt, len(layout)) if layout.roles[i] == "assistant"]
     if not own or not reply:
         return np.array([], dtype=np.int64)
-    # Some tokenizers leave the white space of a first token out of its span. Searched from behind: what was given before the reply
-    # may be the same words.
+    # Some tokenizers leave the white space of a first token out of its span. Searched from behind: what was given before may be
+    # the same words.
     first, words = layout.offsets[own[0]][0], reply.lstrip()
     found = layout.text.rfind(words, first)
     if not words or found < 0:
