@@ -120,7 +120,8 @@ def play(spec: str, allow_exec: bool = False) -> Solver:
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
         case = cases[str(state.sample_id)]
-        played, answer = experiment.play(case), None
+        played = experiment.play(case)
+        answer: Reply | Ran | None = None
         said: list[ChatMessageAssistant] = []
         replies: list[Reply] = []
         while True:
@@ -130,8 +131,8 @@ def play(spec: str, allow_exec: bool = False) -> Solver:
                 grade = ended.value
                 break
             if isinstance(step, Ask):
-                answer = await _asked(state, step, said)
-                replies.append(answer)
+                replies.append(await _asked(state, step, said))
+                answer = replies[-1]
             else:
                 answer = await _ran(step, allow_exec)
         grade, judged = await _graded(experiment, case, replies, grade)
