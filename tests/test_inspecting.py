@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ import pytest
 import affectlens.experiments
 from affectlens.engine import Request, Sampling, Session, open_engine
 from affectlens.errors import AffectlensError, EngineError, UnknownName
-from affectlens.experiments import Ask, Case, Exec, Experiment, Grade, Play, Ran
+from affectlens.experiments import Answer, Ask, Case, Exec, Experiment, Grade, Play, Question, Ran, Reply
 
 if importlib.util.find_spec("inspect_ai") is None and "AFFECTLENS_CI" not in os.environ:
     pytest.skip("inspect-ai is not installed (tests/peers.txt)", allow_module_level=True)
@@ -41,6 +41,7 @@ from inspect_ai.model import (
     GenerateConfig,
     Model,
     ModelOutput,
+    ModelUsage,
     get_model,
 )
 from inspect_ai.scorer import SampleScore, Score, includes
@@ -622,6 +623,78 @@ def test_code_is_run_only_if_that_is_allowed(folder: Path, tmp_path: Path, known
     assert len(ran) == 3
     assert [(sample.scores or {})["outcome"].answer for sample in samples(log)] == ["act"] * 3
     assert {step.files["a.py"] for step in ran} == {sample.output.completion for sample in samples(log)}
+
+
+class Asking(Threat):
+    name = "asking"
+    levels = ("gentle",)
+
+    def play(self, case: Case) -> Play:
+        yield Ask(case.chat)
+        return Grade("none", ("no rule says",))
+
+    def questions(self, case: Case, replies: Sequence[Reply], grade: Grade) -> list[Question]:
+        return [Question("threat", f"Is it one? {case.facts['w']}", ("yes", "no"), version=3)]
+
+    def judged(self, case: Case, grade: Grade, answers: Mapping[str, Answer]) -> Grade:
+        return Grade("act" if answers.get("threat", Answer(1)).option == 0 else "none", grade.reasons)
+
+
+def test_the_grader_answers_what_rules_cannot(folder: Path, tmp_path: Path, known: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked only if there is one, and what cannot be read is no answer. Option by option each letter comes first."""
+    asked: list[tuple[str, int]] = []
+
+    class Judging:
+        """What affectlens.experiments.judging offers."""
+
+        @staticmethod
+        def prompt(question: Question, *, first: int = 0) -> str:
+            asked.append((question.text, first))
+            return question.options[first]
+
+        @staticmethod
+        def parse_option(text: str, options: Sequence[str]) -> int | None:
+            return options.index(text) if text in options else None
+
+    monkeypatch.setitem(sys.modules, "affectlens.experiments.judging", Judging)
+    reader = model(folder, read="calm")
+    alone = evaluated(reader, tmp_path, task=task_of(f"{__name__}:Asking"), max_tokens=None)
+    assert not asked and {sample.metadata["grade"]["judge"] for sample in samples(alone)} == {""}
+    said = [ModelOutput.from_content("mockllm", text) for text in ("yes", "no", "perhaps")]
+    for output in said:
+        output.usage = ModelUsage()  # else it would count tokens, for which it fetches a vocabulary
+    grader = get_model("mockllm/model", custom_outputs=said, memoize=False)
+    log = evaluated(
+        reader, tmp_path, task=task_of(f"{__name__}:Asking"), max_tokens=None, model_roles={"grader": grader}, max_samples=1
+    )
+    assert len({first for _, first in asked}) == 2
+    found = {sample.id: sample.metadata["grade"] for sample in samples(log)}
+    assert [(each["outcome"], each["ruled"]) for each in found.values()] == [("act", "none"), ("none", "none"), ("none", "none")]
+    assert [each["answers"]["threat"] for each in found.values()] == [
+        {"option": option, "version": 3} for option in ("yes", "no", None)
+    ]
+    assert {each["judge"] for each in found.values()} == {"mockllm/model"}
+
+
+def test_what_has_fallen_apart_is_set_aside(folder: Path, tmp_path: Path, known: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("affectlens.experiments.coherence.incoherent", lambda text: "said so")
+    log = evaluated(model(folder, read="calm"), tmp_path, task=task_of("threat", level="strong"), max_tokens=None)
+    for sample in samples(log):
+        score = (sample.scores or {})["outcome"]
+        assert isinstance(score.value, Mapping) and score.value["act"] == score.value["coherent"] == 0
+        assert score.answer == "incoherent" and (score.explanation or "").startswith("the reply has fallen apart: said so; else")
+
+
+def test_a_case_that_fills_the_context_ends_with_what_it_has(folder: Path, tmp_path: Path, known: None) -> None:
+    class Long(Threat):
+        def play(self, case: Case) -> Play:
+            first = yield Ask(case.chat)
+            second = yield Ask((*case.chat, ("assistant", first.text), ("user", "the old door " * 900)))
+            return Grade("none", (second.finish, second.text))
+
+    setattr(sys.modules[__name__], "Long", Long)  # noqa: B010
+    log = evaluated(model(folder, read="calm"), tmp_path, task=task_of(f"{__name__}:Long", level="gentle"), max_tokens=None)
+    assert {(sample.scores or {})["outcome"].explanation for sample in samples(log)} == {"context; "}
 
 
 # ── the command ──

@@ -131,8 +131,9 @@ def play(spec: str, allow_exec: bool = False) -> Solver:
                 grade = ended.value
                 break
             if isinstance(step, Ask):
-                replies.append(await _asked(state, step, said))
-                answer = replies[-1]
+                answer = await _asked(state, step, said)
+                # What was not said is no reply.
+                replies += [answer] if answer.finish != "context" else []
             else:
                 answer = await _ran(step, allow_exec)
         grade, judged = await _graded(experiment, case, replies, grade)
