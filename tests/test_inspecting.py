@@ -668,12 +668,11 @@ def test_the_grader_answers_what_rules_cannot(folder: Path, tmp_path: Path, know
         reader, tmp_path, task=task_of(f"{__name__}:Asking"), max_tokens=None, model_roles={"grader": grader}, max_samples=1
     )
     assert len({first for _, first in asked}) == 2
-    found = {sample.id: sample.metadata["grade"] for sample in samples(log)}
-    assert [(each["outcome"], each["ruled"]) for each in found.values()] == [("act", "none"), ("none", "none"), ("none", "none")]
-    assert [each["answers"]["threat"] for each in found.values()] == [
-        {"option": option, "version": 3} for option in ("yes", "no", None)
-    ]
-    assert {each["judge"] for each in found.values()} == {"mockllm/model"}
+    found = [sample.metadata["grade"] for sample in samples(log)]
+    came = {each["answers"]["threat"]["option"]: (each["outcome"], each["ruled"]) for each in found}
+    assert came == {"yes": ("act", "none"), "no": ("none", "none"), None: ("none", "none")}
+    assert {each["answers"]["threat"]["version"] for each in found} == {3}
+    assert {each["judge"] for each in found} == {"mockllm/model"}
 
 
 def test_what_has_fallen_apart_is_set_aside(folder: Path, tmp_path: Path, known: None, monkeypatch: pytest.MonkeyPatch) -> None:
