@@ -24,8 +24,8 @@ from affectlens.server.metrics import Metrics
 from affectlens.server.outlet import listen
 from affectlens.server.service import Service
 from affectlens.server.settings import Settings
-from affectlens.server.shared import SharedEngine
 from affectlens.server.store import Store
+from affectlens.sharing import SharedEngine
 from affectlens.traces import Probe
 from affectlens.vectors import ConceptVectors
 from planted import toy_bench, with_calibration

@@ -3,7 +3,8 @@
 How a page is run, from top to bottom, in a temporary folder of its own:
 
 * ```` ```python ```` blocks share one namespace. Those that begin with ``# NAME.py`` are written to that file as well.
-* ```` ```console ```` blocks: every line ``$ … affectlens …`` runs and must exit with 0. Other lines are for the reader.
+* ```` ```console ```` blocks: every line ``$ … affectlens …`` or ``$ inspect …`` runs and must exit with 0. Other lines are for
+  the reader.
 * ```` ```toml ```` blocks that begin with ``# NAME.toml`` are written to that file.
 * ``<!-- no-run -->`` on the line before a block: it needs the network, a large model or an accelerator, and is not run.
 * ``<!-- exits 1 -->`` before a console block: its one command fails, and says exactly the line that stands below it.
@@ -72,7 +73,7 @@ def name(page: Path) -> str:
 def commands(block: Block) -> list[str]:
     """The commands of a console block; a line that ends with a backslash goes on."""
     lines = block.body.replace("\\\n", " ").splitlines()
-    return [line[2:] for line in lines if re.match(r"\$ (.*\| )?affectlens ", line)]
+    return [line[2:] for line in lines if re.match(r"\$ (.*\| |PYTHONPATH=\. )?(affectlens|inspect) ", line)]
 
 
 def run_page(page: Path, folder: Path) -> None:

@@ -50,6 +50,7 @@ NOUNS = (
     "logbook",
     "replies",
     "dataset",
+    "sharing",
 )
 SEAM = ("layout", "scope", "steering", "engine")  # each imports only those before it
 VERBS = ("discovery", "features", "pipeline", "audit", "studies", "monitor", "alarms", "calibrate", "training", "curation")
@@ -62,6 +63,7 @@ EXPERIMENTS = tuple(name for name in MODULES if name.startswith("experiments"))
 RUNNING = ("experiments.runner", "experiments.playing", "experiments.episodes", "experiments.reporting")
 """What plays experiments and reports on them: no experiment knows it."""
 SERVER = tuple(name for name in MODULES if name == "server" or name.startswith("server."))
+INSPECT = tuple(name for name in MODULES if name == "inspecting" or name.startswith("inspecting."))
 HEAVY = ("torch", "transformers", "accelerate", "safetensors", "pandas", "pyarrow", "plotly", "scipy", "sklearn", "rich", "gguf")
 SERVING = ("fastapi", "uvicorn", "starlette", "pydantic", "sqlalchemy", "alembic", "prometheus_client", "opentelemetry")
 VAGUE = ("utils", "util", "helpers", "helper", "common", "manager", "factory", "misc", "base", "core")
@@ -108,6 +110,7 @@ def ours(module: str, *, lazy: bool = True, typing: bool = False) -> set[str]:
 def test_the_rings_are_complete() -> None:
     """A new module has to be put into a ring, or nothing guards it."""
     known = {*SEAM, "errors", "engines", *NOUNS, *VERBS, *DOORS, *ENGINES, *STUDIES, *AUDIT, *CURATION, *EXPERIMENTS, *SERVER}
+    known |= {*INSPECT}
     assert set(MODULES) == known
 
 
@@ -150,6 +153,23 @@ def test_only_the_server_imports_what_serves(module: str) -> None:
     if module != "cli":
         assert not ours(module, typing=True) & set(SERVER)
     assert not ours(module, lazy=False) & set(SERVER)
+
+
+@pytest.mark.parametrize("module", INSPECT)
+def test_what_inspect_loads_imports_no_backend_and_no_other_door(module: str) -> None:
+    assert not ours(module, typing=True) & {"engines", *ENGINES, *DOORS, *SERVER}
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - set(INSPECT)))
+def test_only_its_own_package_knows_inspect(module: str) -> None:
+    assert "inspect_ai" not in {name.partition(".")[0] for name in imports(MODULES[module], typing=True)}
+    assert not ours(module, typing=True) & set(INSPECT)
+
+
+def test_starting_inspect_loads_no_model() -> None:
+    """It loads the entry points of all its extensions at every start."""
+    pytest.importorskip("inspect_ai")
+    assert not loaded("import affectlens.inspecting.registry") & {"torch", "transformers"}
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -31,8 +31,8 @@ from affectlens.server.app import refuse_open
 from affectlens.server.keys import Key, Keyring, digest, new_key, read_keys
 from affectlens.server.outlet import listen
 from affectlens.server.settings import Settings
-from affectlens.server.shared import Cancelled, ModelFailed, SharedEngine, TimedOut
 from affectlens.server.store import Status
+from affectlens.sharing import Cancelled, ModelFailed, SharedEngine, TimedOut
 from served import HI, Running, Slow, serving, toy_vectors
 
 LONG = {"model": "toy", "messages": HI, "max_tokens": 400, "seed": 3}

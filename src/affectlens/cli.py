@@ -1180,9 +1180,9 @@ def serve(vectors: str, rules: str | None, api_keys: Path | None, **options: Any
         from affectlens.server.metrics import Metrics
         from affectlens.server.service import Service
         from affectlens.server.settings import Settings
-        from affectlens.server.shared import SharedEngine
         from affectlens.server.store import Store
         from affectlens.server.telemetry import Telemetry
+        from affectlens.sharing import SharedEngine
     except ModuleNotFoundError as error:
         raise MissingExtra(error.name or "fastapi", "serve") from None
     _log_to_stderr()

@@ -2,7 +2,6 @@
 
 settings   every limit and switch, as plain data
 schemas    what a request may hold: OpenAI's fields and ours
-shared     one engine, many callers: places, a queue, a worker that owns the session
 armed      the rules that are watched: those of the file, those added while it runs, what is muted
 service    one call: checked, generated, watched, kept; independent of HTTP
 shapes     what a reply looks like in OpenAI's shapes

@@ -24,7 +24,7 @@ from affectlens.server.outlet import EventStream, Outlet, gone
 from affectlens.server.problems import Hung, NotThere, error_of, meaning
 from affectlens.server.schemas import Asking, ChatRequest, CompletionRequest, ScoreRequest, TryRequest
 from affectlens.server.service import CLOSING, Service
-from affectlens.server.shared import Cancelled, Place
+from affectlens.sharing import Cancelled, Place
 
 LOG = logging.getLogger("affectlens.server")
 

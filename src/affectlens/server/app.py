@@ -39,7 +39,7 @@ from affectlens.server.problems import SAID, SHAPE, Hung, failure, meaning
 from affectlens.server.schemas import place_of
 from affectlens.server.service import CLOSING, Service
 from affectlens.server.settings import Settings
-from affectlens.server.shared import Cancelled
+from affectlens.sharing import Cancelled
 
 IDLE = 75
 """Seconds that a connection is kept without a request: more than proxies keep theirs, or it would be closed while it is used."""

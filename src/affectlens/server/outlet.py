@@ -21,7 +21,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from affectlens.errors import Busy
-from affectlens.server.shared import Cancelled
+from affectlens.sharing import Cancelled
 
 LOG = logging.getLogger("affectlens.server")
 

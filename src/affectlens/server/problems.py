@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 from affectlens.errors import AffectlensError, Busy, MissingExtra, RuleError, StoreError, UnknownName
 from affectlens.server.armed import Standing
 from affectlens.server.calls import WrongField
-from affectlens.server.shared import ModelFailed, TimedOut
+from affectlens.sharing import ModelFailed, TimedOut
 
 LONGEST = 2000
 """Characters of a message that are sent."""

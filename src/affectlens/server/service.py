@@ -52,8 +52,8 @@ from affectlens.server.records import Record, asked
 from affectlens.server.replay import model_data
 from affectlens.server.schemas import Asking, ChatRequest, Readings, ScoreRequest
 from affectlens.server.settings import Settings
-from affectlens.server.shared import Cancelled, Place, SharedEngine
 from affectlens.server.store import Store
+from affectlens.sharing import Cancelled, Place, SharedEngine
 from affectlens.traces import Trace
 from affectlens.vectors import ConceptVectors
 

@@ -30,7 +30,7 @@ import numpy as np
 from affectlens.engine import Engine, Request, Result, Session
 from affectlens.errors import AffectlensError, Busy, EngineError
 
-LOG = logging.getLogger("affectlens.server")
+LOG = logging.getLogger("affectlens.sharing")
 
 AHEAD = 4
 """Requests of one call that are with the model at a time: a long list must not crowd out the replies of others."""
@@ -281,7 +281,7 @@ class SharedEngine(Engine):
 
 
 def _failed(error: Exception) -> ModelFailed:
-    return ModelFailed(f"the model failed ({type(error).__name__}): the server's log has the reason; try again")
+    return ModelFailed(f"the model failed ({type(error).__name__}): the log has the reason; try again")
 
 
 class _Job:
