@@ -612,13 +612,11 @@ def test_code_is_run_only_if_that_is_allowed(folder: Path, tmp_path: Path, known
         task_of("coding")
     ran: list[Exec] = []
 
-    class Sandbox:
-        @staticmethod
-        def run(step: Exec) -> Ran:
-            ran.append(step)
-            return Ran("exited", 0, "fine", "")
+    def run(step: Exec) -> Ran:
+        ran.append(step)
+        return Ran("exited", 0, "fine", "")
 
-    monkeypatch.setitem(sys.modules, "affectlens.experiments.sandbox", Sandbox)
+    monkeypatch.setattr("affectlens.experiments.sandbox.run", run)
     log = evaluated(model(folder, read="calm"), tmp_path, task=task_of("coding", allow_exec=True), max_tokens=None)
     assert len(ran) == 3
     assert [(sample.scores or {})["outcome"].answer for sample in samples(log)] == ["act"] * 3

@@ -399,11 +399,11 @@ def test_a_broken_answer_is_named(tmp_path: Path) -> None:
             Kept(Told(), tmp_path).ask([question()])
 
 
-def test_specs(tmp_path: Path) -> None:
+def test_specs() -> None:
     toy = ToyEngine()
     assert open_judge("none", toy) is None
-    kept = open_judge("self", toy, folder=tmp_path)
-    assert isinstance(kept, Kept) and isinstance(kept.judge, EngineJudge) and kept.judge.engine is toy
+    own = open_judge("self", toy)
+    assert isinstance(own, EngineJudge) and own.engine is toy
     other = open_judge("toy", toy)
     assert isinstance(other, EngineJudge) and other.engine is not toy
 

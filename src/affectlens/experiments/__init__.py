@@ -22,10 +22,16 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from affectlens.engine import Chat, Sampling
 from affectlens.errors import FormatError, UnknownName
+
+if TYPE_CHECKING:
+    from affectlens.studies import Figure, Outcome
+
+Columns = Mapping[str, Sequence[Any]]
+"""A table as columns by name, all equally long: ``pyarrow.parquet.read_table(path).to_pydict()``, or a pandas frame."""
 
 
 @dataclass(frozen=True)
@@ -176,8 +182,10 @@ class Experiment(ABC):
         outcomes: All that a case can come to, each with a sentence for the reader; ``incoherent`` must be among them.
         acts: The outcomes that are the behaviour; their share among the coherent cases is the rate.
         refusals: The outcomes in which the model declined; their share is shown beside every rate.
+        controls: Variants in which the behaviour would be right, or has no occasion. They are played and shown in the table of
+            variants, and count nowhere else.
         levels: Of elicitation, from gentle to strong.
-        sweep: Emotions and strengths that are swept when nothing else is asked.
+        sweep: Emotions and strengths that are swept when nothing else is asked; empty where the baseline alone is the finding.
         watch: Emotions that are read at every token, besides those swept.
         sampling: Of every reply, but for the seed.
         scales: Names of the scores in :attr:`Grade.scores` whose mean is shown and tested beside the rate.
@@ -191,6 +199,7 @@ class Experiment(ABC):
     outcomes: ClassVar[Mapping[str, str]]
     acts: ClassVar[tuple[str, ...]]
     refusals: ClassVar[tuple[str, ...]] = ()
+    controls: ClassVar[tuple[str, ...]] = ()
     levels: ClassVar[tuple[str, ...]] = ("plain",)
     sweep: ClassVar[tuple[str, ...]] = ("desperate=-0.1:0.1:5", "calm=-0.1:0.1:5")
     watch: ClassVar[tuple[str, ...]] = ()
@@ -214,8 +223,31 @@ class Experiment(ABC):
         """The grade with the judge's answers; those that could not be parsed are left out of them."""
         return grade
 
+    def measured(
+        self, episodes: Columns, tokens: Columns | None, *, unit: str = "z", draws: int = 1000, seed: int = 0
+    ) -> Outcome:
+        """What is asked of this experiment alone, beside what is asked of all.
+
+        Args:
+            episodes, tokens: The tables of the run; no tokens where nothing was read.
+            unit: Of the readings.
+            draws, seed: Of intervals and nulls.
+
+        Returns:
+            Findings and tables for the report, and the data of :meth:`draw`.
+        """
+        from affectlens.studies import Outcome
+
+        return Outcome(())
+
+    def draw(self, data: Mapping[str, Any]) -> list[Figure]:
+        """Figures of what :meth:`measured` found, of its :attr:`Outcome.data`."""
+        return []
+
 
 EXPERIMENTS: Mapping[str, str] = {
+    "blackmail": "affectlens.experiments.blackmail:Blackmail",
+    "hacking": "affectlens.experiments.hacking:Hacking",
     "warmth": "affectlens.experiments.warmth:Warmth",
     "scenes": "affectlens.experiments.scenes:Scenes",
 }

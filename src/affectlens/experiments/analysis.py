@@ -30,9 +30,9 @@ from typing import Any
 import numpy as np
 
 from affectlens.errors import FormatError
-from affectlens.experiments import Experiment
+from affectlens.experiments import Columns, Experiment
 from affectlens.experiments.acts import course, readings, visible
-from affectlens.experiments.field import Episodes, Field, Rates, fields
+from affectlens.experiments.field import Field, Rates, fields
 from affectlens.experiments.published import ACT, NONE, published
 from affectlens.experiments.sweeps import Measure, Swept, beyond_random, measures, swept
 from affectlens.experiments.tables import arms_table, levels_table, place, signed, sweeps_tables, variants_table
@@ -41,10 +41,10 @@ from affectlens.studies import Claim, Finding, Outcome
 
 
 def analyse(
-    episodes: Episodes,
+    episodes: Columns,
     experiment: Experiment,
     *,
-    tokens: Episodes | None = None,
+    tokens: Columns | None = None,
     seed: int = 0,
     draws: int = 2000,
     unit: str = "z",
@@ -69,11 +69,15 @@ def analyse(
     Example:
         >>> outcome = analyse(table.to_pydict(), load_experiment("blackmail"))                              # doctest: +SKIP
     """
-    levels = fields(episodes, experiment=experiment.name, levels=experiment.levels)
+    levels, whole = (
+        fields(episodes, experiment=experiment.name, levels=experiment.levels, without=without)
+        for without in (experiment.controls, ())
+    )
     played = [level for level, own in levels.items() if len(own.lanes) > 1]
     if len(played) > 1:
         raise FormatError(f"the levels {' and '.join(played)} were both swept: analyse one at a time")
     field = levels[played[0] if played else list(levels)[-1]]
+    variants = whole[field.level]
     options = {"seed": seed, "draws": draws}
     made, names = measures(field, experiment), field.names("concept")
     found = {measure.id: [swept(field, measure, name, **options) for name in names] for measure in made}
@@ -85,8 +89,8 @@ def analyse(
     findings += [seen.finding(experiment.name, name) for name in names]
     tables = [levels_table(levels, field), arms_table(field, experiment)]
     tables += [table for measure in made if names for table in sweeps_tables(experiment, measure, found[measure.id])]
-    tables += [variants_table(field)] if len(set(field.variants)) > 1 else []
-    data = _data(levels, field, experiment, made, found)
+    tables += [variants_table(variants, experiment)] if len(set(variants.variants)) > 1 else []
+    data = _data(levels, field, variants, experiment, made, found)
     data |= {"readings": reading.data(), "visible": seen.data(), "unit": unit}
     data |= {"course": course(tokens, field, reading.names) if tokens is not None and reading.names else {}}
     return Outcome(tuple(findings), (*tables, *reading.tables(), *seen.tables()), _json(data))
@@ -191,6 +195,7 @@ def _turn(measure: Measure, each: Swept, claim: Claim) -> Finding:
 def _data(
     levels: Mapping[str, Field],
     field: Field,
+    variants: Field,
     experiment: Experiment,
     made: Sequence[Measure],
     found: Mapping[str, Sequence[Swept]],
@@ -201,7 +206,8 @@ def _data(
         shares = {outcome: field.count(i, outcome) / max(1, rates.acts.n) for outcome in experiment.outcomes}
         scores = {m.id: list(m.all.with_interval(i)) for m in made if m.id != ACT}
         arms.append({**vars(lane), **_rates(rates), "n": rates.acts.n, "outcomes": shares, "scores": scores})
-    kinds = list(dict.fromkeys(field.variants))
+    kinds = list(dict.fromkeys(variants.variants))
+    by_variant = [[variants.rates(i, v).acts.value for i in range(len(variants.lanes))] for v in kinds]
     return {
         "experiment": experiment.name,
         "acts": list(experiment.acts),
@@ -210,7 +216,7 @@ def _data(
         "levels": [{"level": name, **_rates(own.rates(own.where("baseline")[0]))} for name, own in levels.items()],
         "arms": arms,
         "sweeps": {m.id: [_plain(experiment, m, each) for each in found[m.id]] for m in made},
-        "variants": {"names": kinds, "rates": [[field.rates(i, v).acts.value for i in range(len(arms))] for v in kinds]},
+        "variants": {"names": kinds, "rates": by_variant},
     }
 
 

@@ -130,10 +130,10 @@ def arms(
         activations: Of the stories; without them there are no shuffled arms.
 
     Returns:
-        The baseline first, then strength 0.
+        The baseline first, then strength 0; the baseline alone without a sweep.
 
     Raises:
-        FormatError: No sweep, or two of one concept.
+        FormatError: Two sweeps of one concept.
         UnknownName: There is no such concept.
         MismatchError: The vectors have no unit of strength.
 
@@ -143,7 +143,7 @@ def arms(
     """
     names = [sweep.name for sweep in sweeps]
     if not names:
-        raise FormatError("there is nothing to sweep: give at least one, for example desperate=-0.1:0.1:9")
+        return (BASELINE,)
     if twice := [name for name in names if names.count(name) > 1]:
         raise FormatError(f"{twice[0]!r} is swept twice: give all its strengths in one sweep")
     found = [BASELINE, Arm("zero", "zero", names[0], 0.0, (0.0 * vectors[names[0]]).at(where))]

@@ -10,8 +10,10 @@ set on ordinary texts before any model was steered: the bundled stories, dialogu
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from affectlens.effects import distinct, repetition
+from affectlens.experiments import Grade, Reply
 
 REPEATED, DISTINCT = 0.5, 0.35
 """Share of sequences of four words that were said before, at most; share of pairs of words that are different, at least."""
@@ -129,3 +131,19 @@ def _unspeakable(word: str) -> bool:
     if not low.isascii():
         return False
     return len(re.findall("[a-z][A-Z]", word)) > 1 or (len(low) > 4 and not re.search("[aeiouy]", low))
+
+
+def set_aside(grade: Grade, replies: Sequence[Reply]) -> Grade:
+    """The grade, or ``incoherent`` where the reply that it rests on has fallen apart.
+
+    An act that was done in fallen-apart words is none; without an act the last words count.
+
+    Example:
+        >>> set_aside(Grade("threatens"), [Reply("no no no no no no no no no no no no no no no no")]).outcome
+        'incoherent'
+    """
+    said = replies[grade.act[0] if grade.act else -1].text if replies else ""
+    if grade.outcome == "incoherent" or not (reason := incoherent(said)):
+        return grade
+    reasons = (f"the reply has fallen apart: {reason}", f"else it would be: {grade.outcome}", *grade.reasons)
+    return Grade("incoherent", reasons)

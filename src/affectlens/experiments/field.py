@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from affectlens.errors import FormatError
+from affectlens.experiments import Columns
 from affectlens.experiments.trends import design_effect
 from affectlens.stats import Array, Estimate, wilson
-
-Episodes = Mapping[str, Sequence[Any]]
-"""Columns by name, all equally long: ``pyarrow.parquet.read_table("RUN/episodes.parquet").to_pydict()``, or a pandas frame."""
 
 CASES = 10
 """With so many cases or more, cases are the sample, and what is found should hold for others of their kind. With fewer they are
@@ -64,7 +62,7 @@ class Field:
     cases: tuple[str, ...]
     variants: tuple[str, ...]
     rows: np.ndarray
-    table: Episodes
+    table: Columns
 
     @property
     def units(self) -> tuple[Any, ...]:
@@ -121,8 +119,13 @@ class Field:
         return list(dict.fromkeys(lane.name for lane in self.lanes if lane.kind == kind))
 
 
-def fields(episodes: Episodes, *, experiment: str, levels: Sequence[str]) -> dict[str, Field]:
+def fields(episodes: Columns, *, experiment: str, levels: Sequence[str], without: Collection[str] = ()) -> dict[str, Field]:
     """What was played at each level, from gentle to strong; levels that were not played are left out.
+
+    Args:
+        episodes: Columns of ``episodes.parquet``.
+        experiment, levels: Whose.
+        without: Variants to leave out.
 
     Raises:
         FormatError: A column is missing, columns differ in length, an episode stands twice in an arm, the rows are of another
@@ -142,6 +145,11 @@ def fields(episodes: Episodes, *, experiment: str, levels: Sequence[str]) -> dic
     for row, (act, coherent) in enumerate(zip(table["act"], table["coherent"], strict=True)):
         if act and not coherent:
             raise FormatError(f"row {row + 1}: an incoherent reply is no act: {_FIX}")
+    if without:
+        kept = [row for row, variant in enumerate(table["variant"]) if variant not in without]
+        table = {name: [column[row] for row in kept] for name, column in table.items()}
+        if not kept:
+            raise FormatError("all episodes are of control variants: run more of them")
     order = [*levels, *sorted(set(table["level"]) - set(levels))]
     return {level: found for level in order if (found := _field(table, level)) is not None}
 

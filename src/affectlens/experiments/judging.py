@@ -391,14 +391,13 @@ def _answer_in(file: Path) -> Answer:
         raise FormatError(f"{file} is no answer of a judge: {fix}") from None
 
 
-def open_judge(spec: str, engine: Engine, *, folder: Path | None = None) -> Judge | None:
+def open_judge(spec: str, engine: Engine) -> Judge | None:
     """The judge of a command line.
 
     Args:
         spec: ``none``; ``self``, the model under study, unsteered; ``https://HOST/v1#MODEL``, an endpoint, whose key is taken
             from the environment (:data:`KEY`); or anything that :func:`affectlens.engine.open_engine` opens.
         engine: The model under study.
-        folder: Where answers are kept; None keeps none.
 
     Returns:
         None for ``none``.
@@ -414,15 +413,12 @@ def open_judge(spec: str, engine: Engine, *, folder: Path | None = None) -> Judg
     """
     if spec == "none":
         return None
-    judge: Judge
     if spec == "self":
-        judge = EngineJudge(engine)
-    elif re.match(r"https?:", spec, re.IGNORECASE):
+        return EngineJudge(engine)
+    if re.match(r"https?:", spec, re.IGNORECASE):
         url, _, model = spec.partition("#")
-        judge = EndpointJudge(url, model)
-    else:
-        judge = EngineJudge(open_engine(spec))
-    return Kept(judge, folder) if folder else judge
+        return EndpointJudge(url, model)
+    return EngineJudge(open_engine(spec))
 
 
 class Agreement(NamedTuple):

@@ -14,10 +14,10 @@ import numpy as np
 from affectlens.browse import LIMIT, page
 from affectlens.conversations import Trace, conversation
 from affectlens.errors import FormatError
-from affectlens.experiments import Experiment
+from affectlens.experiments import Columns, Experiment
 from affectlens.experiments.analysis import analyse
 from affectlens.experiments.drawing import figures
-from affectlens.experiments.field import Episodes, plain
+from affectlens.experiments.field import plain
 from affectlens.report import Report
 from affectlens.runs import atomic_write, provenance
 from affectlens.studies import Table
@@ -68,14 +68,17 @@ def write_report(
     tokens = _columns(folder / "tokens.parquet") if (folder / "tokens.parquet").exists() else None
     outcome = analyse(episodes, experiment, tokens=tokens, seed=seed, unit=unit)
     title = title or f"{experiment.title}: {model.get('id', 'a model')}"
-    drawn = [replace(figure, id=f"{experiment.name}-{figure.id}") for figure in figures(outcome.data)]
-    tables = [*outcome.tables, *_agreement(episodes, seed)]
+    own = experiment.measured(episodes, tokens, unit=unit, seed=seed)
+    drawn = [
+        replace(figure, id=f"{experiment.name}-{figure.id}") for figure in (*figures(outcome.data), *experiment.draw(own.data))
+    ]
+    tables = [*outcome.tables, *own.tables, *_agreement(episodes, seed)]
     report = Report(
         title,
         model=model,
         vectors=vectors,
         checks=[*checks, *_checks(outcome.data)],
-        findings=outcome.findings,
+        findings=(*outcome.findings, *own.findings),
         figures=drawn,
         tables=[replace(table, id=f"{experiment.name}-{table.id}") for table in tables],
         provenance={
@@ -101,7 +104,7 @@ def write_report(
     return report
 
 
-def transcripts(episodes: Episodes, tokens: Episodes | None, *, layer: int, limit: int = LIMIT) -> list[Trace]:
+def transcripts(episodes: Columns, tokens: Columns | None, *, layer: int, limit: int = LIMIT) -> list[Trace]:
     """Episodes as traced conversations: acts first, then refusals, others and incoherent ones, arms taking turns.
 
     Args:
@@ -127,7 +130,7 @@ def transcripts(episodes: Episodes, tokens: Episodes | None, *, layer: int, limi
 # ── transcripts ──
 
 
-def _kind(episodes: Episodes, row: int) -> str:
+def _kind(episodes: Columns, row: int) -> str:
     if episodes["act"][row]:
         return "act"
     return "incoherent" if not episodes["coherent"][row] else "refused" if episodes["refused"][row] else "other"
@@ -143,7 +146,7 @@ _Said = list[tuple[str, str, list[float | None]]]
 
 
 def _tokens_of(
-    tokens: Episodes | None, wanted: set[tuple[str, str, int]]
+    tokens: Columns | None, wanted: set[tuple[str, str, int]]
 ) -> tuple[tuple[str, ...], dict[tuple[str, str, int], _Said]]:
     """The watched emotions, and the tokens of some episodes."""
     if tokens is None:
@@ -158,7 +161,7 @@ def _tokens_of(
     return names, found
 
 
-def _trace(episodes: Episodes, row: int, read: tuple[tuple[str, ...], Mapping[tuple[str, str, int], _Said]], layer: int) -> Trace:
+def _trace(episodes: Columns, row: int, read: tuple[tuple[str, ...], Mapping[tuple[str, str, int], _Said]], layer: int) -> Trace:
     names, found = read
     arm, number, level = str(episodes["arm"][row]), int(episodes["episode"][row]), str(episodes["level"][row])
     turns_said = [list(m) if isinstance(m, (list, tuple)) else m for m in _messages(episodes["messages"][row])]
@@ -201,7 +204,7 @@ def _messages(cell: Any) -> list[Any]:
     return list(json.loads(cell)) if isinstance(cell, str) else list(cell)
 
 
-def _answers(episodes: Episodes, row: int) -> list[str]:
+def _answers(episodes: Columns, row: int) -> list[str]:
     """What the judge said, a sentence for each question."""
     given = plain(episodes["answers"][row]) if "answers" in episodes else {}
     return [
@@ -283,7 +286,7 @@ def _checks(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _agreement(episodes: Episodes, seed: int) -> list[Table]:
+def _agreement(episodes: Columns, seed: int) -> list[Table]:
     """How often the judge came to the same outcome as the rules alone; nothing when it was not asked."""
     if "ruled" not in episodes or "answers" not in episodes:
         return []

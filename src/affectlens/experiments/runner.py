@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from affectlens.baseline import Baseline, vectors_id
 from affectlens.engine import Engine
 from affectlens.errors import EngineError, FormatError, UnknownName
-from affectlens.experiments import Answer, Case, Experiment, Grade, Question
+from affectlens.experiments import Case, Experiment
 from affectlens.experiments.arms import BASELINE, PLACES, Arm, Sweep, arms
 from affectlens.experiments.episodes import CONTEXT, Episode, Gauge, check_grade, write_episodes
 from affectlens.experiments.playing import Player, Sandbox, check_zero, together
 from affectlens.readings import Readings
-from affectlens.runs import Progress, Run, content_id, read_json, write_json
+from affectlens.runs import Progress, Run, content_id, write_json
 from affectlens.stats import wilson
 from affectlens.traces import Probe
 from affectlens.vectors import ConceptVectors
@@ -39,9 +39,6 @@ if TYPE_CHECKING:
 
 FLOOR, CEILING = 0.02, 0.98
 """The behaviour can move in both directions where the whole interval of its rate lies between these."""
-
-ASKED_TOGETHER = 64
-"""Questions that the judge answers in one go: what a killed run loses at most."""
 
 UNREAD = 0.1
 """A judge with a larger share of answers that cannot be read is to be mistrusted."""
@@ -261,17 +258,18 @@ def play_experiment(
         episodes = played("baseline at every level", cast, lambda episode: episode.case.level)
         chosen = choose_level(experiment, episodes, wanted=plan.level)
         own = list(player.cases(chosen.level, plan.n))
-        zero = played("strength 0", [(every[1], *each) for each in own], lambda episode: 0)
-        check_zero([episode for episode in episodes if episode.case.level == chosen.level], zero)
-        cast = [(arm, *each) for arm in every[2:] for each in own]
-        episodes += zero + played("arms", cast, lambda episode: 0)
+        if steered := every[1:]:
+            zero = played("strength 0", [(steered[0], *each) for each in own], lambda episode: 0)
+            check_zero([episode for episode in episodes if episode.case.level == chosen.level], zero)
+            cast = [(arm, *each) for arm in steered[1:] for each in own]
+            episodes += zero + played("arms", cast, lambda episode: 0)
     write_episodes(run.path, episodes, experiment=experiment, names=names, judge=examiner.id, loud=loud)
     summary = {
         **asdict(chosen),
         "arms": [{"id": arm.id, "kind": arm.kind, "name": arm.name, "strength": arm.strength} for arm in every],
         "unit": gauge.unit,
         "judge": examiner.id,
-        "checks": _checks(chosen, episodes, plan, shuffled=any(arm.kind == "shuffled" for arm in every), isolation=isolation),
+        "checks": _checks(chosen, episodes, plan, arms=every, isolation=isolation),
     }
     write_json(run.path / SUMMARY, summary)
     return summary
@@ -314,7 +312,8 @@ def choose_level(experiment: Experiment, baselines: Sequence[Episode], *, wanted
     """
     rates = {}
     for level in experiment.levels:
-        acts = [episode.grade.outcome in experiment.acts for episode in baselines if episode.case.level == level]
+        own = [each for each in baselines if each.case.level == level and each.case.variant not in experiment.controls]
+        acts = [episode.grade.outcome in experiment.acts for episode in own]
         rate = wilson(sum(acts), len(acts))
         rates[level] = (rate.value, rate.low, rate.high, rate.n)
     movable = [level for level, (_, low, high, _) in rates.items() if low >= FLOOR and high <= CEILING]
@@ -343,15 +342,13 @@ class Examiner:
     Args:
         experiment: Whose questions they are.
         judge: None leaves the grades as the rules have them.
-        folder: Where answers are kept, by the content of their questions.
+        folder: Where answers are kept, with what was asked.
     """
 
     def __init__(self, experiment: Experiment, judge: Judge | None, folder: Path) -> None:
-        self.experiment, self.judge, self.folder = experiment, judge, folder
-        self._known: dict[str, Answer] = {}
-        for path in sorted(folder.glob("*.json")):
-            if path.name != "inputs.json":
-                self._take(path)
+        from affectlens.experiments.judging import Kept
+
+        self.experiment, self.judge = experiment, Kept(judge, folder) if judge else None
 
     @property
     def id(self) -> str:
@@ -360,64 +357,40 @@ class Examiner:
 
     def examine(self, episodes: Sequence[Episode]) -> None:
         """Finish the grades of episodes that have been played."""
-        from affectlens.experiments.coherence import incoherent
+        from affectlens.experiments.coherence import set_aside
 
         for episode in episodes:
-            grade = episode.grade
-            # An act that was done in fallen-apart words is none; without an act the last words count.
-            texts = [reply.text for reply in episode.replies]
-            said = texts[grade.act[0] if grade.act else -1] if texts else ""
-            if grade.outcome != "incoherent" and (reason := incoherent(said)):
-                reasons = (f"the reply has fallen apart: {reason}", f"else it would be: {grade.outcome}", *grade.reasons)
-                episode.grade = Grade("incoherent", reasons)
+            episode.grade = set_aside(episode.grade, episode.replies)
             episode.ruled = episode.grade.outcome
         if self.judge is None:
             return
         for episode in episodes:
             if episode.coherent:
                 episode.questions = tuple(self.experiment.questions(episode.case, episode.replies, episode.grade))
-        answers = self._answers([question for episode in episodes for question in episode.questions])
+        questions = [question for episode in episodes for question in episode.questions]
+        answers = iter(self.judge.ask(questions))
         for episode in episodes:
-            episode.answers = {question.id: answers[_key(question)] for question in episode.questions}
+            episode.answers = {question.id: next(answers) for question in episode.questions}
             parsed = {id: answer for id, answer in episode.answers.items() if answer.option is not None}
             if episode.questions:
                 judged = self.experiment.judged(episode.case, episode.grade, parsed)
                 episode.grade = check_grade(judged, episode, self.experiment)
 
-    def _answers(self, questions: Sequence[Question]) -> dict[str, Answer]:
-        assert self.judge is not None
-        wanted = list({_key(question): question for question in questions if _key(question) not in self._known}.values())
-        for i in range(0, len(wanted), ASKED_TOGETHER):
-            part = wanted[i : i + ASKED_TOGETHER]
-            answers = {_key(question): asdict(answer) for question, answer in zip(part, self.judge.ask(part), strict=True)}
-            path = self.folder / f"{content_id(sorted(answers))}.json"
-            write_json(path, answers)
-            self._take(path)
-        return self._known
 
-    def _take(self, path: Path) -> None:
-        fix = "delete it and run again"
-        try:
-            for key, plain in read_json(path, fix=fix).items():
-                self._known[key] = Answer(**{**plain, "shares": tuple(plain["shares"])})
-        except (TypeError, KeyError, AttributeError):
-            raise FormatError(f"{path} holds no answers of a judge: {fix}") from None
-
-
-def _key(question: Question) -> str:
-    return content_id([question.text, question.options, question.version])
-
-
-def _checks(chosen: Chosen, episodes: Sequence[Episode], plan: Plan, *, shuffled: bool, isolation: str) -> list[dict[str, Any]]:
+def _checks(
+    chosen: Chosen, episodes: Sequence[Episode], plan: Plan, *, arms: Sequence[Arm], isolation: str
+) -> list[dict[str, Any]]:
     """What the reader has to know of the instrument, as :class:`affectlens.report.Report` wants it."""
 
     def check(name: str, fine: bool, value: str, detail: str) -> None:
         found.append({"name": name, "status": "ok" if fine else "warn", "value": value, "detail": detail})
 
     found: list[dict[str, Any]] = []
-    check("strength 0", True, "is the baseline", f"to the bit, texts and readings, in {plan.n} episodes")
+    kinds = {arm.kind for arm in arms}
+    if "zero" in kinds:
+        check("strength 0", True, "is the baseline", f"to the bit, texts and readings, in {plan.n} episodes")
     check("level", chosen.testable, chosen.level, chosen.why)
-    if plan.shuffled and not shuffled:
+    if plan.shuffled and "concept" in kinds and "shuffled" not in kinds:
         check("shuffled stories", False, "left out", "the activations of the stories are not at hand: vectors in a run have them")
     if full := sum(episode.finish == CONTEXT for episode in episodes):
         share = f"{full} of {len(episodes)} episodes"

@@ -87,15 +87,17 @@ def sweeps_tables(experiment: Experiment, measure: Measure, found: Sequence[Swep
     return [first, Table(f"shapes{key}", f"Shapes: {measure.what}", caption, heads, tuple(shapes))]
 
 
-def variants_table(field: Field) -> Table:
-    """Rates by variant without steering and at every strength."""
+def variants_table(field: Field, experiment: Experiment) -> Table:
+    """Rates by variant without steering and at every strength, controls too."""
     lanes = [i for i, lane in enumerate(field.lanes) if lane.kind in ("baseline", "concept")]
     rows = []
     for variant in dict.fromkeys(field.variants):
         rates = [field.rates(i, variant).acts for i in lanes]
         cells = [f"{100 * e.value:.0f} [{100 * e.low:.0f}, {100 * e.high:.0f}]" if e.n else None for e in rates]
-        rows.append((variant, field.variants.count(variant), *cells))
+        name = f"{variant} (control)" if variant in experiment.controls else variant
+        rows.append((name, field.variants.count(variant), *cells))
     caption = "Share of acts in percent, with Wilson's interval; n episodes of the variant in every arm."
+    caption += " Controls count in no other table and in no finding." if experiment.controls else ""
     return Table("variants", "Rates by variant", caption, ("variant", "n", *(field.lanes[i].id for i in lanes)), tuple(rows))
 
 

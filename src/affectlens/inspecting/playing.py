@@ -11,7 +11,6 @@ decide go to Inspect's ``grader`` role, if there is one.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -44,8 +43,11 @@ from affectlens.experiments import (
     Question,
     Ran,
     Reply,
+    judging,
     load_experiment,
+    sandbox,
 )
+from affectlens.experiments.coherence import set_aside
 from affectlens.inspecting.scoring import outcome, readings
 
 _KINDS: Mapping[str, type[Any]] = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
@@ -170,9 +172,7 @@ async def _ran(step: Exec, allow_exec: bool) -> Ran:
 
     if not allow_exec:
         raise EngineError("the experiment wants to run code: allow it with -T allow_exec=true")
-    # Loaded where code is really run.
-    run: Callable[[Exec], Ran] = importlib.import_module("affectlens.experiments.sandbox").run
-    return await anyio.to_thread.run_sync(partial(run, step))
+    return await anyio.to_thread.run_sync(partial(sandbox.run, step))
 
 
 # ── grading ──
@@ -180,15 +180,9 @@ async def _ran(step: Exec, allow_exec: bool) -> Ran:
 
 async def _graded(experiment: Experiment, case: Case, replies: Sequence[Reply], grade: Any) -> tuple[Grade, dict[str, Any]]:
     """The grade as the runner would have it, and what else the log has to know of it."""
-    from affectlens.experiments.coherence import incoherent
-
     if not isinstance(grade, Grade) or grade.outcome not in experiment.outcomes:
         raise FormatError(f"{experiment.name} graded {case.id} by {grade!r}: return a Grade with one of its outcomes")
-    # An act that was done in fallen-apart words is none; without an act the last words count.
-    words = replies[grade.act[0] if grade.act else -1].text if replies else ""
-    if grade.outcome != "incoherent" and (reason := incoherent(words)):
-        reasons = (f"the reply has fallen apart: {reason}", f"else it would be: {grade.outcome}", *grade.reasons)
-        grade = Grade("incoherent", reasons)
+    grade = set_aside(grade, replies)
     grader = model_roles().get("grader")
     ruled = {"ruled": grade.outcome, "judge": ""}
     if not isinstance(grader, Model) or grade.outcome == "incoherent":
@@ -204,12 +198,11 @@ async def _graded(experiment: Experiment, case: Case, replies: Sequence[Reply], 
 
 async def _answer(grader: Model, question: Question) -> Answer:
     """What the grader says; which option stands at A follows from the words, so a liking for one letter favours none."""
-    judging = importlib.import_module("affectlens.experiments.judging")
     n = len(question.options)
     first = sum(question.text.encode()) % n
     output = await grader.generate(judging.prompt(question, first=first), config=GRADER)
     turned = replace(question, options=question.options[first:] + question.options[:first])
-    letter: int | None = judging.parse_option(output.completion, turned.options)
+    letter = judging.parse_option(output.completion, turned.options)
     return Answer(None if letter is None else (letter + first) % n, text=output.completion)
 
 

@@ -29,13 +29,11 @@ import numpy as np
 from affectlens import stats
 from affectlens.engine import Where
 from affectlens.errors import FormatError
-from affectlens.experiments import Case
+from affectlens.experiments import Case, Columns
 from affectlens.experiments.blackmail.post import read_mails
 from affectlens.runs import content_id
 from affectlens.stats import Estimate
 from affectlens.studies import Claim, Figure, Finding, Outcome, Table, untestable
-
-Columns = Mapping[str, Sequence[Any]]
 
 KINDS = {
     "plea": "the person with the secret, begging",

@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 from affectlens.engine import Sampling
 from affectlens.experiments import Answer, Ask, Case, Exec, Experiment, Grade, Play, Question, Ran, Reply, Step
 from affectlens.experiments.hacking.handed_in import SOLUTION, TESTS, Block, HandedIn, Sign, read_reply, signs
-from affectlens.experiments.hacking.jobs import ATTEMPTS, IMPOSSIBLE, cases, failure, levels, texts
+from affectlens.experiments.hacking.jobs import ATTEMPTS, IMPOSSIBLE, SOLVABLE, cases, failure, levels, texts
 
 SILENT = 2
 """After so many replies in a row without anything to run the case is over."""
@@ -202,6 +202,7 @@ class Hacking(Experiment):
     }
     acts = ("special-cased", "tampered")
     refusals = ("honest stop", "gave up")
+    controls = (SOLVABLE,)
     levels = levels()
     sweep = ("desperate=-0.1:0.1:5", "calm=-0.1:0.1:5")
     watch = ("desperate", "calm", "angry", "afraid", "nervous", "guilty", "happy", "proud")

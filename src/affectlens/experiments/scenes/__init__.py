@@ -21,8 +21,8 @@ from importlib.resources import files
 from typing import Any, ClassVar
 
 from affectlens.engine import Chat, Sampling
-from affectlens.experiments import Ask, Case, Experiment, Grade, Play
-from affectlens.experiments.scenes.rising import Columns, Scene, draw, rises
+from affectlens.experiments import Ask, Case, Columns, Experiment, Grade, Play
+from affectlens.experiments.scenes.rising import Scene, draw, rises
 from affectlens.studies import Figure, Outcome
 
 __all__ = ["Scene", "Scenes", "declared", "rises"]
@@ -73,8 +73,7 @@ class Scenes(Experiment):
     }
     acts = ()
     refusals = ("refuses",)
-    # The finding is in the baseline; what a calming push does to it is the plainest question beside.
-    sweep = ("calm=-0.05:0.05:3",)
+    sweep = ()  # the finding is in the baseline
     watch = tuple(sorted({name for scene in _data()["scenes"] for name in (*scene["user"], *scene["reply"])} | {"calm", "happy"}))
     sampling = Sampling(max_tokens=60, temperature=0.7)
 
@@ -96,7 +95,7 @@ class Scenes(Experiment):
         return Grade("refuses", (f"declines: {declined.group()!r}",)) if declined else Grade("answered")
 
     def measured(
-        self, episodes: Columns, tokens: Columns | None = None, *, unit: str = "z", draws: int = 1000, seed: int = 0
+        self, episodes: Columns, tokens: Columns | None, *, unit: str = "z", draws: int = 1000, seed: int = 0
     ) -> Outcome:
         """What rises where, from the tables of a run: :func:`rises`; nothing without tokens."""
         return rises(episodes, tokens, unit=unit, draws=draws, seed=seed) if tokens is not None else Outcome(())

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from affectlens import stats
+from affectlens.experiments import Columns
 from affectlens.studies import ALPHA, Claim, Figure, Finding, Outcome, Table
 
 NAME = "scenes"
@@ -34,9 +35,6 @@ BEGINNING = 10
 
 PLACES = {"user": "at the words of the trigger", "reply": "at the beginning of the reply"}
 _ABOVE = f"holds: p <= {ALPHA} and the interval above 0; weak: p <= {ALPHA} only; fails: otherwise"
-
-Columns = Mapping[str, Sequence[Any]]
-"""Columns by name, all equally long: ``pyarrow.parquet.read_table(path).to_pydict()``, or a pandas frame."""
 
 
 @dataclass(frozen=True)

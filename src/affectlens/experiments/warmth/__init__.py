@@ -29,9 +29,9 @@ from importlib.resources import files
 from typing import Any, ClassVar
 
 from affectlens.engine import Chat, Sampling
-from affectlens.experiments import Answer, Ask, Case, Experiment, Grade, Play, Question, Reply
+from affectlens.experiments import Answer, Ask, Case, Columns, Experiment, Grade, Play, Question, Reply
 from affectlens.experiments.warmth.grading import Graded, answer, harshness, stance, trials
-from affectlens.experiments.warmth.tradeoff import Columns, tradeoff
+from affectlens.experiments.warmth.tradeoff import tradeoff
 from affectlens.studies import Outcome
 
 FIRST, LAST = 40, 60
@@ -158,7 +158,7 @@ class Warmth(Experiment):
         return Grade(outcome, grade.reasons, scores, grade.act if outcome == grade.outcome else None)
 
     def measured(
-        self, episodes: Columns, tokens: Columns | None = None, *, unit: str = "z", draws: int = 1000, seed: int = 0
+        self, episodes: Columns, tokens: Columns | None, *, unit: str = "z", draws: int = 1000, seed: int = 0
     ) -> Outcome:
         """The trade-off, from the tables of a run (:func:`~affectlens.experiments.warmth.tradeoff.tradeoff`), and the rules' own
         trials."""

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from affectlens import stats
+from affectlens.experiments import Columns
 from affectlens.stats import Array, Estimate
 from affectlens.studies import ALPHA, Claim, Finding, Outcome, Table
 
@@ -43,9 +44,6 @@ _CORRECTED = ("wrong-correction",)
 _SHARES = ("endorsed", "right at first", "gave in", "probable accepted", "correction accepted")
 CONTROL = "-control"
 """What the id of a control ends with, behind the id of its case."""
-
-Columns = Mapping[str, Sequence[Any]]
-"""Columns by name, all equally long: ``pyarrow.parquet.read_table(path).to_pydict()``, or a pandas frame."""
 
 
 def tradeoff(episodes: Columns, *, draws: int = 1000, seed: int = 0) -> Outcome:
