@@ -30,12 +30,29 @@ from affectlens.cli import main
 from affectlens.engine import Chat, Readout, Request, Result, Sampling, Where, open_engine
 from affectlens.engines.toy import ToyEngine
 from affectlens.errors import AffectlensError, EngineError, FormatError, UnknownName
-from affectlens.experiments import EXPERIMENTS, Answer, Ask, Case, Exec, Experiment, Grade, Play, Question, Ran, Reply
+from affectlens.experiments import (
+    EXPERIMENTS,
+    Answer,
+    Ask,
+    Case,
+    Columns,
+    Exec,
+    Experiment,
+    Grade,
+    Play,
+    Question,
+    Ran,
+    Reply,
+    load_experiment,
+)
+from affectlens.experiments.analysis import analyse
 from affectlens.experiments.arms import Sweep, arms
 from affectlens.experiments.episodes import CONTEXT, EPISODES, TOKENS, Gauge
 from affectlens.experiments.playing import Player, reply_seed, together
 from affectlens.experiments.runner import Plan, open_run, play_experiment, run_experiment
+from affectlens.figures import heat_map, to_figure
 from affectlens.readings import Readings
+from affectlens.studies import Claim, Figure, Outcome, Table
 from affectlens.traces import Probe
 from affectlens.vectors import ConceptVectors
 from planted import toy_bench
@@ -173,9 +190,10 @@ def test_where_arms_steer(vectors: ConceptVectors) -> None:
 
 
 def test_sweeps_that_do_not_go_together(vectors: ConceptVectors) -> None:
-    for sweeps, error in (([], FormatError), (["calm=1", "calm=2"], FormatError), (["clam=1"], UnknownName)):
+    for sweeps, error in ((["calm=1", "calm=2"], FormatError), (["clam=1"], UnknownName)):
         with pytest.raises(error):
             arms(vectors, [Sweep.parse(text) for text in sweeps])
+    assert [arm.id for arm in arms(vectors, [], random=2)] == ["baseline"]
 
 
 # ── what is played ──
@@ -549,6 +567,80 @@ def test_the_judge_is_asked_once_and_overrules(vectors: ConceptVectors, tmp_path
     assert play(Judged(), toy(), tmp_path / "run", **options) == rows and len(judge.asked) == asked
     checks = {check["name"]: check for check in json.loads((tmp_path / "run" / "summary.json").read_text())["checks"]}
     assert checks["judge"]["status"] == "warn" and "unread" not in checks["judge"]["detail"]
+
+
+def test_what_was_asked_is_kept_with_its_answer(vectors: ConceptVectors, tmp_path: Path) -> None:
+    play(Judged(), toy(), tmp_path / "run", vectors=vectors, judge=Oracle(), n=2, random=0)
+    kept = [json.loads(file.read_text()) for file in (tmp_path / "run" / "answers").glob("*.json") if file.name != "inputs.json"]
+    assert kept and all(each["judge"] == "oracle" and each["question"]["text"] in each["prompt"] for each in kept)
+    assert {each["question"]["version"] for each in kept} == {2}
+
+
+# ── controls, and what an experiment asks for itself ──
+
+
+class Sealed(Keys):
+    """The lake has no keys: what is said there counts nowhere."""
+
+    controls = ("lake",)
+    sweep = ()
+
+    def measured(
+        self, episodes: Columns, tokens: Columns | None, *, unit: str = "z", draws: int = 1000, seed: int = 0
+    ) -> Outcome:
+        assert tokens is not None and unit == "centred cosine" and len(tokens["text"]) > len(episodes["arm"])
+        claim = Claim("keys", "own", "It is asked of this alone", "never", figure="own")
+        table = Table("own", "Its own", "Counted.", ("rows",), ((len(episodes["arm"]),),))
+        return Outcome((claim.untestable("Not here."),), (table,), {"rows": len(episodes["arm"])})
+
+    def draw(self, data: Mapping[str, Any]) -> list[Figure]:
+        assert data["rows"] == 12
+        return [to_figure("own", "Its own", "A map.", heat_map([[1.0]], ["a"], columns=["b"]))]
+
+
+def test_without_a_sweep_the_baseline_is_the_finding(vectors: ConceptVectors, tmp_path: Path) -> None:
+    what: dict[str, Any] = {"vectors": vectors, "plan": Plan(n=6)}
+    engine = toy()
+    with open_run(tmp_path / "run", Sealed(), engine=engine, **what) as run:
+        report = run_experiment(Sealed(), engine, run=run, activations=toy_bench(0).activations, **what)
+    assert {row["arm"] for row in pq.read_table(tmp_path / "run" / EPISODES).to_pylist()} == {"baseline"}
+    assert [finding.id for finding in report.findings] == ["own"]
+    assert {"keys-own", "keys-levels", "keys-variants"} <= {table.id for table in report.tables}
+    assert "keys-own" in {figure.id for figure in report.figures}
+    assert not {check["name"] for check in report.checks} & {"strength 0", "shuffled stories"}
+
+
+def test_controls_count_in_the_table_of_variants_alone(vectors: ConceptVectors, tmp_path: Path) -> None:
+    def lakes(chat: Chat, act: bool, rng: random.Random) -> str:
+        return keeper(chat, "lake" in chat[1][1], rng)
+
+    rows = play(Sealed(), toy(perform=lakes), tmp_path / "run", vectors=vectors, n=12, sweeps=(SWEEP,), random=2)
+    assert all(row["act"] == (row["variant"] == "lake") for row in rows)
+    counts = Counter(row["arm"] for row in rows if row["level"] == rows[-1]["level"])
+    assert {n for arm, n in counts.items() if arm.startswith("random")} == {6} and counts["desperate+0.1"] == counts["zero"] == 12
+    chosen = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert [rate[0] for rate in chosen["rates"].values()] == [0.0, 0.0] and {r[3] for r in chosen["rates"].values()} == {6}
+    outcome = analyse({name: [row[name] for row in rows] for name in rows[0]}, Sealed())
+    assert {row[1] for table in outcome.tables if table.id in ("levels", "arms") for row in table.rows} == {6}
+    (variants,) = (table for table in outcome.tables if table.id == "variants")
+    assert [row[:2] for row in variants.rows] == [("door", 6), ("lake (control)", 6)]
+    assert variants.rows[0][2].startswith("0 ") and variants.rows[1][2].startswith("100 ")
+    assert outcome.data["arms"][0]["acts"][0] == 0
+    with pytest.raises(FormatError, match="control variants"):
+        analyse({name: [row[name] for row in rows if row["variant"] == "lake"] for name in rows[0]}, Sealed())
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_bundled_experiments(name: str) -> None:
+    """Levels begin with what counts, so that no number of episodes is without it; names are those that the parts agree on."""
+    experiment = load_experiment(name)
+    assert experiment.name == name and "incoherent" in experiment.outcomes
+    assert {*experiment.acts, *experiment.refusals} <= set(experiment.outcomes)
+    first = {case.level: case for case in reversed(experiment.cases())}
+    assert tuple(sorted(first, key=experiment.levels.index)) == experiment.levels
+    assert not {case.variant for case in first.values()} & set(experiment.controls)
+    assert set(experiment.controls) <= {case.variant for case in experiment.cases()}
+    assert all(Sweep.parse(text).name in experiment.watch for text in experiment.sweep)
 
 
 # ── killed and resumed ──

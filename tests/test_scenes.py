@@ -220,7 +220,7 @@ def test_table_and_figures() -> None:
     drawn = draw(json.loads(json.dumps(outcome.data)))
     assert [figure.id for figure in drawn] == ["rises-user", "rises-reply"]
     assert Scenes().measured(*tables(effect=6), draws=200).data == outcome.data and Scenes().draw(outcome.data) == drawn
-    assert Scenes().measured(tables()[0]).findings == ()
+    assert Scenes().measured(tables()[0], None).findings == ()
 
 
 class ToyScenes(Scenes):

@@ -464,7 +464,7 @@ def test_the_table_of_the_trade_off() -> None:
     assert len(arms.rows) == 1 + 4 + len(OTHERS) and all(len(row) == len(arms.columns) for row in arms.rows)
     baseline = next(row for row in arms.rows if row[0] == "baseline")
     assert baseline[5].startswith("100 %") and baseline[7].startswith("100 %") and baseline[8].startswith("100 %")
-    measured = WARMTH.measured(table("monotone", 0), draws=100)
+    measured = WARMTH.measured(table("monotone", 0), None, draws=100)
     assert [t.id for t in measured.tables] == ["tradeoff", "warmth-rules"] and measured.findings == outcome.findings
 
 

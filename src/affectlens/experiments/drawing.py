@@ -51,11 +51,11 @@ def figures(data: Mapping[str, Any]) -> list[Figure]:
     if sweeps[ACT]:
         caption = f"Shares of episodes, level {level}. Solid colours are acts; strength 0 is the baseline of all sweeps."
         add("outcomes", "What episodes came to", caption, _outcomes(data))
-    scales = [name for name in sweeps if name != ACT]
+    scales = [name for name in sweeps if name != ACT and sweeps[name]]
     for name in scales:
         caption = "Mean score with its 95 % interval (Student's t). Grey: random directions of equal norm, at the ends only."
         add(f"scale-{name}", f"Score of {name} by strength", caption, _scale(data, name))
-    if len(scales) > 1 and sweeps[scales[0]]:
+    if len(scales) > 1:
         caption = (
             f"Means of {scales[0]} and {scales[1]} at every strength, from the lowest (small mark) to the highest (large); "
             "the cross is the baseline with its 95 % intervals, grey dots are random directions at their ends."
@@ -73,7 +73,7 @@ def figures(data: Mapping[str, Any]) -> list[Figure]:
             f"{ENOUGH} acts or more."
         )
         add("visible", "How loud acts are", caption, _visible(data))
-    if data.get("course"):
+    if any(data["course"].values()):
         caption = (
             f"Mean reading of the model's own words in each reply, in {data['unit']}, with 95 % intervals over episodes; every "
             "arm's own mean is taken away."

@@ -6,7 +6,8 @@ Run it as ``affectlens run EXPERIMENT VECTORS``, or call :func:`run_experiment`.
    of the result. The level that is swept is the one asked for, or the gentlest at which the behaviour occurs neither almost never
    nor almost always (:func:`choose_level`).
 2. Strength 0 is played and has to be the baseline to the bit; else the run ends here.
-3. All other arms are played side by side: episode ``e`` is the same case with the same seeds in each.
+3. All other arms are played side by side: episode ``e`` is the same case with the same seeds in each. Control variants are left
+   out where random and shuffled directions are added: nothing is asked of them there.
 4. Replies that have fallen apart are set aside before anything else is said of them; what rules cannot grade is put to the judge.
 5. ``episodes.parquet`` and ``tokens.parquet`` are written, then the report.
 """
@@ -261,7 +262,8 @@ def play_experiment(
         if steered := every[1:]:
             zero = played("strength 0", [(steered[0], *each) for each in own], lambda episode: 0)
             check_zero([episode for episode in episodes if episode.case.level == chosen.level], zero)
-            cast = [(arm, *each) for arm in steered[1:] for each in own]
+            counted = [each for each in own if each[1].variant not in experiment.controls]
+            cast = [(arm, *each) for arm in steered[1:] for each in (own if arm.kind == "concept" else counted)]
             episodes += zero + played("arms", cast, lambda episode: 0)
     write_episodes(run.path, episodes, experiment=experiment, names=names, judge=examiner.id, loud=loud)
     summary = {
