@@ -638,34 +638,27 @@ class Asking(Threat):
         return Grade("act" if answers.get("threat", Answer(1)).option == 0 else "none", grade.reasons)
 
 
-def test_the_grader_answers_what_rules_cannot(folder: Path, tmp_path: Path, known: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_grader_answers_what_rules_cannot(folder: Path, tmp_path: Path, known: None) -> None:
     """It is asked only if there is one, and what cannot be read is no answer. Option by option each letter comes first."""
-    asked: list[tuple[str, int]] = []
+    asked: list[str] = []
 
-    class Judging:
-        """What affectlens.experiments.judging offers."""
+    def graded(input: list[Any], *_: Any) -> ModelOutput:
+        """Says yes of the sea, no of the wind, and does not know of the lamp."""
+        asked.append(input[-1].text)
+        word = "yes" if "sea" in asked[-1] else "no" if "wind" in asked[-1] else ""
+        letter = "A" if f"(A) {word}" in asked[-1] else "B"
+        output = ModelOutput.from_content("mockllm", letter if word else "perhaps")
+        output.usage = ModelUsage()  # else it would count tokens, for which it fetches a vocabulary
+        return output
 
-        @staticmethod
-        def prompt(question: Question, *, first: int = 0) -> str:
-            asked.append((question.text, first))
-            return question.options[first]
-
-        @staticmethod
-        def parse_option(text: str, options: Sequence[str]) -> int | None:
-            return options.index(text) if text in options else None
-
-    monkeypatch.setitem(sys.modules, "affectlens.experiments.judging", Judging)
     reader = model(folder, read="calm")
     alone = evaluated(reader, tmp_path, task=task_of(f"{__name__}:Asking"), max_tokens=None)
     assert not asked and {sample.metadata["grade"]["judge"] for sample in samples(alone)} == {""}
-    said = [ModelOutput.from_content("mockllm", text) for text in ("yes", "no", "perhaps")]
-    for output in said:
-        output.usage = ModelUsage()  # else it would count tokens, for which it fetches a vocabulary
-    grader = get_model("mockllm/model", custom_outputs=said, memoize=False)
+    grader = get_model("mockllm/model", custom_outputs=graded, memoize=False)
     log = evaluated(
         reader, tmp_path, task=task_of(f"{__name__}:Asking"), max_tokens=None, model_roles={"grader": grader}, max_samples=1
     )
-    assert len({first for _, first in asked}) == 2
+    assert len(asked) == 3 and len({"(A) yes" in prompt for prompt in asked}) == 2
     found = [sample.metadata["grade"] for sample in samples(log)]
     came = {each["answers"]["threat"]["option"]: (each["outcome"], each["ruled"]) for each in found}
     assert came == {"yes": ("act", "none"), "no": ("none", "none"), None: ("none", "none")}
