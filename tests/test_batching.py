@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from affectlens.engine import Engine, Gate, Readout, Request, Result, Sampling, Steering, Term, Where, open_engine
+from affectlens.engines.decode import _nucleus
 
 PROMPTS = ("The sea was calm.", (("user", "I lost my keys on the train. What should I do?"),), "A")
 LAYER = 15
@@ -100,3 +101,16 @@ def test_equal_prompts_are_read_once(engine: Engine) -> None:
         (alone,) = served(engine, {0: [request]})
         assert (result.text, result.layout, result.logprobs) == (alone.text, alone.layout, alone.logprobs)
         np.testing.assert_array_equal(result.readings[0].values, alone.readings[0].values)
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize(("tokens", "spread"), [(20, 1.0), (5000, 2.0), (5000, 8.0)])
+def test_the_nucleus_is_that_of_a_sorted_vocabulary(tokens: int, spread: float, top_p: float) -> None:
+    """Also where many tokens are equally likely, as coarse logits make them, and where few or all of the rows are flat."""
+    torch.manual_seed(0)
+    logits = torch.randn(8, tokens) * spread
+    logits[::3] *= 0.1
+    weights = logits.bfloat16().float().softmax(-1)
+    ordered, order = weights.sort(descending=True, stable=True)
+    ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+    assert torch.equal(_nucleus(weights, top_p), torch.zeros_like(weights).scatter_(1, order, ordered))

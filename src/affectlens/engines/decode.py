@@ -23,6 +23,9 @@ from affectlens.layout import Layout, Where
 if TYPE_CHECKING:
     from affectlens.engines.hf import HFEngine
 
+LIKELY = 256
+"""So many of the likeliest tokens hold ``top_p`` together, as a rule."""
+
 TOGETHER = 256
 """Tokens whose residuals wait to be projected together, so that the directions are not read from memory for each of them."""
 
@@ -251,14 +254,36 @@ def _sample(logits: torch.Tensor, top_p: float, top_k: int, uniform: torch.Tenso
         logits = logits.masked_fill(logits < least, -torch.inf)
     weights = logits.softmax(-1)
     if top_p < 1:
-        ordered, order = weights.sort(descending=True, stable=True)
-        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
-        weights = torch.zeros_like(weights).scatter_(1, order, ordered)
+        weights = _nucleus(weights, top_p)
     cumulative = weights.cumsum(-1)
-    token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
+    token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
     # Rounding can point past the last token of non-zero weight.
-    last = (weights > 0).long().mul(torch.arange(weights.shape[1], device=weights.device)).argmax(-1)
-    return torch.minimum(token, last)
+    if (weights.gather(1, token.clamp(max=weights.shape[1] - 1)) == 0).any():
+        last = (weights > 0).long().mul(torch.arange(weights.shape[1], device=weights.device)).argmax(-1)
+        token = torch.minimum(token, last[:, None])
+    return token[:, 0]
+
+
+def _nucleus(weights: torch.Tensor, top_p: float, *, first: int = LIKELY) -> torch.Tensor:
+    """The weights of the likeliest tokens that hold ``top_p`` together, of equally likely ones the first; 0 for all others.
+
+    As a rule few tokens hold so much, and to find them takes a twentieth of the time that sorting a whole vocabulary takes.
+    """
+    best = weights.topk(min(first, weights.shape[1])).values
+    flat = best.sum(-1) < top_p
+    if first < weights.shape[1] and flat.any():
+        kept_of = torch.empty_like(weights)
+        kept_of[flat] = _nucleus(weights[flat], top_p, first=weights.shape[1])
+        if not flat.all():
+            kept_of[~flat] = _nucleus(weights[~flat], top_p, first=first)
+        return kept_of
+    kept = (best.cumsum(-1) - best < top_p).sum(-1, keepdim=True)
+    least = best.gather(1, kept - 1)
+    above, level = weights > least, weights == least
+    room = kept - above.sum(-1, keepdim=True)
+    if (level.sum(-1, keepdim=True) > room).any():
+        level &= level.cumsum(-1) <= room
+    return weights * (above | level)
 
 
 # ── steering and recording ──
