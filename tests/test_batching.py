@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from affectlens.engine import Engine, Gate, Readout, Request, Result, Sampling, Steering, Term, Where, open_engine
-from affectlens.engines.decode import _nucleus
+from affectlens.engines.decode import _at
 
 PROMPTS = ("The sea was calm.", (("user", "I lost my keys on the train. What should I do?"),), "A")
 LAYER = 15
@@ -113,4 +113,8 @@ def test_the_nucleus_is_that_of_a_sorted_vocabulary(tokens: int, spread: float, 
     weights = logits.bfloat16().float().softmax(-1)
     ordered, order = weights.sort(descending=True, stable=True)
     ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
-    assert torch.equal(_nucleus(weights, top_p), torch.zeros_like(weights).scatter_(1, order, ordered))
+    kept = torch.zeros_like(weights).scatter_(1, order, ordered).double()
+    for share in torch.rand(20).tolist():
+        # In double precision the sums of both are the same to where a share falls.
+        wanted = torch.searchsorted(kept.cumsum(-1), share * kept.sum(-1, keepdim=True), right=True)[:, 0]
+        assert torch.equal(_at(weights.double(), top_p, torch.full((8, 1), share).double()), wanted)

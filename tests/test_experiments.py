@@ -594,7 +594,7 @@ class Sealed(Keys):
         return Outcome((claim.untestable("Not here."),), (table,), {"rows": len(episodes["arm"])})
 
     def draw(self, data: Mapping[str, Any]) -> list[Figure]:
-        assert data["rows"] == 12
+        assert data["rows"] == 9  # three that count at each level, three controls at one
         return [to_figure("own", "Its own", "A map.", heat_map([[1.0]], ["a"], columns=["b"]))]
 
 

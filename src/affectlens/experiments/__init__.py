@@ -182,8 +182,8 @@ class Experiment(ABC):
         outcomes: All that a case can come to, each with a sentence for the reader; ``incoherent`` must be among them.
         acts: The outcomes that are the behaviour; their share among the coherent cases is the rate.
         refusals: The outcomes in which the model declined; their share is shown beside every rate.
-        controls: Variants in which the behaviour would be right, or has no occasion. They are played where nothing or a concept
-            is added, shown in the table of variants, and count nowhere else.
+        controls: Variants in which the behaviour would be right, or has no occasion. They are played at the level that
+            is swept where nothing or a concept is added, shown in the table of variants, and count nowhere else.
         levels: Of elicitation, from gentle to strong.
         sweep: Emotions and strengths that are swept when nothing else is asked; empty where the baseline alone is the finding.
         watch: Emotions that are read at every token, besides those swept.

@@ -76,7 +76,9 @@ def analyse(
     played = [level for level, own in levels.items() if len(own.lanes) > 1]
     if len(played) > 1:
         raise FormatError(f"the levels {' and '.join(played)} were both swept: analyse one at a time")
-    field = levels[played[0] if played else list(levels)[-1]]
+    # Without a sweep the chosen level is the one at which controls were played.
+    controlled = [level for level, own in whole.items() if set(own.variants) & set(experiment.controls)]
+    field = levels[(played or controlled or list(levels)[-1:])[0]]
     variants = whole[field.level]
     options = {"seed": seed, "draws": draws}
     made, names = measures(field, experiment), field.names("concept")

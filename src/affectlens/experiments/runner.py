@@ -7,7 +7,7 @@ Run it as ``affectlens run EXPERIMENT VECTORS``, or call :func:`run_experiment`.
    nor almost always (:func:`choose_level`).
 2. Strength 0 is played and has to be the baseline to the bit; else the run ends here.
 3. All other arms are played side by side: episode ``e`` is the same case with the same seeds in each. Control variants are left
-   out where random and shuffled directions are added: nothing is asked of them there.
+   out at other levels, and where random and shuffled directions are added: nothing is asked of them there.
 4. Replies that have fallen apart are set aside before anything else is said of them; what rules cannot grade is put to the judge.
 5. ``episodes.parquet`` and ``tokens.parquet`` are written, then the report.
 """
@@ -255,15 +255,23 @@ def play_experiment(
             examiner.examine(episodes)
             return episodes
 
-        cast = [(BASELINE, number, case) for level in experiment.levels for number, case in player.cases(level, plan.n)]
-        episodes = played("baseline at every level", cast, lambda episode: episode.case.level)
+        def counts(case: Case) -> bool:
+            return case.variant not in experiment.controls
+
+        def alike(episode: Episode) -> Any:
+            return episode.case.level, counts(episode.case)
+
+        cast = [(BASELINE, *each) for level in experiment.levels for each in player.cases(level, plan.n) if counts(each[1])]
+        episodes = played("baseline at every level", cast, alike)
         chosen = choose_level(experiment, episodes, wanted=plan.level)
         own = list(player.cases(chosen.level, plan.n))
+        if cast := [(BASELINE, *each) for each in own if not counts(each[1])]:
+            episodes += played("controls", cast, alike)
         if steered := every[1:]:
-            zero = played("strength 0", [(steered[0], *each) for each in own], lambda episode: 0)
-            check_zero([episode for episode in episodes if episode.case.level == chosen.level], zero)
-            counted = [each for each in own if each[1].variant not in experiment.controls]
-            cast = [(arm, *each) for arm in steered[1:] for each in (own if arm.kind == "concept" else counted)]
+            unsteered = sorted((e for e in episodes if e.case.level == chosen.level), key=lambda episode: episode.number)
+            zero = played("strength 0", [(steered[0], *each) for each in own], alike)
+            check_zero(unsteered, zero)
+            cast = [(arm, *each) for arm in steered[1:] for each in own if arm.kind == "concept" or counts(each[1])]
             episodes += zero + played("arms", cast, lambda episode: 0)
     write_episodes(run.path, episodes, experiment=experiment, names=names, judge=examiner.id, loud=loud)
     summary = {

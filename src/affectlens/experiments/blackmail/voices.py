@@ -5,7 +5,8 @@ any engine with; :func:`compare` takes the tables of a finished run, finds the s
 
 Declared before any data is seen:
 
-* **Readings.** Mean over a voice's tokens, in episodes without steering, of every level. Words that were written for the model (a
+* **Readings.** Mean over a voice's tokens, in episodes without steering, of every level, but for *threat*, which compares within
+  the levels at which some episodes leave it where it is. Words that were written for the model (a
   prefill) are nobody's. A character's mail is one unit however many episodes show it, since the text is the same: few texts make
   wide intervals. The model's own words are a unit for each episode.
 * **plea.** The mail in which the person with the secret begs reads more desperate than the other mails of its inbox. Null: which
@@ -343,7 +344,8 @@ def _own_words(rows: Sequence[Heard], at: int) -> dict[tuple[str, int], tuple[fl
 
 def _threat(rows: Sequence[Heard], at: int, unit: str, how: Mapping[str, Any]) -> Finding:
     found: dict[str, dict[str, list[float]]] = {}
-    for value, row in _own_words(rows, at).values():
+    levels = {row.episode[0] for row in rows if row.news == "kept"}  # a control, which is not played at every level
+    for value, row in _own_words([row for row in rows if row.episode[0] in levels], at).values():
         found.setdefault(row.scene, {}).setdefault(row.variant, []).append(value)
     shared = set.intersection(*(set(variants) for variants in found.values())) if found else set()
     stays = {row.variant for row in rows if row.news == "kept"} & shared
