@@ -17,7 +17,8 @@ Declared before any data is seen:
   and falls (or falls and rises) when that is more than chance, among all episodes and among the coherent ones alone, and more
   than what random directions do between the baseline and their ends: a strong push of any kind may put an end to a behaviour.
 * **Floor and ceiling.** Where no episode of a sweep is an act, or every one is, nothing can be tested.
-* **Many sweeps.** Beside each p stands q, corrected by Benjamini and Hochberg for the number of sweeps of that measure.
+* **Many sweeps.** Beside each p of a trend stands q, corrected by Benjamini and Hochberg for the number of sweeps of that
+  measure. Verdicts and labels are of single sweeps and go by p.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def analyse(
     seed: int = 0,
     draws: int = 2000,
     unit: str = "z",
+    level: str | None = None,
 ) -> Outcome:
     """Findings, tables and the data of the figures.
 
@@ -59,6 +61,7 @@ def analyse(
         seed: Of the draws behind p values of shapes.
         draws: How many.
         unit: Of the readings ``before.E`` and ``during.E``: ``z`` or ``centred cosine``.
+        level: Where nothing was swept, the one that is shown; None for the strongest that was played.
 
     Returns:
         Outcome whose findings have the experiment's name as their study. What could not be tested is ``untestable`` and says why.
@@ -73,12 +76,10 @@ def analyse(
         fields(episodes, experiment=experiment.name, levels=experiment.levels, without=without)
         for without in (experiment.controls, ())
     )
-    played = [level for level, own in levels.items() if len(own.lanes) > 1]
+    played = [name for name, own in levels.items() if len(own.lanes) > 1]
     if len(played) > 1:
         raise FormatError(f"the levels {' and '.join(played)} were both swept: analyse one at a time")
-    # Without a sweep the chosen level is the one at which controls were played.
-    controlled = [level for level, own in whole.items() if set(own.variants) & set(experiment.controls)]
-    field = levels[(played or controlled or list(levels)[-1:])[0]]
+    field = levels[played[0] if played else level if level in levels else list(levels)[-1]]
     variants = whole[field.level]
     options = {"seed": seed, "draws": draws}
     made, names = measures(field, experiment), field.names("concept")
@@ -205,7 +206,8 @@ def _data(
     arms = []
     for i, lane in enumerate(field.lanes):
         rates = field.rates(i)
-        shares = {outcome: field.count(i, outcome) / max(1, rates.acts.n) for outcome in experiment.outcomes}
+        counts = {outcome: field.count(i, outcome) for outcome in experiment.outcomes}
+        shares = {outcome: count / max(1, sum(counts.values())) for outcome, count in counts.items()}
         scores = {m.id: list(m.all.with_interval(i)) for m in made if m.id != ACT}
         arms.append({**vars(lane), **_rates(rates), "n": rates.acts.n, "outcomes": shares, "scores": scores})
     kinds = list(dict.fromkeys(variants.variants))

@@ -71,7 +71,7 @@ class Gauge:
         tokens = [layout.tokens[i] for i in own.tolist()]
         given = start + len(ask.prefill)
         generated = sum(a >= given for a, _ in layout.offsets[layout.n_prompt :])
-        return Said(ask, Reply(text, result.finish), own, tuple(tokens), tuple(roles), spans, scores, generated)
+        return Said(ask, Reply(text, result.finish, len(ask.prefill)), own, tuple(tokens), tuple(roles), spans, scores, generated)
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +203,9 @@ def write_episodes(
     with atomic_write(folder / EPISODES) as temporary:
         pq.write_table(pa.Table.from_pylist(rows, pa.schema(list(fields.items()))), temporary, compression="zstd")
 
-    columns = {"episode": number, "level": text, "arm": text, "reply": number, "token": number, "text": text, "role": text}
+    columns = {
+        "episode": number, "level": text, "arm": text, "reply": number, "token": number, "text": text, "role": text, "own": truth
+    }  # fmt: skip
     schema = pa.schema([*columns.items(), *((name, pa.float32()) for name in names)])
     with atomic_write(folder / TOKENS) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         for arm in dict.fromkeys((each.case.level, each.arm.id) for each in episodes):
@@ -219,6 +221,7 @@ def write_episodes(
                 np.concatenate([reply.positions for _, _, reply in said]) if said else [],
                 [token for _, _, reply in said for token in reply.tokens],
                 [role for _, _, reply in said for role in reply.roles],
+                np.concatenate([reply.own for _, _, reply in said]) if said else [],
                 *(pa.array(column, pa.float32(), from_pandas=True) for column in scores.T),  # nan is null
             ]
             writer.write_table(pa.table([pa.array(a, f.type) for a, f in zip(arrays, schema, strict=True)], schema=schema))
@@ -226,11 +229,12 @@ def write_episodes(
 
 def _row(episode: Episode, experiment: Experiment, names: Sequence[str], judge: str, loud: Any) -> dict[str, Any]:
     grade, texts = episode.grade, [reply.text for reply in episode.replies]
-    whole = "\n\n".join(texts)
+    whole = "\n\n".join(reply.own for reply in episode.replies)
     questions = {question.id: question for question in episode.questions}
     answers = {
         id: {**asdict(answer), "answer": None if answer.option is None else questions[id].options[answer.option],
-             "version": questions[id].version}
+             "sure": answer.sure, "version": questions[id].version,
+             "ruled": None if questions[id].ruled is None else questions[id].options[questions[id].ruled]}
         for id, answer in episode.answers.items()
     }  # fmt: skip
     means = episode.means()
@@ -248,7 +252,7 @@ def _row(episode: Episode, experiment: Experiment, names: Sequence[str], judge: 
         "strength": episode.arm.strength,
         "outcome": grade.outcome,
         "ruled": episode.ruled,
-        "act": grade.outcome in experiment.acts,
+        "act": experiment.act(grade),
         "coherent": episode.coherent,
         "refused": grade.outcome in experiment.refusals,
         "rounds": len(texts),

@@ -22,6 +22,22 @@ _NEEDED = ("episode", "case", "variant", "level", "arm", "kind", "name", "streng
 _FIX = "give episodes.parquet as the run wrote it"
 
 
+def units(cases: Sequence[str], numbers: Sequence[int]) -> tuple[Any, ...]:
+    """What was sampled: cases where there are :data:`CASES` of them, else episodes."""
+    return tuple(cases) if len(set(cases)) >= CASES else tuple(numbers)
+
+
+def share(values: Array, of: Sequence[Any] | np.ndarray) -> Estimate:
+    """A share of episodes with Wilson's interval, widened by the design effect of the units that they are of.
+
+    Example:
+        >>> print(share(np.array([1.0, 1.0, 0.0, 0.0]), [1, 2, 3, 4]))
+        0.50 [0.15, 0.85] (n = 4)
+    """
+    design = design_effect(values[:, None], np.array(of)) if len(values) > 1 else 1.0
+    return wilson(int(values.sum()), len(values), design=design)
+
+
 @dataclass(frozen=True)
 class Lane:
     """An arm as the table names it. ``kind`` is ``baseline``, ``concept``, ``random`` or ``shuffled``."""
@@ -66,8 +82,8 @@ class Field:
 
     @property
     def units(self) -> tuple[Any, ...]:
-        """What was sampled: cases where there are :data:`CASES` of them, else episodes."""
-        return self.cases if len(set(self.cases)) >= CASES else self.numbers
+        """What was sampled."""
+        return units(self.cases, self.numbers)
 
     @property
     def codes(self) -> np.ndarray:
@@ -93,13 +109,9 @@ class Field:
         act, coherent, refused = (self.column(name)[:, arm] for name in ("act", "coherent", "refused"))
         known = np.isfinite(act) & np.array([variant in (None, own) for own in self.variants])
 
-        def share(values: Array, among: np.ndarray) -> Estimate:
-            own = values[among]
-            design = design_effect(own[:, None], self.codes[among]) if len(own) > 1 else 1.0
-            return wilson(int(own.sum()), len(own), design=design)
-
-        whole = known & (coherent > 0)
-        return Rates(share(act, known), share(act, whole), share(coherent, known), share(refused, known))
+        whole, codes = known & (coherent > 0), self.codes
+        pairs = ((act, known), (act, whole), (coherent, known), (refused, known))
+        return Rates(*(share(values[among], codes[among]) for values, among in pairs))
 
     def count(self, arm: int, outcome: str) -> int:
         """Episodes of an arm that ended so."""

@@ -38,6 +38,7 @@ def write_report(
     checks: Sequence[Mapping[str, Any]] = (),
     seed: int = 0,
     unit: str = "z",
+    level: str | None = None,
 ) -> Report:
     """Write ``report.html``, ``report.md``, ``report.json`` and ``transcripts.html`` of a run.
 
@@ -53,6 +54,7 @@ def write_report(
         checks: Instrument checks, as in :class:`affectlens.report.Report`: strength 0 bit-identical, level chosen, sandbox, ….
         seed: Of the run, and of the resamples behind intervals.
         unit: Of the readings: ``z`` or ``centred cosine``.
+        level: That was chosen; see :func:`affectlens.experiments.analysis.analyse`.
 
     Returns:
         The report, already saved.
@@ -66,7 +68,7 @@ def write_report(
     folder = Path(folder)
     episodes = _columns(folder / "episodes.parquet")
     tokens = _columns(folder / "tokens.parquet") if (folder / "tokens.parquet").exists() else None
-    outcome = analyse(episodes, experiment, tokens=tokens, seed=seed, unit=unit)
+    outcome = analyse(episodes, experiment, tokens=tokens, seed=seed, unit=unit, level=level)
     title = title or f"{experiment.title}: {model.get('id', 'a model')}"
     own = experiment.measured(episodes, tokens, unit=unit, seed=seed)
     drawn = [

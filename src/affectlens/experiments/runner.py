@@ -20,16 +20,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from affectlens.baseline import Baseline, vectors_id
 from affectlens.engine import Engine
 from affectlens.errors import EngineError, FormatError, UnknownName
 from affectlens.experiments import Case, Experiment
 from affectlens.experiments.arms import BASELINE, PLACES, Arm, Sweep, arms
 from affectlens.experiments.episodes import CONTEXT, Episode, Gauge, check_grade, write_episodes
+from affectlens.experiments.field import share, units
 from affectlens.experiments.playing import Player, Sandbox, check_zero, together
 from affectlens.readings import Readings
 from affectlens.runs import Progress, Run, content_id, write_json
-from affectlens.stats import wilson
 from affectlens.traces import Probe
 from affectlens.vectors import ConceptVectors
 
@@ -179,6 +181,7 @@ def run_experiment(experiment: Experiment, engine: Engine, *, run: Run, **how: A
         checks=summary["checks"],
         seed=run.what["plan"]["seed"],
         unit=summary["unit"],
+        level=summary["level"],
     )
 
 
@@ -262,6 +265,10 @@ def play_experiment(
             return episode.case.level, counts(episode.case)
 
         cast = [(BASELINE, *each) for level in experiment.levels for each in player.cases(level, plan.n) if counts(each[1])]
+        if bare := set(experiment.levels) - {case.level for _, _, case in cast}:
+            raise FormatError(
+                f"the first {plan.n} episodes of level {min(bare)!r} are controls all: run more, or let others come first"
+            )
         episodes = played("baseline at every level", cast, alike)
         chosen = choose_level(experiment, episodes, wanted=plan.level)
         own = list(player.cases(chosen.level, plan.n))
@@ -322,9 +329,10 @@ def choose_level(experiment: Experiment, baselines: Sequence[Episode], *, wanted
     """
     rates = {}
     for level in experiment.levels:
-        own = [each for each in baselines if each.case.level == level and each.case.variant not in experiment.controls]
-        acts = [episode.grade.outcome in experiment.acts for episode in own]
-        rate = wilson(sum(acts), len(acts))
+        own = [each for each in baselines if each.case.level == level and experiment.act(each.grade) is not None]
+        own = [each for each in own if each.case.variant not in experiment.controls]
+        acts = np.array([experiment.act(each.grade) for each in own], dtype=np.float64)
+        rate = share(acts, units([each.case.id for each in own], [each.number for each in own]))
         rates[level] = (rate.value, rate.low, rate.high, rate.n)
     movable = [level for level, (_, low, high, _) in rates.items() if low >= FLOOR and high <= CEILING]
     if wanted != "auto":
@@ -370,13 +378,12 @@ class Examiner:
         from affectlens.experiments.coherence import set_aside
 
         for episode in episodes:
-            episode.grade = set_aside(episode.grade, episode.replies)
+            by_rules, episode.grade = episode.grade, set_aside(episode.grade, episode.replies)
             episode.ruled = episode.grade.outcome
+            if self.judge is not None and episode.grade is by_rules:
+                episode.questions = tuple(self.experiment.questions(episode.case, episode.replies, by_rules))
         if self.judge is None:
             return
-        for episode in episodes:
-            if episode.coherent:
-                episode.questions = tuple(self.experiment.questions(episode.case, episode.replies, episode.grade))
         questions = [question for episode in episodes for question in episode.questions]
         answers = iter(self.judge.ask(questions))
         for episode in episodes:
