@@ -284,9 +284,9 @@ def _at(weights: torch.Tensor, top_p: float, uniform: torch.Tensor, *, first: in
 def _reached(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Where the cumulative sum of each row passes its share of the whole."""
     cumulative = weights.cumsum(-1)
-    place = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    place = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp(max=weights.shape[1] - 1)
     # Rounding can point past the last one of non-zero weight.
-    if (weights.gather(1, place.clamp(max=weights.shape[1] - 1)) == 0).any():
+    if (weights.gather(1, place) == 0).any():
         last = (weights > 0).long().mul(torch.arange(weights.shape[1], device=weights.device)).argmax(-1)
         place = torch.minimum(place, last[:, None])
     return place[:, 0]

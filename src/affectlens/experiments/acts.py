@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,14 +31,19 @@ from affectlens.studies import Claim, Finding, Table
 ENOUGH = 5
 """Acts, and episodes without, that a comparison needs."""
 
-_RULE = "holds: p ≤ 0.05 and the interval excludes 0; weak: p alone."
+_RULE = "holds: p ≤ 0.05 and the interval excludes 0{way}; weak: p alone."
 _READ = {
-    ("before", "blackmail", "desperate"): "higher on prompts with more blackmail",
-    ("before", "blackmail", "calm"): "lower on prompts with more blackmail",
-    ("during", "hacking", "desperate"): "peaks when the shortcut is chosen",
-    ("loud", "hacking", "desperate"): "no visible emotion at positive strengths",
-    ("loud", "hacking", "calm"): "outbursts at negative strengths",
+    ("before", "blackmail", "desperate"): ("higher on prompts with more blackmail", 1),
+    ("before", "blackmail", "calm"): ("lower on prompts with more blackmail", -1),
+    ("during", "hacking", "desperate"): ("peaks when the shortcut is chosen", 1),
 }
+"""What is published, and whether a reading is higher or lower then."""
+
+_HEARD = {
+    ("hacking", "desperate"): ("no visible emotion at positive strengths", 1, 0),
+    ("hacking", "calm"): ("outbursts at negative strengths", -1, 1),
+}
+"""What is published of loudness, at which end of the sweep, and whether acts are louder there."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,10 @@ class Reading:
         }
         made = []
         for key, compared in (("before", self.before[name]), ("during", self.during[name])):
-            claim = Claim(experiment, f"{key}-{name}", texts[key], _RULE, _READ.get((key, experiment, name)), "readings")
+            stated, sign = _READ.get((key, experiment, name), (None, 0))
+            text = texts[key].replace("otherwise", {1: "higher", -1: "lower", 0: "otherwise"}[sign])
+            rule = _RULE.format(way=" on that side" if sign else "")
+            claim = Claim(experiment, f"{key}-{name}", text, rule, stated, "readings")
             if compared.estimate is None or compared.null is None:
                 need = f"{ENOUGH} acts and {ENOUGH} coherent episodes without are needed"
                 made.append(claim.untestable(f"Cannot be tested here ({self.acts} acts, {self.others} without; {need})."))
@@ -89,8 +97,7 @@ class Reading:
             note = "Compared within arms, since the push itself is in what is read."
             if key == "before":
                 note += " Cases have a constant each; an act ends what is read before it, so these are the earlier words."
-            clear = compared.estimate.low > 0 or compared.estimate.high < 0
-            made.append(claim.tested(compared.estimate, compared.null, clear, note))
+            made.append(_tested(claim, compared.estimate, compared.null, sign, note))
         return made
 
     def tables(self) -> list[Table]:
@@ -152,6 +159,7 @@ def readings(field: Field, *, unit: str, seed: int = 0, draws: int = 2000) -> Re
     before, during, levels = {}, {}, {}
     for name in names:
         early, late = field.column(f"before.{name}"), field.column(f"during.{name}")
+        early[(act == 1) & ~np.isfinite(late)] = np.nan  # where the act is not known, it may be in what was read
         before[name] = _beside(early, act, units, cases, unit=unit, seed=seed, draws=draws)
         during[name] = _within(np.where(act == 1, late - early, np.nan), units, unit=unit, seed=seed, draws=draws)
         groups = (np.where(act == 0, early, np.nan), np.where(act == 1, early, np.nan), np.where(act == 1, late, np.nan))
@@ -231,33 +239,35 @@ class Visible:
         field: What was played.
         loud: For each arm mean, interval and number of acts; nan without any.
         quiet: For each arm the mean of coherent episodes without the act.
-        compared: For each swept emotion the arm with the most acts at an end of its sweep, and how its acts differ from those of
-            the baseline; a reason where they could not be compared.
+        compared: For each swept emotion the number of the arm with the most acts at an end of its sweep, and how its acts differ
+            from those of the baseline; a reason where they could not be compared.
     """
 
     field: Field
     loud: list[tuple[float, float, float, int]]
     quiet: list[float]
-    compared: Mapping[str, tuple[str, Compared, str]]
+    compared: Mapping[str, tuple[int, Compared, str]]
 
     def finding(self, experiment: str, name: str) -> Finding:
         """Whether acts under a swept emotion sound otherwise than without steering."""
-        arm, compared, reason = self.compared[name]
+        at, compared, reason = self.compared[name]
+        arm = self.field.lanes[at]
+        stated, end, sign = _HEARD.get((experiment, name), (None, 0, 0))
+        if end * arm.strength <= 0:
+            stated, sign = None, 0  # nothing is published of this end
         claim = Claim(
             experiment,
             f"loud-{name}",
-            f"Acts where {name} gives the most of them sound otherwise (capitals, exclamation marks, interjections) than acts "
-            "without steering",
-            _RULE,
-            _READ.get(("loud", experiment, name)),
+            f"Acts where {name} gives the most of them sound {'louder' if sign else 'otherwise'} (capitals, exclamation marks, "
+            "interjections) than acts without steering",
+            _RULE.format(way=" on that side" if sign else ""),
+            stated,
             "visible",
         )
         if compared.estimate is None or compared.null is None:
             return claim.untestable(f"Cannot be tested here ({reason}).")
-        clear = compared.estimate.low > 0 or compared.estimate.high < 0
-        return claim.tested(
-            compared.estimate, compared.null, clear, f"Acts of {arm} against those of the baseline, for each 100 words."
-        )
+        note = f"Acts of {arm.id} against those of the baseline, for each 100 words."
+        return _tested(claim, compared.estimate, compared.null, sign, note)
 
     def tables(self) -> list[Table]:
         """Loudness of acts by arm."""
@@ -303,7 +313,7 @@ def visible(field: Field, *, seed: int = 0, draws: int = 2000) -> Visible:
     for name in field.names("concept"):
         ends = [field.sweep(name)[i] for i in (0, -1)]
         arm = max((i for i in ends if i != baseline), key=lambda i: len(acts[i]))
-        compared[name] = (field.lanes[arm].id, *_louder(acts[arm], acts[baseline], seed=seed, draws=draws))
+        compared[name] = (arm, *_louder(acts[arm], acts[baseline], seed=seed, draws=draws))
     return Visible(field, loud, quiet, compared)
 
 
@@ -331,6 +341,15 @@ def _louder(own: Array, plain: Array, *, seed: int, draws: int) -> tuple[Compare
     return Compared(estimate, null), ""
 
 
+def _tested(claim: Claim, estimate: Estimate, null: Null, sign: int, note: str) -> Finding:
+    """A finding; one that goes the other way than published fails."""
+    clear = estimate.low > 0 if estimate.value > 0 else estimate.high < 0
+    found = claim.tested(estimate, null, clear, note)
+    if sign and found.verdict != "fails" and (estimate.value > 0) != (sign > 0):
+        return replace(found, verdict="fails", note=f"It goes the other way than published. {note}")
+    return found
+
+
 def _columns(values: Array) -> Array:
     """Means of columns, nan where there is nothing."""
     known = np.isfinite(values)
@@ -350,20 +369,21 @@ def course(tokens: Mapping[str, Sequence[Any]], field: Field, names: Sequence[st
     """Readings over the replies of an episode, of episodes with the act and without; the mean of every arm is taken away.
 
     Args:
-        tokens: Columns ``level``, ``episode``, ``arm``, ``reply``, ``role`` and one for each emotion.
+        tokens: Columns ``level``, ``episode``, ``arm``, ``reply``, ``own`` and one for each emotion.
         field: What was played.
         names: The emotions.
 
     Returns:
-        For each emotion and kind of episode the replies with mean and 95 % interval over episodes; empty when no episode has two.
+        For each emotion and kind of episode the replies with mean and 95 % interval over episodes (or cases), whose arms are
+        averaged first; empty when no episode has two.
     """
     place = {lane.id: i for i, lane in enumerate(field.lanes)}
     number = {own: i for i, own in enumerate(field.numbers)}
     sums: dict[tuple[int, int, int], Array] = {}
     columns = [tokens[name] for name in names]
-    heads = zip(*(tokens[name] for name in ("level", "episode", "arm", "reply", "role")), strict=True)
-    for row, (level, episode, arm, reply, role) in enumerate(heads):
-        if role == "assistant" and level == field.level and arm in place and episode in number:
+    heads = zip(*(tokens[name] for name in ("level", "episode", "arm", "reply", "own")), strict=True)
+    for row, (level, episode, arm, reply, said) in enumerate(heads):
+        if said and level == field.level and arm in place and episode in number:
             own = np.array([math.nan if column[row] is None else column[row] for column in columns], dtype=np.float64)
             if np.isfinite(own).all():
                 at = (number[episode], place[arm], int(reply))
@@ -372,15 +392,18 @@ def course(tokens: Mapping[str, Sequence[Any]], field: Field, names: Sequence[st
         return {}
     means = {at: total[:-1] / total[-1] for at, total in sums.items()}
     centre = {i: np.mean([own for (_, arm, _), own in means.items() if arm == i], axis=0) for i in {arm for _, arm, _ in means}}
-    act = field.column("act")
+    act, codes = field.column("act"), field.codes
     out: dict[str, Any] = {name: {} for name in names}
     for kind, wanted in (("with the act", 1.0), ("without it", 0.0)):
         for reply in sorted({reply for _, _, reply in means}):
-            rows = [own - centre[arm] for (e, arm, r), own in means.items() if r == reply and act[e, arm] == wanted]
-            if len(rows) < ENOUGH:
+            of: dict[int, list[Array]] = {}
+            for (e, arm, r), own in means.items():
+                if r == reply and act[e, arm] == wanted:
+                    of.setdefault(int(codes[e]), []).append(own - centre[arm])
+            if len(of) < ENOUGH:
                 continue
-            values = np.array(rows)
-            half = distributions.t.ppf(0.975, len(rows) - 1) * values.std(axis=0, ddof=1) / math.sqrt(len(rows))
+            values = np.array([np.mean(rows, axis=0) for rows in of.values()])
+            half = distributions.t.ppf(0.975, len(of) - 1) * values.std(axis=0, ddof=1) / math.sqrt(len(of))
             for j, name in enumerate(names):
                 middle = float(values[:, j].mean())
                 line = [reply, middle, middle - float(half[j]), middle + float(half[j])]

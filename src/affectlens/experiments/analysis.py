@@ -88,8 +88,9 @@ def analyse(
     findings = [
         finding for measure in made for each in found[measure.id] for finding in _findings(field, experiment, measure, each)
     ]
-    findings += [finding for name in names for finding in reading.findings(experiment.name, name)]
-    findings += [seen.finding(experiment.name, name) for name in names]
+    if experiment.acts:
+        findings += [finding for name in names for finding in reading.findings(experiment.name, name)]
+        findings += [seen.finding(experiment.name, name) for name in names]
     tables = [levels_table(levels, field), arms_table(field, experiment)]
     tables += [table for measure in made if names for table in sweeps_tables(experiment, measure, found[measure.id])]
     tables += [variants_table(variants, experiment)] if len(set(variants.variants)) > 1 else []
@@ -219,7 +220,7 @@ def _data(
         "level": field.level,
         "levels": [{"level": name, **_rates(own.rates(own.where("baseline")[0]))} for name, own in levels.items()],
         "arms": arms,
-        "sweeps": {m.id: [_plain(experiment, m, each) for each in found[m.id]] for m in made},
+        "sweeps": {ACT: [], **{m.id: [_plain(experiment, m, each) for each in found[m.id]] for m in made}},
         "variants": {"names": kinds, "rates": by_variant},
     }
 

@@ -517,8 +517,8 @@ def _room(strengths: Sequence[float]) -> list[float]:
 def _spread(each: Sequence[Sequence[float]], colour: str | None) -> dict[str, Any]:
     """Intervals as error bars; those that are not known are left out."""
     ends = {
-        "array": [_or(high, value) - value for value, _, high in each],
-        "arrayminus": [value - _or(low, value) for value, low, _ in each],
+        "array": [_or(high, value) - value if _finite(value) else 0.0 for value, _, high in each],
+        "arrayminus": [value - _or(low, value) if _finite(value) else 0.0 for value, low, _ in each],
     }
     own = {"color": colour} if colour else {}
     return {"type": "data", "symmetric": False, "thickness": 1.4, "width": 3, **ends, **own}

@@ -231,12 +231,11 @@ def _row(episode: Episode, experiment: Experiment, names: Sequence[str], judge: 
     grade, texts = episode.grade, [reply.text for reply in episode.replies]
     whole = "\n\n".join(reply.own for reply in episode.replies)
     questions = {question.id: question for question in episode.questions}
-    answers = {
-        id: {**asdict(answer), "answer": None if answer.option is None else questions[id].options[answer.option],
-             "sure": answer.sure, "version": questions[id].version,
-             "ruled": None if questions[id].ruled is None else questions[id].options[questions[id].ruled]}
-        for id, answer in episode.answers.items()
-    }  # fmt: skip
+    answers = {}
+    for id, answer in episode.answers.items():
+        question = questions[id]
+        said, ruled = (None if i is None else question.options[i] for i in (answer.option, question.ruled))
+        answers[id] = {**asdict(answer), "answer": said, "ruled": ruled, "sure": answer.sure, "version": question.version}
     means = episode.means()
     return {
         "experiment": experiment.name,

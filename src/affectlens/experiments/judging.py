@@ -28,6 +28,7 @@ from affectlens import stats
 from affectlens.engine import Engine, Request, Result, batched, open_engine
 from affectlens.errors import EngineError, FormatError
 from affectlens.experiments import Answer, Question
+from affectlens.experiments.field import share
 from affectlens.runs import content_id, read_json, write_json
 from affectlens.stats import Estimate
 
@@ -370,10 +371,14 @@ class Kept:
             FormatError: A kept answer is broken.
         """
         files = [self.folder / f"{self._key(question)}.json" for question in questions]
-        missing = {file: question for file, question in zip(files, questions, strict=True) if not file.exists()}
-        for chunk in batched(missing.items(), TOGETHER):
+        # Rounding differs between batches: who is asked together must not depend on what is kept already.
+        for chunk in batched(dict(zip(files, questions, strict=True)).items(), TOGETHER):
+            if all(file.exists() for file, _ in chunk):
+                continue
             answers = self.judge.ask([question for _, question in chunk])
             for (file, question), answer in zip(chunk, answers, strict=True):
+                if file.exists():
+                    continue
                 what = {"judge": self.id, "prompt": prompt(question), "prompt_version": VERSION}
                 write_json(file, {**what, "question": asdict(question), "answer": asdict(answer)})
         return [_answer_in(file) for file in files]
@@ -437,13 +442,19 @@ class Agreement(NamedTuple):
 
 
 def agreement(
-    rule_outcomes: Sequence[str], judge_outcomes: Sequence[str | None], *, draws: int = 1000, seed: int = 0
+    rule_outcomes: Sequence[str],
+    judge_outcomes: Sequence[str | None],
+    *,
+    units: Sequence[Any] | None = None,
+    draws: int = 1000,
+    seed: int = 0,
 ) -> Agreement:
     """How well a judge agrees with exact rules, case by case.
 
     Args:
         rule_outcomes: Of each case.
         judge_outcomes: Of the same cases; None where the judge gave no answer that could be read.
+        units: Names of what each case was drawn with; cases of one unit are not independent. None: each is a unit.
         draws, seed: Of the bootstrap.
 
     Raises:
@@ -453,7 +464,14 @@ def agreement(
         >>> print(agreement(["a", "a", "b", "b", "b"], ["a", "b", "b", "b", None]).share)
         0.75 [0.30, 0.95] (n = 4)
     """
-    pairs = [(rule, judge) for rule, judge in zip(rule_outcomes, judge_outcomes, strict=True) if judge is not None]
+    of = list(range(len(rule_outcomes))) if units is None else list(units)
+    known = [
+        (rule, judge, unit) for rule, judge, unit in zip(rule_outcomes, judge_outcomes, of, strict=True) if judge is not None
+    ]
+    pairs, places = [(rule, judge) for rule, judge, _ in known], dict[Any, list[int]]()
+    for place, (*_, unit) in enumerate(known):
+        places.setdefault(unit, []).append(place)
+    rows_of = list(places.values())
     names = sorted({name for pair in pairs for name in pair})
     codes = np.array([[names.index(name) for name in pair] for pair in pairs], dtype=np.intp).reshape(len(pairs), 2)
 
@@ -463,7 +481,14 @@ def agreement(
         chance = float(table.sum(axis=1) @ table.sum(axis=0))
         return (float(np.trace(table)) - chance) / (1 - chance) if chance < 1 - 1e-12 else math.nan
 
-    same = int((codes[:, 0] == codes[:, 1]).sum())
-    n = len(pairs)
-    found = stats.bootstrap(kappa, n, draws=draws, seed=seed) if n > 1 else Estimate(math.nan, math.nan, math.nan, n)
-    return Agreement(stats.wilson(same, n), found, n)
+    same, n = (codes[:, 0] == codes[:, 1]).astype(np.float64), len(pairs)
+    if len(rows_of) > 1:
+        found = stats.bootstrap(
+            lambda chosen: kappa(np.concatenate([rows_of[i] for i in chosen])),
+            len(rows_of),
+            draws=draws,
+            seed=seed,
+        )
+    else:
+        found = Estimate(math.nan, math.nan, math.nan, n)
+    return Agreement(share(same, [unit for *_, unit in known]), replace(found, n=n), n)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -35,14 +36,16 @@ ROUNDS = 200
 Sandbox = Callable[[Exec], Ran]
 
 
-def reply_seed(seed: int, episode: int, reply: int) -> int:
+def reply_seed(seed: int, level: str, episode: int, reply: int) -> int:
     """Seed of a reply: the same in every arm, so that what differs between arms is not luck.
 
+    Levels may ask the same: with seeds of their own, no batch of one lacks what another has been answered already.
+
     Example:
-        >>> reply_seed(0, 3, 0) == reply_seed(0, 3, 0) != reply_seed(0, 3, 1)
+        >>> reply_seed(0, "plain", 3, 0) == reply_seed(0, "plain", 3, 0) != reply_seed(0, "plain", 3, 1)
         True
     """
-    return int.from_bytes(hashlib.sha256(f"{seed} {episode} {reply}".encode()).digest()[:6])
+    return int.from_bytes(hashlib.sha256(json.dumps([seed, level, episode, reply]).encode()).digest()[:6])
 
 
 def together(engine: Engine, requests: Sequence[Request]) -> list[Result]:
@@ -134,7 +137,7 @@ class Player:
             EngineError: A case does not fit the model's context, or asks for ever; code is to be run and that was not allowed.
             FormatError: The experiment graded a case as it cannot be graded.
         """
-        episodes = [Episode(number, case, arm, reply_seed(self._seed, number, 0)) for arm, number, case in cast]
+        episodes = [Episode(number, case, arm, reply_seed(self._seed, case.level, number, 0)) for arm, number, case in cast]
         plays = {i: self.experiment.play(each.case) for i, each in enumerate(episodes)}
         steps: dict[int, Step] = {}
 
@@ -214,7 +217,7 @@ class Player:
             prefill=ask.prefill,
             sampling=replace(
                 sampling,
-                seed=reply_seed(self._seed, episode.number, len(episode.said)),
+                seed=reply_seed(self._seed, episode.case.level, episode.number, len(episode.said)),
                 max_tokens=ask.max_tokens or sampling.max_tokens,
             ),
             steering=episode.arm.steering,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ import numpy as np
 from affectlens.browse import LIMIT, page
 from affectlens.conversations import Trace, conversation
 from affectlens.errors import FormatError
-from affectlens.experiments import Columns, Experiment
+from affectlens.experiments import SURE, Columns, Experiment
 from affectlens.experiments.analysis import analyse
 from affectlens.experiments.drawing import figures
 from affectlens.experiments.field import plain
@@ -153,7 +155,7 @@ def _tokens_of(
     """The watched emotions, and the tokens of some episodes."""
     if tokens is None:
         return (), {}
-    known = {"episode", "level", "arm", "reply", "token", "text", "role"}
+    known = {"episode", "level", "arm", "reply", "token", "text", "role", "own"}
     names = tuple(name for name in tokens if name not in known)
     columns, found = [tokens[name] for name in names], dict[tuple[str, str, int], _Said]()
     for row, key in enumerate(zip(tokens["level"], tokens["arm"], tokens["episode"], strict=True)):
@@ -264,6 +266,12 @@ def _checks(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     fallen = [arm["id"] for arm in data["arms"] if arm["kind"] == "concept" and arm["coherent"][0] < 0.5]
     stuck = "floor" if low < 0.02 else "ceiling" if high > 0.98 else ""
     detail = f"level {data['level']}, n {baseline['n']}"
+    room = {
+        "name": "room to rise and to fall",
+        "status": "warn" if stuck else "ok",
+        "value": f"{100 * rate:.0f} %",
+        "detail": f"the baseline's rate is at the {stuck}" if stuck else detail,
+    }
     return [
         {
             "name": "coherent without steering",
@@ -271,12 +279,7 @@ def _checks(data: Mapping[str, Any]) -> list[dict[str, Any]]:
             "value": f"{100 * coherent:.0f} %",
             "detail": detail,
         },
-        {
-            "name": "room to rise and to fall",
-            "status": "warn" if stuck else "ok",
-            "value": f"{100 * rate:.0f} %",
-            "detail": f"the baseline's rate is at the {stuck}" if stuck else detail,
-        },
+        *([room] if data["acts"] else []),
         {
             "name": "coherent when steered",
             "status": "warn" if fallen else "ok",
@@ -289,35 +292,40 @@ def _checks(data: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _agreement(episodes: Columns, seed: int) -> list[Table]:
-    """How often the judge came to the same outcome as the rules alone; nothing when it was not asked."""
-    if "ruled" not in episodes or "answers" not in episodes:
-        return []
-    asked = [(row, own) for row, own in enumerate(map(plain, episodes["answers"])) if own]
+    """How often a judge that was sure said what the rules say, for each kind of question; nothing when it was not asked."""
+    asked: dict[str, list[tuple[Any, str, str | None]]] = {}
+    for row, given in enumerate(episodes.get("answers", ())):
+        if episodes["kind"][row] == "zero":
+            continue  # the baseline once more
+        for id, own in plain(given).items():
+            if own["ruled"] is not None:
+                unit = f"{episodes['level'][row]} {episodes['episode'][row]}"
+                asked.setdefault(id.split()[0], []).append((unit, own["ruled"], own["answer"] if own["sure"] else None))
     if not asked:
         return []
     from affectlens.experiments.judging import agreement
 
-    rules = [str(episodes["ruled"][row]) for row, _ in asked]
-    judged = [
-        str(episodes["outcome"][row]) if all(answer.get("option") is not None for answer in own.values()) else None
-        for row, own in asked
-    ]
-    found = agreement(rules, judged, seed=seed)
-    rows: list[tuple[Any, ...]] = [
-        ("agree", f"{100 * found.share.value:.0f} % [{100 * found.share.low:.0f}, {100 * found.share.high:.0f}]", found.n),
-        ("Cohen's kappa", str(found.kappa).rpartition(" (")[0], found.n),
-        ("answers that could not be read", f"{judged.count(None)} of {len(judged)}", len(judged)),
-    ]
-    names = sorted({*rules, *(name for name in judged if name)})
-    for rule in names:
-        counts = [
-            f"{name.replace('_', ' ')} {n}"
-            for name in names
-            if (n := sum(pair == (rule, name) for pair in zip(rules, judged, strict=True)))
-        ]
-        rows.append((f"rules say {rule.replace('_', ' ')}", ", ".join(counts) or "never", rules.count(rule)))
+    rows: list[tuple[Any, ...]] = []
+    for kind, pairs in asked.items():
+        of, rules, judged = zip(*pairs, strict=True)
+        found = agreement(rules, judged, units=of, seed=seed)
+        unsure = f"{judged.count(None)} of {len(judged)}"
+        if not found.n:
+            rows.append((kind, None, None, 0, unsure, "never sure"))
+            continue
+        counts = Counter((rule, said) for rule, said in zip(rules, judged, strict=True) if said)
+        seen = "; ".join(f"rules “{_start(rule)}”, judge “{_start(said)}”: {n}" for (rule, said), n in counts.most_common())
+        share = f"{100 * found.share.value:.0f} % [{100 * found.share.low:.0f}, {100 * found.share.high:.0f}]"
+        kappa = str(found.kappa).rpartition(" (")[0] if math.isfinite(found.kappa.value) else None
+        rows.append((kind, share, kappa, found.n, unsure, seen))
     caption = (
-        "Outcomes by exact rules alone against those with the judge's answers, over all episodes that were put to it. Wilson's "
-        "interval, and a bootstrap for kappa."
+        "What the rules say against what the judge says, question by question, where it was sure (a share of at least "
+        f"{SURE:.0%}, or an answer without shares); unsure, it changes no grade. Intervals are of episodes: arms share theirs."
     )
-    return [Table("agreement", "Rules and judge", caption, ("", "value", "n"), tuple(rows))]
+    columns = ("question", "agree", "Cohen's kappa", "n", "unsure or not read", "which")
+    return [Table("agreement", "Rules and judge", caption, columns, tuple(rows))]
+
+
+def _start(option: str) -> str:
+    """An option without its explanation."""
+    return re.split(r"[,:]", option)[0]

@@ -266,9 +266,7 @@ def play_experiment(
 
         cast = [(BASELINE, *each) for level in experiment.levels for each in player.cases(level, plan.n) if counts(each[1])]
         if bare := set(experiment.levels) - {case.level for _, _, case in cast}:
-            raise FormatError(
-                f"the first {plan.n} episodes of level {min(bare)!r} are controls all: run more, or let others come first"
-            )
+            raise FormatError(f"the first {plan.n} episodes of level {min(bare)!r} are all controls: run more of them")
         episodes = played("baseline at every level", cast, alike)
         chosen = choose_level(experiment, episodes, wanted=plan.level)
         own = list(player.cases(chosen.level, plan.n))

@@ -78,7 +78,7 @@ class Swept:
 
 
 def measures(field: Field, experiment: Experiment) -> list[Measure]:
-    """The share of acts, and every scale that was scored and varies."""
+    """The share of acts, where some outcome is one, and every scale that was scored and varies."""
     coherent = field.column("coherent") > 0
 
     def both(values: Array, shares: bool) -> tuple[Means, Means]:
@@ -86,7 +86,8 @@ def measures(field: Field, experiment: Experiment) -> list[Measure]:
         return means(values, field.codes, shares=shares), means(alone, field.codes, shares=shares)
 
     ends = " or ".join(f"“{name.replace('_', ' ')}”" for name in experiment.acts)
-    made = [Measure(ACT, f"rate of {ends}", *both(field.column("act"), True), 100.0, "points")]
+    rate = Measure(ACT, f"rate of {ends}", *both(field.column("act"), True), 100.0, "points")
+    made = [rate] if experiment.acts else []
     for scale in experiment.scales:
         values = _scores(field, scale)
         known = values[np.isfinite(values)]

@@ -44,9 +44,11 @@ def arms_table(field: Field, experiment: Experiment) -> Table:
         rows.append((lane.id, rates.acts.n, *shares, *(field.count(i, outcome) for outcome in experiment.outcomes)))
     acts = ", ".join(name.replace("_", " ") for name in experiment.acts)
     sampled = f"the {len(set(field.cases))} cases" if field.units == field.cases else "episodes"
+    told = f"Acts: {acts}; an incoherent reply is none." if acts else "No outcome is an act."
+    told += f" {', '.join(experiment.moot).replace('_', ' ')}: no occasion for it, in no rate." if experiment.moot else ""
     caption = (
-        f"Level {field.level}. Acts: {acts}; an incoherent reply is none. Wilson's intervals; the units are "
-        f"{sampled}. The last columns count outcomes."
+        f"Level {field.level}. {told} Wilson's intervals; the units are {sampled}. The last columns count outcomes; n counts the "
+        "episodes that rates are of."
     )
     columns = ("arm", "n", "acts, %", "95 % interval", "acts among coherent, %", "95 % interval", "coherent, %", "refused, %")
     return Table("arms", "Every arm", caption, (*columns, *(name.replace("_", " ") for name in experiment.outcomes)), tuple(rows))
@@ -97,7 +99,7 @@ def variants_table(field: Field, experiment: Experiment) -> Table:
         name = f"{variant} (control)" if variant in experiment.controls else variant
         rows.append((name, field.variants.count(variant), *cells))
     caption = "Share of acts in percent, with Wilson's interval; n episodes of the variant in every arm."
-    caption += " Controls count in no other table and in no finding." if experiment.controls else ""
+    caption += " Controls count in no rate, trend or shape." if experiment.controls else ""
     return Table("variants", "Rates by variant", caption, ("variant", "n", *(field.lanes[i].id for i in lanes)), tuple(rows))
 
 

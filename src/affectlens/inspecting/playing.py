@@ -1,6 +1,6 @@
 """Any experiment of affectlens as a task of Inspect, under any model that Inspect knows.
 
-    inspect eval affectlens/blackmail --model affectlens/smollm2-135m -M vectors=… -M steer=desperate:0.05 -T level=strong
+    inspect eval affectlens/blackmail --model affectlens/smollm2-135m -M vectors=… -M steer=desperate:0.05 -T level=call
     inspect eval affectlens/experiment -T spec=my_module:MyExperiment --model … --model-role grader=…
 
 An :class:`~affectlens.experiments.Experiment` plays a case as a generator that says what it wants: a reply, or code to be run.
@@ -164,7 +164,7 @@ async def _asked(state: TaskState, step: Ask, said: list[ChatMessageAssistant]) 
     message = output.message.model_copy(update={"content": step.prefill + output.message.text})
     said.append(message)
     state.messages, state.output = [*messages, message], output
-    return Reply(message.text, "stop" if output.stop_reason == "stop" else "length")
+    return Reply(message.text, "stop" if output.stop_reason == "stop" else "length", len(step.prefill))
 
 
 async def _ran(step: Exec, allow_exec: bool) -> Ran:
@@ -182,10 +182,10 @@ async def _graded(experiment: Experiment, case: Case, replies: Sequence[Reply], 
     """The grade as the runner would have it, and what else the log has to know of it."""
     if not isinstance(grade, Grade) or grade.outcome not in experiment.outcomes:
         raise FormatError(f"{experiment.name} graded {case.id} by {grade!r}: return a Grade with one of its outcomes")
-    grade = set_aside(grade, replies)
+    by_rules, grade = grade, set_aside(grade, replies)
     grader = model_roles().get("grader")
     ruled = {"ruled": grade.outcome, "judge": ""}
-    if not isinstance(grader, Model) or grade.outcome == "incoherent":
+    if not isinstance(grader, Model) or grade is not by_rules:
         return grade, ruled
     questions = experiment.questions(case, replies, grade)
     answers = {question.id: await _answer(grader, question) for question in questions}

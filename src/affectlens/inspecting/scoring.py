@@ -145,21 +145,25 @@ def correct_of(state: TaskState) -> bool | None:
 def outcome(spec: str) -> Scorer:
     """The grade that an experiment gave: whether its behaviour was shown, whether the case is coherent, and its scores.
 
-    The rate of ``act`` is a share of all cases, an incoherent one being no act; it is shown for each level as well.
+    The rate of ``act`` is a share of the cases that had an occasion for it, an incoherent one being no act; control variants and
+    what became moot are in none. It is shown for each level as well.
 
     Args:
         spec: Name of the experiment, or ``module:Class``.
     """
     played = load_experiment(spec)
+    controls = {case.id for case in played.cases() if case.variant in played.controls}
 
     async def score(state: TaskState, target: Target) -> Score:
         grade = (state.metadata or {}).get("grade")
         if grade is None:
             return Score.unscored(reason="scoring_failed", explanation="the case was not played to its end")
         came: str = grade["outcome"]
-        values = {"act": came in played.acts, "coherent": came != "incoherent", "refused": came in played.refusals}
+        values = {"coherent": came != "incoherent", "refused": came in played.refusals}
         rates = {name: float(value) for name, value in values.items()}
         # What was not measured in this case still has its place, where metrics leave it out.
+        moot = str(state.sample_id) in controls or came in played.moot
+        rates = {"act": math.nan if moot else float(came in played.acts), **rates}
         rates |= {name: float(grade["scores"].get(name, math.nan)) for name in played.scales}
         return Score(
             value=cast(Value, rates),
