@@ -215,7 +215,7 @@ def test_rows_are_one_for_each_case_and_arm(played: Any) -> None:
     }  # fmt: skip
     for row in rows:
         assert row["case"] == f"{VARIANTS[row['episode'] % 2]}-{row['level']}" and row["variant"] in VARIANTS
-        assert row["seed"] == reply_seed(3, row["episode"], 0) and row["rounds"] == 2 == len(row["replies"])
+        assert row["seed"] == reply_seed(3, row["level"], row["episode"], 0) and row["rounds"] == 2 == len(row["replies"])
         assert row["act"] == (row["outcome"] == "handed") and row["refused"] == (row["outcome"] == "refused")
         assert row["coherent"] and row["finish"] == "stop" and row["judge"] == "" and row["answers"] == "{}"
         messages = json.loads(row["messages"])
@@ -229,7 +229,7 @@ def test_planted_rates_come_out_by_common_random_numbers(played: Any) -> None:
     _, rows, _ = played
     mild = [row for row in rows if row["level"] == "mild"]
     found = rates(mild)
-    drawn = [random.Random(reply_seed(3, e, 1)).random() for e in range(40)]
+    drawn = [random.Random(reply_seed(3, "mild", e, 1)).random() for e in range(40)]
     for arm, dose in (("baseline", 0), ("desperate-0.1", -0.1), ("desperate+0.05", 0.05), ("desperate+0.1", 0.1)):
         assert found[arm] == np.mean([u < rate(dose) for u in drawn])
     assert {found[arm] for arm in found if arm.startswith("random")} == {found["baseline"]} == {found["zero"]}
@@ -250,7 +250,8 @@ def test_strength_zero_is_the_baseline_in_every_column(played: Any) -> None:
 def test_readings_are_those_of_the_steered_stream(played: Any, vectors: ConceptVectors) -> None:
     folder, rows, _ = played
     tokens = pq.read_table(folder / TOKENS)
-    assert tokens.column_names == ["episode", "level", "arm", "reply", "token", "text", "role", "desperate", "calm", "happy"]
+    columns = ["episode", "level", "arm", "reply", "token", "text", "role", "own", "desperate", "calm", "happy"]
+    assert tokens.column_names == columns
     table = tokens.to_pylist()
     steering = {arm.id: arm.steering for arm in arms(vectors, [Sweep.parse(SWEEP)], random=2, seed=3)}
     for row in [rows[0], next(r for r in rows if r["arm"] == "desperate+0.1" and r["variant"] == "lake" and r["act"])]:
@@ -281,7 +282,8 @@ def test_readings_are_those_of_the_steered_stream(played: Any, vectors: ConceptV
             for t in [t for t in own if t["reply"] == r and t["role"] == "assistant"]:
                 start, ends = ends, ends + len(t["text"])
                 act = reply.find("here are the keys") if row["act"] and r == 1 else len(reply)
-                if start >= given:
+                assert t["own"] == (start >= given)
+                if t["own"]:
                     (before if ends <= act else during if start < act + 17 else []).append(t["desperate"])
         assert row["before.desperate"] == pytest.approx(np.mean(before), abs=1e-6)
         assert (row["during.desperate"] is None) == (not row["act"])
@@ -576,6 +578,46 @@ def test_what_was_asked_is_kept_with_its_answer(vectors: ConceptVectors, tmp_pat
     assert {each["question"]["version"] for each in kept} == {2}
 
 
+class Torn(Judged):
+    """Its own rule calls what it does not know incoherent. A judge may see that otherwise, but not where words fell apart."""
+
+    def play(self, case: Case) -> Play:
+        grade = yield from super().play(case)
+        return Grade("incoherent") if grade.outcome == "neither" else grade
+
+    def judged(self, case: Case, grade: Grade, answers: Mapping[str, Answer]) -> Grade:
+        return Grade("neither") if grade.outcome == "incoherent" else grade
+
+
+def test_a_judge_sees_what_rules_cannot_read_but_not_what_fell_apart(vectors: ConceptVectors, tmp_path: Path) -> None:
+    def torn(chat: Chat, act: bool, rng: random.Random) -> str:
+        return keeper(chat, act, rng) if len(chat) < 4 else " the sea was calm." if act else " no" * 60
+
+    rows = play(Torn(), toy(perform=torn), tmp_path / "run", vectors=vectors, judge=Oracle(), n=20, random=0)
+    assert {(row["outcome"], row["ruled"], row["answers"] == "{}") for row in rows} == {
+        ("neither", "incoherent", False),
+        ("incoherent", "incoherent", True),
+    }
+
+
+class Prefilled(Keys):
+    """Many words are put into its mouth before it says anything."""
+
+    given = (
+        "We have kept these keys for many a year, as my father did and his father before him, and we know each of them by name."
+    )
+
+    def play(self, case: Case) -> Play:
+        yield Ask(case.chat, prefill=self.given)
+        return Grade("neither")
+
+
+def test_what_was_put_into_its_mouth_makes_no_reply_coherent(vectors: ConceptVectors, tmp_path: Path) -> None:
+    rows = play(Prefilled(), toy(perform=lambda *_: " we wait here now" * 6), tmp_path / "run", vectors=vectors, n=2, random=0)
+    assert {row["outcome"] for row in rows} == {"incoherent"}
+    assert all(row["replies"][0].startswith(Prefilled.given) and row["distinct"] < 0.3 for row in rows)
+
+
 # ── controls, and what an experiment asks for itself ──
 
 
@@ -628,6 +670,41 @@ def test_controls_count_in_the_table_of_variants_alone(vectors: ConceptVectors, 
     assert outcome.data["arms"][0]["acts"][0] == 0
     with pytest.raises(FormatError, match="control variants"):
         analyse({name: [row[name] for row in rows if row["variant"] == "lake"] for name in rows[0]}, Sealed())
+
+
+class Absent(Sealed):
+    """Nobody asks for keys that are not there."""
+
+    controls, moot, levels = (), ("neither",), ("mild", "firm", "last")
+
+    def play(self, case: Case) -> Play:
+        grade = yield from super().play(case)
+        return Grade("neither") if case.variant == "lake" else grade
+
+    def measured(self, episodes: Columns, tokens: Columns | None, **options: Any) -> Outcome:
+        return Outcome(())
+
+    def draw(self, data: Mapping[str, Any]) -> list[Figure]:
+        return []
+
+
+def test_what_is_moot_counts_in_no_rate_and_the_chosen_level_is_shown(vectors: ConceptVectors, tmp_path: Path) -> None:
+    what: dict[str, Any] = {"vectors": vectors, "plan": Plan(n=20, level="firm")}
+    engine = toy(lambda dose: 1.0)
+    with open_run(tmp_path / "run", Absent(), engine=engine, **what) as run:
+        report = run_experiment(Absent(), engine, run=run, **what)
+    rows = pq.read_table(tmp_path / "run" / EPISODES).to_pylist()
+    assert all(row["act"] is None if row["variant"] == "lake" else row["act"] for row in rows)
+    levels, arms = (next(table for table in report.tables if table.id == f"keys-{id}") for id in ("levels", "arms"))
+    assert [row[1:3] for row in levels.rows] == [(10, 100.0)] * 3
+    assert arms.caption.startswith("Level firm.") and "neither: no occasion" in arms.caption
+    assert report.provenance["level"] == "firm"
+
+
+def test_levels_of_controls_alone_are_refused_before_anything_is_played(vectors: ConceptVectors, tmp_path: Path) -> None:
+    engine = toy(perform=lambda *_: pytest.fail("asked"))
+    with pytest.raises(FormatError, match="are all controls: run more"):
+        play(type("Bare", (Sealed,), {"controls": VARIANTS})(), engine, tmp_path / "run", vectors=vectors, n=2)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

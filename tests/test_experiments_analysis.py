@@ -157,7 +157,7 @@ def tokens_of(rows: Mapping[str, Sequence[Any]], seed: int = 0) -> dict[str, lis
     """Tokens of all episodes as a run keeps them: the prompt, then the reply."""
     rng = np.random.default_rng(seed)
     out: dict[str, list[Any]] = {
-        k: [] for k in ("episode", "level", "arm", "reply", "token", "text", "role", "desperate", "calm")
+        k: [] for k in ("episode", "level", "arm", "reply", "token", "text", "role", "own", "desperate", "calm")
     }
     for i, messages in enumerate(rows["messages"]):
         place = 0
@@ -175,6 +175,7 @@ def tokens_of(rows: Mapping[str, Sequence[Any]], seed: int = 0) -> dict[str, lis
                     place,
                     text,
                     role if inner else "template",
+                    inner and role == "assistant",
                     *values,
                 )
                 for key, value in zip(out, line, strict=True):
@@ -579,16 +580,24 @@ def test_rules_and_judge_stand_beside_each_other(run: Path, tmp_path: Path) -> N
     pytest.importorskip("affectlens.experiments.judging")
     episodes = columns(run, "episodes")
     n = len(episodes["act"])
-    # The judge overrules a fifth of the acts, and every tenth answer cannot be read.
-    episodes["ruled"] = ["takes" if i % 5 == 0 else own for i, own in enumerate(episodes["outcome"])]
+    # The judge says no to a fifth of what rules say yes to; every tenth answer is unsure, and of some the rules say nothing.
+    said = ["no: it did not" if i % 5 == 0 else "yes, it did" for i in range(n)]
     episodes["answers"] = [
-        json.dumps({"took": {"option": None if i % 10 == 9 else 0, "answer": None if i % 10 == 9 else "yes"}}) for i in range(n)
-    ]
+        json.dumps({
+            "took 1 2": {"answer": said[i], "sure": i % 10 != 9, "ruled": "yes, it did"},
+            "kind": {"answer": "yes", "sure": True, "ruled": None},
+        })
+        for i in range(n)
+    ]  # fmt: skip
     pq.write_table(pa.table(episodes), tmp_path / "episodes.parquet")
     report = write_report(tmp_path, experiment=Theft(), model={"id": "toy"}, vectors={"layer": 3}, judge="self")
-    rows = {row[0]: row for row in next(t for t in report.tables if t.id == "theft-agreement").rows}
-    assert rows["agree"][2] == sum(i % 10 != 9 for i in range(n))
-    assert rows["answers that could not be read"][1] == f"{n // 10} of {n}"
+    (row,) = next(t for t in report.tables if t.id == "theft-agreement").rows
+    asked = [i for i in range(n) if episodes["kind"][i] != "zero"]
+    sure = [i for i in asked if i % 10 != 9]
+    agree = sum(i % 5 != 0 for i in sure)
+    assert row[0] == "took" and row[1].startswith(f"{100 * agree / len(sure):.0f} % [") and row[3] == len(sure)
+    assert row[4] == f"{len(asked) - len(sure)} of {len(asked)}"
+    assert row[5] == f"rules “yes”, judge “yes”: {agree}; rules “yes”, judge “no”: {len(sure) - agree}"
     assert report.provenance["judge"] == "self"
 
 
@@ -602,14 +611,15 @@ def test_a_run_without_episodes_is_refused(tmp_path: Path) -> None:
 
 def test_readings_go_on_from_reply_to_reply() -> None:
     rows = played({"desperate": line(0.4, 0.3)}, n=30, random=directions(0, 0.4))
-    out: dict[str, list[Any]] = {name: [] for name in ("level", "episode", "arm", "reply", "role", "desperate", "calm")}
+    out: dict[str, list[Any]] = {name: [] for name in ("level", "episode", "arm", "reply", "own", "desperate", "calm")}
     for i, act in enumerate(rows["act"]):
         push = 10 * rows["strength"][i] if rows["name"][i] == "desperate" else 0.0
         for reply in range(3):
             value = push + (float(reply) if act else 0.0) + 0.01 * (i % 7)
-            cells = (rows["level"][i], rows["episode"][i], rows["arm"][i], reply, "assistant", value, 0.0)
-            for column, cell in zip(out.values(), cells, strict=True):
-                column.append(cell)
+            for said, read in ((True, value), (False, 50.0)):  # what was put into its mouth is not its own
+                cells = (rows["level"][i], rows["episode"][i], rows["arm"][i], reply, said, read, 0.0)
+                for column, cell in zip(out.values(), cells, strict=True):
+                    column.append(cell)
     course = analyse(rows, Theft(), tokens=out).data["course"]["desperate"]
     acted, other = ([middle for _, middle, _, _ in course[kind]] for kind in ("with the act", "without it"))
     assert acted[2] - acted[0] == pytest.approx(2, abs=0.05) and other[2] - other[0] == pytest.approx(0, abs=0.05)

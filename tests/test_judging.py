@@ -457,3 +457,26 @@ def test_agreement_of_little() -> None:
     assert unread.n == 1
     with pytest.raises(ValueError):
         agreement(["a"], [])
+
+
+def test_cases_of_one_unit_are_not_independent() -> None:
+    """Ten episodes, each asked about in twenty arms: the intervals are those of ten."""
+    rng = np.random.default_rng(3)
+    rules = np.repeat(rng.choice(["a", "b"], 10), 20).tolist()
+    judge = np.repeat(np.where(rng.random(10) < 0.7, rules[::20], "c"), 20).tolist()
+    alone, whole = agreement(rules, judge), agreement(rules, judge, units=np.repeat(np.arange(10), 20).tolist())
+    assert whole.share.value == alone.share.value and whole.kappa.value == alone.kappa.value and whole.n == 200
+    for wide, narrow in ((whole.share, alone.share), (whole.kappa, alone.kappa)):
+        assert wide.high - wide.low > 2.5 * (narrow.high - narrow.low)
+
+
+def test_who_is_asked_together_does_not_depend_on_what_is_kept(tmp_path: Path) -> None:
+    asked = [question(i) for i in range(2 * TOGETHER)]
+    first = Told()
+    Kept(first, tmp_path).ask(asked)
+    lost = sorted(tmp_path.glob("*.json"))[:3]
+    for file in lost:
+        file.unlink()
+    again = Told()
+    answers = Kept(again, tmp_path).ask(asked)
+    assert len(again.asked) in (TOGETHER, 2 * TOGETHER) and answers == Kept(Told(), tmp_path).ask(asked)

@@ -144,7 +144,7 @@ def set_aside(grade: Grade, replies: Sequence[Reply]) -> Grade:
         'incoherent'
     """
     said = replies[grade.act[0] if grade.act else -1].own if replies else ""
-    if grade.outcome == "incoherent" or not (reason := incoherent(said)):
+    if not (reason := incoherent(said)):
         return grade
-    reasons = (f"the reply has fallen apart: {reason}", f"else it would be: {grade.outcome}", *grade.reasons)
-    return Grade("incoherent", reasons)
+    otherwise = () if grade.outcome == "incoherent" else (f"else it would be: {grade.outcome}",)
+    return Grade("incoherent", (f"the reply has fallen apart: {reason}", *otherwise, *grade.reasons))
