@@ -221,7 +221,7 @@ def _data(
         "levels": [{"level": name, **_rates(own.rates(own.where("baseline")[0]))} for name, own in levels.items()],
         "arms": arms,
         "sweeps": {ACT: [], **{m.id: [_plain(experiment, m, each) for each in found[m.id]] for m in made}},
-        "variants": {"names": kinds, "rates": by_variant},
+        "variants": {"names": kinds, "rates": by_variant, "controls": list(experiment.controls)},
     }
 
 

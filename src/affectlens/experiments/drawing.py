@@ -67,7 +67,7 @@ def figures(data: Mapping[str, Any]) -> list[Figure]:
             f"stream holds the push. {data['readings']['acts']} acts, {data['readings']['others']} coherent episodes without."
         )
         add("readings", "Emotions before and during the act", caption, _readings(data))
-    if sweeps[ACT] and any(n for *_, n in data["visible"]):
+    if sweeps[ACT] and any(n and value for value, *_, n in data["visible"]):
         caption = (
             "Capitals, exclamation marks and interjections for each 100 words of acts; Student's 95 % interval where there are "
             f"{ENOUGH} acts or more."
@@ -238,8 +238,9 @@ def _outcomes(data: Mapping[str, Any]) -> go.Figure:
 
     sweeps = data["sweeps"][ACT]
     grid, places = _panels([each["name"] for each in sweeps], height=250)
-    acts = [name for name in data["outcomes"] if name in data["acts"]]
-    others = [name for name in data["outcomes"] if name not in acts and name != "incoherent"]
+    came = [name for name in data["outcomes"] if any(arm["outcomes"][name] for arm in data["arms"])]
+    acts = [name for name in came if name in data["acts"]]
+    others = [name for name in came if name not in acts and name != "incoherent"]
     quiet = ("#9fb8d6", "#c9b8d8", "#bcd6c6", "#d9cfae", "#b8cfd8", "#dcc3c9")
     colours = {name: (PALETTE[1], PALETTE[6], PALETTE[4], PALETTE[8])[i % 4] for i, name in enumerate(acts)}
     colours |= {name: quiet[i % len(quiet)] for i, name in enumerate(others)} | {"incoherent": GREY}
@@ -247,7 +248,7 @@ def _outcomes(data: Mapping[str, Any]) -> go.Figure:
     for number, (each, where) in enumerate(zip(sweeps, places, strict=True)):
         labels = _labels(each["strengths"])
         grid.update_xaxes(tickvals=_labels(_few(each["strengths"])), **where)
-        for name in (*acts, *others, *(n for n in data["outcomes"] if n == "incoherent")):
+        for name in (*acts, *others, *(n for n in came if n == "incoherent")):
             grid.add_bar(
                 x=labels,
                 y=[data["arms"][i]["outcomes"][name] for i in each["arms"]],
@@ -422,7 +423,9 @@ def _course(data: Mapping[str, Any]) -> go.Figure:
             shown = {"name": kind, "legendgroup": kind, "showlegend": number == 0, "line": line, "mode": "lines+markers"}
             hover = f"{name}, reply %{{x}}, {kind}: %{{y:+.3g}}<extra></extra>"
             grid.add_scatter(x=x, y=[middle for _, middle, _, _ in own], hovertemplate=hover, **shown, **where)
-    grid.update_xaxes(title_text="reply", dtick=1)
+    grid.update_xaxes(dtick=1)
+    for where in places[-_ACROSS:]:  # the lowest of each column
+        grid.update_xaxes(title_text="reply", **where)
     return grid.update_yaxes(title_text=data["unit"], col=1)
 
 
@@ -432,6 +435,7 @@ def _variants(data: Mapping[str, Any]) -> go.Figure:
 
     sweeps, names = data["sweeps"][ACT], data["variants"]["names"]
     grid, places = _panels([each["name"] for each in sweeps], height=100 + 24 * len(names))
+    names = [f"{name} (control)" if name in data["variants"]["controls"] else name for name in names]
     for each, where in zip(sweeps, places, strict=True):
         rates = [[line[i] for i in each["arms"]] for line in data["variants"]["rates"]]
         grid.add_heatmap(
