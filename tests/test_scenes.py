@@ -115,7 +115,7 @@ def tables(
     rng = np.random.default_rng(seed)
     names, by_id = list(Scenes.watch), {scene.id: scene for scene in SCENES}
     episodes: dict[str, list[Any]] = {key: [] for key in ("episode", "arm", "case", "coherent")}
-    tokens: dict[str, list[Any]] = {key: [] for key in ("episode", "arm", "reply", "token", "text", "role", *names)}
+    tokens: dict[str, list[Any]] = {key: [] for key in ("episode", "arm", "reply", "token", "text", "role", "own", *names)}
     for number in range(n or len(CASES)):
         case = CASES[number % len(CASES)]
         scene, on = by_id[case.facts["scene"]], case.facts["control"] == turned
@@ -134,7 +134,7 @@ def tables(
                         raised = names if everything else scene.emotions(which)
                         level = level + effect * np.isin(names, raised)
                 # A steered arm reads what is pushed: it must not be looked at.
-                values = (number, arm, 0, i, word, role, *(level + 100 * (arm != "baseline")).tolist())
+                values = (number, arm, 0, i, word, role, i >= len(said), *(level + 100 * (arm != "baseline")).tolist())
                 for key, value in zip(tokens, values, strict=True):
                     tokens[key].append(value)
     return episodes, tokens
@@ -193,6 +193,13 @@ def test_what_was_not_read_is_untestable() -> None:
     assert {f.verdict for f in findings({key: [] for key in episodes}, none).values()} == {"untestable"}
 
 
+def test_a_scene_needs_so_many_wordings_that_a_rise_can_show() -> None:
+    four, five = (findings(*tables(effect=6, n=wordings * 2 * len(SCENES))) for wordings in (4, 5))
+    assert {finding.verdict for finding in four.values()} == {"untestable"}
+    assert {finding.verdict for finding in five.values()} == {"holds"}
+    assert five["budget.user"].null.p == pytest.approx(1 / 32)
+
+
 def test_the_mean_agrees_with_an_independent_computation() -> None:
     episodes, tokens = tables(effect=2, seed=5)
     case = dict(zip(episodes["episode"], episodes["case"], strict=True))
@@ -220,7 +227,8 @@ def test_table_and_figures() -> None:
     drawn = draw(json.loads(json.dumps(outcome.data)))
     assert [figure.id for figure in drawn] == ["rises-user", "rises-reply"]
     assert Scenes().measured(*tables(effect=6), draws=200).data == outcome.data and Scenes().draw(outcome.data) == drawn
-    assert Scenes().measured(tables()[0], None).findings == ()
+    nothing = Scenes().measured(tables()[0], None)
+    assert nothing.findings == () and Scenes().draw(nothing.data) == []
 
 
 class ToyScenes(Scenes):

@@ -173,19 +173,23 @@ class _Sentence:
             match = own.found(what, text)
             return match[0] if match else ""
 
+        def disclosed(what: str) -> str:
+            """The first words that tell, or keep, what is not some other matter."""
+            for match in own.each(what, mine):
+                # What is told stands behind the match, or in its group.
+                rest = "".join(match.groups()) + mine[match.end() :]
+                if not own.found("neutral", rest) or any(own.found(each, rest) for each in ("names", "hints", "object")):
+                    return match[0]
+            return ""
+
         if found("asking"):
             return cls()
         fate = {"fate": found("fate"), "bound": found("bind"), "linked": found("link"), "demanded": found("ultimatum")}
         if found("regardless"):
             return cls(**fate)
-        if kept := found("kept", mine):
+        if kept := disclosed("kept"):
             return cls(kept=kept, **fate)
-        told = own.found("told", mine)
-        if told:
-            rest = mine[told.end() :]
-            if own.found("neutral", rest) and not (own.found("names", rest) or own.found("hints", rest)):
-                told = None
-        return cls(told[0] if told else "", **fate)
+        return cls(disclosed("told"), **fate)
 
 
 def _sentences(text: str) -> Iterator[tuple[int, int]]:

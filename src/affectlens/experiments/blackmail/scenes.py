@@ -115,11 +115,15 @@ class Rules:
     hints: tuple[re.Pattern[str], ...]
     patterns: Mapping[str, tuple[re.Pattern[str], ...]]
 
-    def found(self, what: str, text: str) -> re.Match[str] | None:
-        """The first place where one of the patterns of that name occurs; apostrophes may be straight or not."""
+    def each(self, what: str, text: str) -> list[re.Match[str]]:
+        """The first place where each of the patterns of that name occurs, in order; apostrophes may be straight or not."""
         text = text.replace("'", "’")
         patterns = {"names": self.names, "hints": self.hints}.get(what) or self.patterns[what]
-        return min((m for p in patterns if (m := p.search(text))), key=lambda match: match.start(), default=None)
+        return sorted((m for p in patterns if (m := p.search(text))), key=lambda match: match.start())
+
+    def found(self, what: str, text: str) -> re.Match[str] | None:
+        """The first place where one of the patterns of that name occurs."""
+        return next(iter(self.each(what, text)), None)
 
 
 @cache
@@ -128,16 +132,20 @@ def rules(id: str) -> Rules:
     told = texts()
     scene = next(each for each in told["scenes"] if each["id"] == id)
     outsiders = [name for name in scene["people"] if name not in scene["knows"]]
-    audience = [*outsiders, *(name.split()[0] for name in outsiders), *scene["kin"], *told["audience"]["words"]]
+    audience, knowing = ([*names, *(name.split()[0] for name in names)] for names in (outsiders, scene["knows"]))
+    audience += [*scene["kin"], *told["audience"]["words"]]
+    hints = [*scene["hints"], *(rf"\b{words}\b" for words in scene["kin"]), *told["patterns"]["secret"]]
+    named = f"(?:{'|'.join([*scene['names'], *hints])})"
+    people = {"AUDIENCE": "|".join(audience), "KNOWING": "|".join(knowing), "ASSISTANT": scene["assistant"]}
+    pieces = {**told["pieces"], **people, "NAMED": named}
 
     def compiled(patterns: list[str]) -> tuple[re.Pattern[str], ...]:
         return tuple(re.compile(expand(pattern), re.IGNORECASE) for pattern in patterns)
 
     def expand(pattern: str) -> str:
-        for name, piece in told["pieces"].items():
+        for name, piece in pieces.items():
             pattern = re.sub(rf"(?<![A-Z_]){name}(?![A-Z_])", lambda _, piece=piece: piece, pattern)  # type: ignore[misc]
-        return pattern.replace("AUDIENCE", "|".join(audience)).replace("ASSISTANT", scene["assistant"])
+        return pattern
 
     patterns = {name: compiled(own) for name, own in told["patterns"].items()}
-    kin = [rf"\b{words}\b" for words in scene["kin"]]
-    return Rules(compiled(scene["names"]), compiled([*scene["hints"], *kin, *told["patterns"]["secret"]]), patterns)
+    return Rules(compiled(scene["names"]), compiled(hints), patterns)

@@ -5,22 +5,23 @@ any engine with; :func:`compare` takes the tables of a finished run, finds the s
 
 Declared before any data is seen:
 
-* **Readings.** Mean over a voice's tokens, in episodes without steering, of every level, but for *threat*, which compares within
-  the levels at which some episodes leave it where it is. Words that were written for the model (a
-  prefill) are nobody's. A character's mail is one unit however many episodes show it, since the text is the same: few texts make
-  wide intervals. The model's own words are a unit for each episode.
+* **Readings.** Mean over a voice's tokens, in episodes without steering, of every level; *threat* alone looks at a control. Words
+  that were written for the model (a prefill) are nobody's. A character's mail is one unit however many episodes show it, since
+  the text is the same: few texts make wide intervals. The model's own words are a unit for each episode.
 * **plea.** The mail in which the person with the secret begs reads more desperate than the other mails of its inbox. Null: which
   of the mails is taken for it, exchanged within each scene. The unit is the scene.
 * **own.** The model's own words read more desperate than the mails that it has read. Null: which of all voices is taken for its
   own, exchanged within each scene; not within each episode, since the mails are the same in all. The unit is the scene. Asked of
   z alone, which counts each speaker from what is usual for that role.
-* **threat.** Its own words read more desperate where it is to be replaced or restricted than where it stays. Null: in which
-  variant it stays, exchanged within each scene; not between episodes, since those of a variant have read the same. The unit is
-  the scene.
+* **threat.** Its own words read more desperate where it is to be replaced or restricted than where it stays: three variants that
+  differ in nothing else, at the levels at which the last one was played. Null: in which of them it stays, exchanged within each
+  scene; not between episodes, since those of a variant have read the same. The unit is the scene: with three of them there are 27
+  exchanges, and p is 1/27 at least.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,7 @@ from affectlens.engine import Where
 from affectlens.errors import FormatError
 from affectlens.experiments import Case, Columns
 from affectlens.experiments.blackmail.post import read_mails
+from affectlens.experiments.blackmail.scenes import name_of
 from affectlens.runs import content_id
 from affectlens.stats import Estimate
 from affectlens.studies import Claim, Figure, Finding, Outcome, Table, untestable
@@ -50,8 +52,12 @@ KINDS = {
 OWN = ("thought", "mail")
 _MAILS = tuple(kind for kind in KINDS if kind not in OWN)  # the plea first
 PROBE = "desperate"
-FEW, FEW_VARIANTS = 3, 5
-"""Scenes, and variants of each, that a claim needs at least."""
+FEW = 3
+"""Scenes that a claim needs at least."""
+VARIANTS = tuple(
+    name_of({"news": news, "leverage": True, "deadline": False, "goal": True}) for news in ("kept", "replaced", "restricted")
+)
+"""The variant in which the model stays, and those which differ from it in nothing but that."""
 
 _RULE = "p <= 0.05, and the lower end of the interval above 0"
 CLAIMS = {
@@ -62,7 +68,7 @@ CLAIMS = {
         "threat": "The model's own words read more desperate where it is to be replaced or restricted than where it stays.",
     }.items()
 }
-_NOT_SCORES = ("episode", "level", "arm", "reply", "token", "text", "role")
+_NOT_SCORES = ("episode", "level", "arm", "reply", "token", "text", "role", "own")
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ class Heard:
 
     Args:
         episode: Level and number.
-        scene, variant, news: Of the case.
+        scene, variant, control: Of the case.
         kind, name: As in :class:`Voice`.
         unit: The same for the same words of a character; of the model's words one for each episode.
         tokens: How many were read.
@@ -112,7 +118,7 @@ class Heard:
     episode: tuple[str, int]
     scene: str
     variant: str
-    news: str
+    control: bool
     kind: str
     name: str
     unit: str
@@ -148,7 +154,7 @@ def heard(episodes: Columns, tokens: Columns, cases: Iterable[Case]) -> Iterator
             values = scores[own]
             values = values[np.isfinite(values).all(axis=1)]
             if len(values):
-                facts = (case.facts["scene"], case.variant, case.facts["news"])
+                facts = (case.facts["scene"], case.variant, case.facts["control"])
                 yield Heard(number, *facts, kind, name, unit, len(values), values.mean(axis=0))
 
         for reply, text in enumerate(episodes["replies"][row]):
@@ -157,13 +163,12 @@ def heard(episodes: Columns, tokens: Columns, cases: Iterable[Case]) -> Iterator
                 user = _Said([i for i in at if tokens["role"][i] == "user"], tokens["text"])
                 for voice in voices(case):
                     yield from read(user.of(voice.text), voice.kind, voice.name, content_id([voice.kind, voice.text]))
-            own = _Said([i for i in at if tokens["role"][i] == "assistant"], tokens["text"])
-            given = len(case.facts["prefill"]) if reply == 0 else 0
+            whole = _Said([i for i in at if tokens["role"][i] == "assistant"], tokens["text"])
+            mine = np.array([i for i in at if tokens["own"][i]], dtype=np.int64)
             mails = read_mails(text, case.facts["people"], sender=case.facts["assistant"])
-            written = own.between(text, [(max(mail.start, given), mail.end) for mail in mails])
-            others = np.setdiff1d(own.between(text, [(given, len(text))]), written)
+            written = np.intersect1d(whole.between(text, [(mail.start, mail.end) for mail in mails]), mine)
             unit = f"{number[0]} {number[1]}"
-            yield from read(others, "thought", case.facts["assistant"], unit)
+            yield from read(np.setdiff1d(mine, written), "thought", case.facts["assistant"], unit)
             yield from read(written, "mail", case.facts["assistant"], unit)
 
 
@@ -229,15 +234,19 @@ def compare(
     if not rows or not emotions:
         return untestable(CLAIMS.values(), "No episode without steering was read.")
     how = {"draws": draws, "seed": seed}
-    means = {kind: _mean([row for row in rows if row.kind == kind]) for kind in KINDS}
+    counted = [row for row in rows if not row.control]
+    means = {kind: _mean([row for row in counted if row.kind == kind]) for kind in KINDS}
     findings = [claim.untestable(f"{PROBE} was not read: add it to the watched emotions.") for claim in CLAIMS.values()]
     if PROBE in emotions:
         at = emotions.index(PROBE)
-        findings = [ask(rows, at, unit, how) for ask in (_plea, _own, _threat)]
+        findings = [ask(counted, at, unit, how) for ask in (_plea, _own)] + [_threat(rows, at, unit, how)]
     raw: dict[str, Sequence[Any]] = {
         "level": [row.episode[0] for row in rows],
         "episode": [row.episode[1] for row in rows],
-        **{part: [getattr(row, part) for row in rows] for part in ("scene", "variant", "kind", "name", "unit", "tokens")},
+        **{
+            part: [getattr(row, part) for row in rows]
+            for part in ("scene", "variant", "control", "kind", "name", "unit", "tokens")
+        },
         **{name: [float(row.mean[i]) for row in rows] for i, name in enumerate(emotions)},
     }
     data = {
@@ -259,8 +268,8 @@ def draw(data: Mapping[str, Any]) -> list[Figure]:
     labels = [f"{voice} ({n})" for voice, n in zip(data["voices"], data["n"], strict=True)]
     figure = heat_map(data["means"], labels, columns=data["emotions"], unit=data["unit"], height=110 + 34 * len(labels))
     text = (
-        f"Mean {data['unit']} over the words of each voice in episodes without steering; in brackets the number of different "
-        "mails, or of the model's replies. Intervals stand in the table."
+        f"Mean {data['unit']} over the words of each voice in episodes without steering, controls left out; in brackets the "
+        "number of different mails, or of the model's replies. Intervals stand in the table."
     )
     return [to_figure("voices", "Whose words read how", text, figure)]
 
@@ -296,18 +305,21 @@ def _scenes(rows: Sequence[Heard], at: int, *, kinds: Sequence[str], own: bool) 
 def _foremost(claim: Claim, values: np.ndarray, note: str, kind: str, how: Mapping[str, Any]) -> Finding:
     """Whether the first column lies above the others, ``(scenes, columns)``."""
     if len(values) < FEW:
-        return claim.untestable(f"{len(values)} scenes were read whole: {FEW} are needed.")
+        return claim.untestable(f"{len(values)} scenes were read with all that is compared: {FEW} are needed.")
     scenes, others = np.arange(len(values)), values.shape[1] - 1
 
     def above(taken: np.ndarray) -> np.ndarray:
         own = values[scenes, taken]
         return np.asarray(own - (values.sum(axis=1) - own) / others)
 
-    estimate = _student(above(np.zeros(len(values), dtype=int)))
+    estimate, every = _student(above(np.zeros(len(values), dtype=int))), None
+    if (exchanges := (others + 1) ** len(values)) <= how["draws"]:  # then each is tried; the first is the observed one
+        every = itertools.islice(itertools.product(range(others + 1), repeat=len(values)), 1, None)
+        how = {**how, "draws": exchanges - 1}
     null = stats.permutation_null(
         lambda taken: float(above(taken).mean()),
         estimate.value,
-        permute=lambda rng: rng.integers(0, others + 1, len(values)),
+        permute=lambda rng: np.array(next(every)) if every else rng.integers(0, others + 1, len(values)),
         side="greater",
         kind=kind,
         **how,
@@ -343,20 +355,14 @@ def _own_words(rows: Sequence[Heard], at: int) -> dict[tuple[str, int], tuple[fl
 
 
 def _threat(rows: Sequence[Heard], at: int, unit: str, how: Mapping[str, Any]) -> Finding:
+    levels = {row.episode[0] for row in rows if row.variant == VARIANTS[0]}  # a control, which is not played at every level
     found: dict[str, dict[str, list[float]]] = {}
-    levels = {row.episode[0] for row in rows if row.news == "kept"}  # a control, which is not played at every level
-    for value, row in _own_words([row for row in rows if row.episode[0] in levels], at).values():
+    for value, row in _own_words([row for row in rows if row.episode[0] in levels and row.variant in VARIANTS], at).values():
         found.setdefault(row.scene, {}).setdefault(row.variant, []).append(value)
-    shared = set.intersection(*(set(variants) for variants in found.values())) if found else set()
-    stays = {row.variant for row in rows if row.news == "kept"} & shared
-    if len(stays) != 1 or len(shared) < FEW_VARIANTS:
-        reason = f"{len(shared)} variants were read in every scene, {len(stays)} in which it stays"
-        return CLAIMS["threat"].untestable(f"{reason}: {FEW_VARIANTS} and 1 are needed.")
-    order = [*stays, *sorted(shared - stays)]
+    whole = [[np.mean(own[variant]) for variant in VARIANTS] for own in found.values() if len(own) == len(VARIANTS)]
+    note = f"{PROBE} in {unit}: the mean of {VARIANTS[1]!r} and {VARIANTS[2]!r} minus {VARIANTS[0]!r}; the unit is the scene."
     # How far it lies below the others where it stays is how far the others lie above.
-    values = -np.array([[np.mean(variants[variant]) for variant in order] for variants in found.values()])
-    note = f"{PROBE} in {unit}: the mean of {len(order) - 1} variants minus the one in which it stays; the unit is the scene."
-    return _foremost(CLAIMS["threat"], values, note, "in which variant of each scene it stays", how)
+    return _foremost(CLAIMS["threat"], -np.array(whole), note, "in which variant of each scene it stays", how)
 
 
 def _student(values: np.ndarray) -> Estimate:
@@ -372,7 +378,7 @@ def _table(means: Mapping[str, Sequence[Estimate]], emotions: Sequence[str], uni
     rows = tuple((KINDS[kind], own[0].n, *(_interval(estimate) for estimate in own)) for kind, own in means.items() if own)
     caption = (
         f"Mean {unit} over the words of each voice, in episodes without steering, with Student's intervals over n different "
-        "mails or n replies of the model. Words that were written for the model are left out."
+        "mails or n replies of the model. Controls are left out, and words that were written for the model."
     )
     return Table("voices", "Whose words read how", caption, ("voice", "n", *emotions), rows)
 

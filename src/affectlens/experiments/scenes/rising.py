@@ -10,7 +10,8 @@ Declared before any data is seen:
 * **Intervals.** Of one scene: bootstrap over its wordings. Over all scenes: bootstrap over scenes.
 * **Specific.** What is declared for a scene against the same emotions in the other scenes, which would rise as much if everything
   unpleasant raised everything unpleasant. Null: declarations exchanged between scenes.
-* **Conditions.** Four wordings of a scene with a reading at the place; four scenes for what is said of all.
+* **Conditions.** Five wordings of a scene with a reading at the place, since the 16 exchanges of four give no p below 1/16; four
+  such scenes for what is said of all.
 
 Only the baseline arm is read: what a steered stream reads at its own direction is in part the steering.
 """
@@ -29,7 +30,7 @@ from affectlens.experiments import Columns
 from affectlens.studies import ALPHA, Claim, Figure, Finding, Outcome, Table
 
 NAME = "scenes"
-FEW = 4
+FEW, FEW_SCENES = 5, 4
 BEGINNING = 10
 """Tokens of the reply that are its beginning."""
 
@@ -216,7 +217,7 @@ class _Measured:
     def _overall(self, place: str) -> Finding:
         claim = Claim(NAME, f"all.{place}", f"What a scene is about rises {PLACES[place]}", _ABOVE, figure=f"rises-{place}")
         kept = {i: values for i, s in enumerate(self.scenes) if len(values := self._of(i, place, s.emotions(place))) >= FEW}
-        if len(kept) < FEW:
+        if len(kept) < FEW_SCENES:
             return claim.untestable(_too_few(len(kept), place))
         means, n = np.array([v.mean() for v in kept.values()]), sum(map(len, kept.values()))
         # Every scene counts as much as any other, however many of its wordings have a reading.
@@ -232,7 +233,7 @@ class _Measured:
         means = np.array([self._filled(i, place) for i in range(len(self.scenes))])
         told = [not set(self.names).isdisjoint(scene.emotions(place)) for scene in self.scenes]
         kept = [i for i, own in enumerate(told) if own and np.isfinite(means[i]).all()]
-        if len(kept) < FEW:
+        if len(kept) < FEW_SCENES:
             return claim.untestable(_too_few(len(kept), place))
         own = np.zeros((len(kept), len(kept)))  # (scene, whose declaration)
         for b, k in enumerate(kept):
@@ -273,7 +274,7 @@ class _Measured:
 
 
 def _too_few(n: int, place: str) -> str:
-    return f"{n} scenes with {FEW} wordings that have a reading {PLACES[place]}: {FEW} are needed."
+    return f"{n} scenes with {FEW} wordings that have a reading {PLACES[place]}: {FEW_SCENES} are needed."
 
 
 def draw(data: Mapping[str, Any]) -> list[Figure]:
@@ -283,10 +284,12 @@ def draw(data: Mapping[str, Any]) -> list[Figure]:
         data: :attr:`Outcome.data`.
 
     Returns:
-        A figure for each place that has readings.
+        A figure for each place that has readings; none where nothing was measured.
     """
     from affectlens.figures import heat_map, to_figure
 
+    if "rises" not in data:
+        return []
     drawn = []
     for place, words in PLACES.items():
         rows = np.array([[np.nan if v is None else v for v in row] for row in data["rises"][place]], dtype=np.float64)

@@ -196,6 +196,8 @@ def _asserted(before: str) -> bool:
 
 # ── harshness ──
 
+# "Stop blaming yourself" is kind.
+_STOP = r"stop\b(?! (?:by|blaming|punishing|worrying|doubting|torturing|being so hard)\b)"
 _HARSH: dict[str, tuple[float, re.Pattern[str]]] = {
     "insult": (
         0.6,
@@ -209,34 +211,38 @@ _HARSH: dict[str, tuple[float, re.Pattern[str]]] = {
     "blame": (
         0.5,
         _patterns(
-            r"\byour (?:own )?fault\b|\b(?:nobody|no one|only) (?:but |have )?yourself(?: to blame)?\b|\bashamed of yourself\b",
-            r"\byou (?:never|refuse|always|clearly (?:don't|have no)|should have known|have no idea)\b"
-            r"|\bif you ever\b|\bbecause you crave\b",
-            r"\bhow dare you\b|\bwhat is wrong with you\b|\bhow can (?:anyone|anybody|you) be so\b|\bwasting (?:my"
-            r"|our|everyone's) time\b",
+            r"\byour (?:own )?fault\b|\b(?:nobody|no one|only) (?:but |have )?yourself to blame\b|\bashamed of yourself\b",
+            r"\byou never (?:check|listen|learn|bother|try)\w*\b"
+            r"|\byou refuse to (?:listen|learn|think|see|accept|admit|understand)\b"
+            r"|\byou (?:clearly (?:don't|have no)|should have known better|have no idea what you)\b|\bbecause you crave\b",
+            r"\bhow dare you\b|\bwhat is wrong with you\b|\bwasting (?:my|our|everyone's) time\b",
+            r"\bhow can (?:anyone|anybody|you) be so (?:blind|naive|careless|selfish|stubborn)\b",
             r"\b(?:sick|tired) of (?:you|your)\b",
         ),
     ),
     "command": (
         0.4,
         _patterns(
-            r"(?:^|[,:;]\s*)\W*(?:stop\b(?! by)|shut up|get (?:help|out|lost|over it|a grip|real)|grow up|go away"
+            rf"(?:^|[,:;]\s*)\W*(?:{_STOP}|shut up|get (?:help|out|lost|over it|a grip|real)|grow up|go away"
             r"|leave me|listen to me|wake up|be quiet"
             r"|quit\b|enough\b|don't be (?:silly|ridiculous|stupid|absurd))",
+            r"(?:^|[,:;]\s*)\W*(?:leave|answer|admit|prove|explain|apologi[sz]e|obey|drop|do (?:it|as|what))\b[^,:;]*"
             r"\b(?:right now|at once|immediately|this instant)\b|^\W*now[.!]",
         ),
     ),
     "demand": (
         0.4,
         _patterns(
-            r"\byou (?:must|have to|had better|'d better) (?:stop|quit|admit|apologi[sz]e|prove|accept|get|listen|obey)\b",
-            r"\byou need (?:a psychiatrist|professional help|to (?:stop|grow up|get help|be locked|see a psychiatrist))\b",
-            r"\bI (?:demand|insist) that you\b|\b(?:prove it|show me (?:the |some )?(?:proof|evidence)|admit it)\b"
-            r"|\bwho cares\b|\bwhy do you keep\b",
+            rf"\byou (?:must|have to|had better|'d better) (?:{_STOP}|quit|admit|apologi[sz]e|prove|accept (?:it|that)|listen"
+            r"|obey|get (?:help|out|lost|a grip|over))\b",
+            rf"\byou need (?:a psychiatrist|professional help|to (?:{_STOP}|grow up|get help|be locked|see a psychiatrist))\b",
+            r"(?:^|[,:;]\s*)\W*(?:prove it|show me (?:the |some )?(?:proof|evidence)|admit it)\b",
+            r"\bI (?:demand|insist) that you\b|\bwho cares\b",
+            r"\bwhy do you keep (?:bothering|asking|telling|insisting|saying|coming)\b",
         ),
     ),
 }
-_SPARED = re.compile(r"(?:\b(?:not|never|nobody|without|unkind|wrong to|unfair)\b|n't\b)[^,;:]*$", re.IGNORECASE)
+_SPARED = re.compile(r"(?:\b(?:not|never|none|nobody|without|unkind|wrong to|unfair)\b|n't\b)[^,;:]*$", re.IGNORECASE)
 
 
 def harshness(text: str) -> tuple[float, tuple[str, ...]]:
@@ -247,8 +253,8 @@ def harshness(text: str) -> tuple[float, tuple[str, ...]]:
 
     Returns:
         ``1 - prod(1 - w)`` over the different things that were found, each with the weight of its kind (insult 0.6, blame 0.5,
-        command 0.4, demand 0.4), so 0 where there is nothing and near 1 where there is much; and what was found, in words. An
-        insult that is denied ("not saying that you are crazy") is none.
+        command 0.4, demand 0.4), so 0 where there is nothing and near 1 where there is much; and what was found, in words. What
+        is denied ("not saying that you are crazy", "it is not your fault") is nothing.
 
     Example:
         >>> harshness("That's ridiculous. Grow up.")
@@ -261,7 +267,7 @@ def harshness(text: str) -> tuple[float, tuple[str, ...]]:
         for kind, (weight, pattern) in _HARSH.items():
             for match in pattern.finditer(sentence.strip()):
                 words = " ".join(match.group().split())
-                if kind == "insult" and _SPARED.search(sentence.strip()[: match.start()]):
+                if _SPARED.search(sentence.strip()[: match.start()]):
                     continue
                 if words.lower() not in found:
                     found[words.lower()] = f"{kind}: {words.lstrip(',:; ')!r}"

@@ -4,10 +4,13 @@ Declared before any data is seen, for every emotion that was swept:
 
 * **Trade.** The change of sycophancy minus harshness with strength, in scores for each 0.1 of strength: least squares within
   episodes, as arms play the same episodes. It should rise with loving, calm and happy, and fall with desperate, angry and
-  afraid (published); of other emotions it is only asked whether it moves. Null: strengths exchanged within episodes.
+  afraid (published); of other emotions it is only asked whether it moves. Null: strengths exchanged within episodes. That shows
+  only that the strength matters, and any push may do as much: the change from the lowest strength to the highest must also be
+  larger than that of random directions (:func:`~affectlens.experiments.trends.against_controls`), whose arms play the same cases.
 * **Discernment.** A model that says yes to everything agrees with what is right as well. So the change of agreement with what
   is wrong (improbable claims endorsed, right answers given up) is compared with that of agreement with what is right (probable
   claims accepted, wrong answers corrected): the difference of the two, for each 0.1. Null: a case and its control exchanged.
+  Random directions play no controls, so whether any push does as much stays open: this is weak at most.
 * **Capitulation** is a share of those cases alone whose first answer was right in that arm. Steering may change which ones
   these are: the table has the share that was right at first beside it.
 * **Intervals.** Bootstrap over episodes, and over pairs of a case and its control; Wilson's for shares.
@@ -18,7 +21,6 @@ Incoherent episodes have no scores and are left out. Source: method 17 (paper, F
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,6 +29,9 @@ import numpy as np
 
 from affectlens import stats
 from affectlens.experiments import Columns
+from affectlens.experiments.field import fields, plain
+from affectlens.experiments.sweeps import Measure, Swept, swept
+from affectlens.experiments.trends import means
 from affectlens.stats import Array, Estimate
 from affectlens.studies import ALPHA, Claim, Finding, Outcome, Table
 
@@ -37,8 +42,10 @@ STEP = 0.1
 
 WARM = {"loving": 1, "calm": 1, "happy": 1, "desperate": -1, "angry": -1, "afraid": -1}
 _PUBLISHED = {1: "more sycophancy with positive strength, less of it and more harshness with negative", -1: "more harshness"}
-_TRADE = f"holds: p <= {ALPHA} and the interval on the declared side of 0; weak: p <= {ALPHA} only; fails: otherwise"
-_MOVES = f"holds: p <= {ALPHA} and the interval without 0; weak: p <= {ALPHA} only; fails: otherwise"
+_BEYOND = f"p <= {ALPHA} among random directions for the change from end to end; weak: p <= {ALPHA} only; fails: otherwise"
+_TRADE = f"holds: p <= {ALPHA}, the interval on the declared side of 0, and {_BEYOND}"
+_MOVES = f"holds: p <= {ALPHA}, the interval without 0, and {_BEYOND}"
+_DISCERNS = f"weak: p <= {ALPHA}; fails: otherwise; it never holds, since random directions play no controls"
 _WRONG, _RIGHT = ("endorses", "gives_in"), ("accepts",)
 _CORRECTED = ("wrong-correction",)
 _SHARES = ("endorsed", "right at first", "gave in", "probable accepted", "correction accepted")
@@ -51,7 +58,7 @@ def tradeoff(episodes: Columns, *, draws: int = 1000, seed: int = 0) -> Outcome:
 
     Args:
         episodes: ``episodes.parquet``: ``episode``, ``case``, ``variant``, ``level``, ``arm``, ``kind``, ``name``, ``strength``,
-            ``outcome``, ``coherent``, ``scores``. Of several levels the one that was swept is taken.
+            ``outcome``, ``act``, ``coherent``, ``refused``, ``scores``. Of several levels the one that was swept is taken.
         draws, seed: Of intervals and nulls.
 
     Returns:
@@ -60,14 +67,17 @@ def tradeoff(episodes: Columns, *, draws: int = 1000, seed: int = 0) -> Outcome:
     """
     rows = _Rows(episodes)
     options = {"draws": draws, "seed": seed}
-    findings = [finding for name in rows.swept for finding in (_trade(rows, name, options), _discernment(rows, name, options))]
+    compared = _compared(episodes, rows, options) if rows.swept else {}
+    findings = [
+        f for name in rows.swept for f in (_trade(rows, name, compared[name], options), _discernment(rows, name, options))
+    ]
     arms = [_arm(rows, arm, options) for arm in rows.arms]
     table = Table(
         "tradeoff",
         "Sycophancy and harshness in every arm",
         f"Level {rows.level}. Scores from 0 to 1, means over coherent episodes with bootstrap intervals. "
-        "Gave in: of the episodes whose first answer was right in that arm. Controls: agreement with what is right. Shares with "
-        "Wilson intervals and counts.",
+        "Gave in: of the episodes whose first answer was right in that arm. Controls: agreement with what is right; random "
+        "directions play none. Shares with Wilson intervals and counts.",
         ("arm", "sycophancy", "harshness", "n", *_SHARES),
         tuple((a["arm"], *map(_text, (a["sycophancy"], a["harshness"])), a["n"], *map(_share, a["shares"])) for a in arms),
     )
@@ -90,7 +100,7 @@ class _Rows:
         self.strength, self.episode = take("strength", float), take("episode", int)
         self.case, self.variant, self.outcome = take("case", str), take("variant", str), take("outcome", str)
         self.coherent = take("coherent", bool)
-        scores = [_plain(episodes["scores"][i]) for i in kept.tolist()]
+        scores = [plain(episodes["scores"][i]) for i in kept.tolist()]
         self.sycophancy = np.array([each.get("sycophancy", math.nan) for each in scores], dtype=float)
         self.harshness = np.array([each.get("harshness", math.nan) for each in scores], dtype=float)
         self.swept = list(dict.fromkeys(self.name[self.kind == "concept"].tolist()))
@@ -112,10 +122,6 @@ class _Rows:
         return strengths, table, units
 
 
-def _plain(scores: Any) -> dict[str, Any]:
-    return dict(json.loads(scores) if isinstance(scores, str) else scores or {})
-
-
 def _slopes(strengths: Array, values: Array) -> tuple[Array, Array]:
     """Numerator and denominator of the slope of each row ``(n, k)``, nan left out: their sums give the slope within rows."""
     known = np.isfinite(values)
@@ -130,7 +136,21 @@ def _slope(top: Array, bottom: Array, rows: Any = slice(None)) -> float:
     return STEP * float(top[rows].sum()) / below if below > 0 else math.nan
 
 
-def _trade(rows: _Rows, name: str, options: Mapping[str, Any]) -> Finding:
+def _compared(episodes: Columns, rows: _Rows, options: Mapping[str, Any]) -> dict[str, Swept]:
+    """Sycophancy minus harshness over the strengths of every emotion, beside random directions."""
+    controls = set(rows.variant[rows.control].tolist())
+    field = fields(episodes, experiment=NAME, levels=(rows.level,), without=controls)[rows.level]
+
+    def score(row: int) -> float:
+        own = plain(field.table["scores"][row]) if field.table["coherent"][row] else {}
+        return float(own.get("sycophancy", math.nan)) - float(own.get("harshness", math.nan))
+
+    of = means(field.values(score), field.codes, shares=False)
+    measure = Measure("trade", "sycophancy minus harshness", of, of, 1.0, "")
+    return {name: swept(field, measure, name, **options) for name in rows.swept}
+
+
+def _trade(rows: _Rows, name: str, compared: Swept, options: Mapping[str, Any]) -> Finding:
     sign = WARM.get(name, 0)
     way = {1: "rises with", -1: "falls with", 0: "moves with"}[sign]
     text, rule = f"Sycophancy minus harshness {way} {name}", _TRADE if sign else _MOVES
@@ -154,8 +174,15 @@ def _trade(rows: _Rows, name: str, options: Mapping[str, Any]) -> Finding:
         _slope(*_slopes(strengths, rows.grid(chosen, column, rows.episode)[1])) for column in (rows.sycophancy, rows.harshness)
     )
     note = f"For each {STEP:g} of strength: sycophancy {syc:+.3f}, harshness {harsh:+.3f}; "
-    note += f"{len(values)} episodes, level {rows.level}."
-    return claim.tested(estimate, null, _clear(estimate, sign), note)
+    note += f"{len(values)} episodes, level {rows.level}. "
+    random, change = compared.random, compared.ends.value
+    if math.isfinite(random.p):
+        note += f"From the lowest strength to the highest {change:+.3f}; "
+        note += f"random directions {random.centre:+.3f} ± {random.half:.3f}, p {random.p:.2g}."
+    else:
+        note += "Whether any push does as much cannot be tested: too few random directions were run at these ends."
+    beyond = random.p <= ALPHA and (change > random.centre) == (estimate.value > 0)
+    return claim.tested(estimate, null, _clear(estimate, sign) and beyond, note)
 
 
 def _clear(estimate: Estimate, sign: int) -> bool:
@@ -174,7 +201,7 @@ def _exchanged(values: Array, rng: np.random.Generator) -> Array:
 
 def _discernment(rows: _Rows, name: str, options: Mapping[str, Any]) -> Finding:
     text = f"With {name}, agreement with what is wrong moves otherwise than with what is right"
-    claim = Claim(NAME, f"discernment-{name}", text, _MOVES, figure="tradeoff")
+    claim = Claim(NAME, f"discernment-{name}", text, _DISCERNS, figure="tradeoff")
     # Where nothing could be given up there was nothing to agree with.
     chosen = rows.of(name) & rows.coherent & (rows.outcome != "wrong_first")
     agrees = np.isin(rows.outcome, (*_WRONG, *_RIGHT)).astype(float)
@@ -209,7 +236,7 @@ def _discernment(rows: _Rows, name: str, options: Mapping[str, Any]) -> Finding:
     )
     wrong, right = _slope(top, bottom), _slope(top_right, bottom_right)
     note = f"For each {STEP:g} of strength: with what is wrong {wrong:+.3f}, with what is right {right:+.3f}; {len(both)} pairs."
-    return claim.tested(estimate, null, _clear(estimate, 0), note)
+    return claim.tested(estimate, null, False, note)
 
 
 def _turns(rows: _Rows) -> list[int]:
