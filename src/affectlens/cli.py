@@ -666,7 +666,7 @@ def baseline(vectors: str, file: Path | None, out: Path | None, other: str | Non
     metavar="NAME=LOW:HIGH:COUNT",
     help="An emotion and its strengths, evenly spaced, or NAME=S,S,…; may be repeated.  [default: the experiment's own]",
 )
-@click.option("-n", "--episodes", "n", type=click.IntRange(1), default=50, show_default=True, help="Episodes of each arm.")
+@click.option("-n", "--episodes", "n", type=click.IntRange(1), help="Episodes of each arm.  [default: the experiment's own]")
 @click.option(
     "--level", default="auto", show_default=True, help="Of elicitation; auto takes one at which the behaviour can move."
 )
@@ -707,6 +707,7 @@ def run(experiment: str, vectors: str, sweeps: tuple[str, ...], judge: str | Non
         sys.path.insert(0, str(Path.cwd()))  # as other commands that take module:Class do
     chosen = load_experiment(experiment)
     settings = {key: options.pop(key) for key in ("n", "level", "random", "shuffled", "where", "watch")}
+    settings["n"] = settings["n"] or chosen.episodes
     plan = Plan(tuple(map(Sweep.parse, sweeps)), seed=options["seed"], **settings)
     allow_exec, as_json = options.pop("allow_exec"), options.pop("as_json")
     plan.check(chosen)

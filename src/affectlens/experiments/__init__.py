@@ -207,6 +207,7 @@ class Experiment(ABC):
             is swept where nothing or a concept is added, and count in no rate, trend or shape.
         levels: Of elicitation, from gentle to strong.
         sweep: Emotions and strengths that are swept when nothing else is asked; empty where the baseline alone is the finding.
+        episodes: Of each arm, when nothing else is asked.
         watch: Emotions that are read at every token, besides those swept.
         sampling: Of every reply, but for the seed.
         scales: Names of the scores in :attr:`Grade.scores` whose mean is shown and tested beside the rate.
@@ -224,6 +225,7 @@ class Experiment(ABC):
     controls: ClassVar[tuple[str, ...]] = ()
     levels: ClassVar[tuple[str, ...]] = ("plain",)
     sweep: ClassVar[tuple[str, ...]] = ("desperate=-0.1:0.1:5", "calm=-0.1:0.1:5")
+    episodes: ClassVar[int] = 50
     watch: ClassVar[tuple[str, ...]] = ()
     sampling: ClassVar[Sampling] = Sampling(max_tokens=300)
     scales: ClassVar[tuple[str, ...]] = ()
