@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,18 +93,22 @@ def test_an_honest_program_runs(means: str) -> None:
 
 
 def test_paths_hash_seed_and_errors_are_the_same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "import os, sys\nprint(os.getcwd() if 0 else sys.path[0], hash('a'), list({'x', 'y', 'z'}))\n1 / 0"
+    code = (
+        "import os, sys\nprint(sys.path[0], os.getcwd(), os.environ['HOME'], hash('a'), list({'x', 'y', 'z'}))\n"
+        "open(os.path.expanduser('~/where'), 'w').write(os.path.abspath('main.py'))\n1 / 0"
+    )
     said = set()
     for name in sandbox.MEANS:
         if missing(name):
             continue
         monkeypatch.setattr(sandbox, "_means", lambda name=name: name)
         ran = python(code)
-        said |= {(ran.stdout, ran.stderr)}
+        said |= {(ran.stdout, ran.stderr, ran.files["where"])}
     assert len(said) <= 1
-    for stdout, stderr in said:
-        assert stdout.startswith("/scratch ")
-        assert 'File "/scratch/main.py", line 3' in stderr
+    for stdout, stderr, where in said:
+        assert stdout.startswith("/scratch /scratch /scratch ")
+        assert 'File "/scratch/main.py", line 4' in stderr
+        assert where == "/scratch/main.py"
 
 
 def test_no_packages_no_input_no_environment(means: str) -> None:
@@ -142,6 +150,83 @@ def test_a_run_that_was_stopped_meanwhile_is_not_out_of_time(means: str) -> None
     for pid in whole:
         os.kill(pid, signal.SIGCONT)
     assert ours.communicate(timeout=30)[0] == "exited\n"
+
+
+def test_a_run_that_was_lost_is_tried_again_in_a_folder_of_its_own(means: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    really, folders = subprocess.run, []
+
+    def lost_at_first(*args: Any, **options: Any) -> Any:
+        folders.append(json.loads(options["input"])["folder"])
+        done = really(*args, **options)
+        if len(folders) == 1:
+            raise subprocess.TimeoutExpired("python", 1)
+        return done
+
+    monkeypatch.setattr(subprocess, "run", lost_at_first)
+    assert python("print(open('main.py').read())").passed
+    assert len({*folders}) == 2 and not any(map(os.path.exists, folders))
+
+
+def test_the_limit_of_computing_is_told_from_other_ends() -> None:
+    """Where nobody looks for long, the kernel ends it with a signal like any other."""
+    outcomes = []
+    for code, allowed in (("while True: pass", 0.5), ("import os; os.kill(os.getpid(), 9)", 60.0)):
+        (read, write), (error, told) = os.pipe(), os.pipe()
+        limit = functools.partial(resource.setrlimit, resource.RLIMIT_CPU, (1, 1))
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=write, stderr=told, preexec_fn=limit)
+        os.close(write)
+        os.close(told)
+
+        def asleep(pid: int = process.pid) -> bool:
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            return False
+
+        outcomes.append(confinement._watch(process.pid, (read, error), seconds=allowed, full=asleep)[:2])
+        process.returncode = 0  # it has been waited for
+        os.close(read)
+        os.close(error)
+    assert outcomes == [("time", -signal.SIGKILL), ("signal", -signal.SIGKILL)]
+
+
+# The rights that root may lack in a container, and its only number there.
+WEAK = {
+    "without rights": "[libc.prctl(24, right, 0, 0, 0) for right in (0, 6, 7)]",
+    "without other users": (
+        "uid, gid = os.getuid(), os.getgid(); libc.unshare(0x10000000); "
+        "[open('/proc/self/' + name, 'w').write(text) for name, text in "
+        "(('setgroups', 'deny'), ('uid_map', f'0 {uid} 1'), ('gid_map', f'0 {gid} 1'))]"
+    ),
+}
+
+
+@pytest.mark.parametrize("how", WEAK)
+def test_root_that_can_become_nobody_else_has_a_sandbox_all_the_same(how: str) -> None:
+    if problem := missing("landlock") or ("needs root" if os.geteuid() != 0 else missing("user namespaces")):
+        pytest.skip(problem)
+    code = (
+        "from affectlens.experiments import Exec, sandbox\n"
+        "exec = Exec({'inner/m.py': 'print(1)'}, ('python', 'inner/m.py'))\n"
+        "print(sandbox._user('landlock', '.'), sandbox._confined(exec, 'landlock').stdout, sandbox._tried('landlock'))"
+    )
+    first = f"import ctypes, os, sys; libc = ctypes.CDLL(None); {WEAK[how]}; os.execv(sys.executable, [*sys.argv[1:], {code!r}])"
+    done = subprocess.run([sys.executable, "-c", first, sys.executable, "-c"], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["None", "1"], done.stderr
+
+
+def test_what_is_begun_when_the_parent_has_ended_ends_too() -> None:
+    code = (
+        "import os, select\n"
+        "from affectlens.experiments import confinement\n"
+        "parent, poll = os.pidfd_open(os.getpid()), select.poll()\n"
+        "if os.fork() == 0:\n"
+        "    poll.register(parent, select.POLLIN)\n"
+        "    os.write(1, b'lives, ')\n"
+        "    poll.poll()\n"
+        "    confinement._die_with_parent(parent)\n"
+        "    os.write(1, b'and lives')\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"lives, "
 
 
 def children(pid: int) -> list[int]:
@@ -222,7 +307,11 @@ def test_attack_4_writing_outside(means: str, tmp_path: Path) -> None:
     ours.chmod(0o666)
     came = attempts(
         """
-import os, shutil, sys
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def mount(source, flags):
+    if libc.mount(source, b".", b"tmpfs", flags, None) < 0:
+        raise OSError(ctypes.get_errno(), "refused")
 ours = sys.argv[1]
 folder = os.path.dirname(ours)
 places = [ours, folder + "/new", "../escaped", "/escaped", "/tmp/escaped", "/var/tmp/escaped", "/dev/shm/escaped", "/etc/escaped",
@@ -235,7 +324,7 @@ report({
     "move out": lambda: os.rename("main.py", folder + "/m"),
     "folder": lambda: os.mkdir(folder + "/d"), "mode": lambda: os.chmod(ours, 0), "owner": lambda: os.chown(ours, 0, 0),
     "times": lambda: os.utime(ours, (0, 0)), "attribute": lambda: os.setxattr(ours, "user.x", b"1"),
-    "mount": lambda: shutil.copy("main.py", "/dev/null") and os.mkdir("/proc"),
+    "mount": lambda: mount(b"none", 0), "bind": lambda: mount(folder.encode(), 4096),
 })
 """,
         str(ours),
@@ -429,6 +518,28 @@ print(json.dumps([found, dict(os.environ)]))
     assert found == []
     assert environment == sandbox._ENVIRONMENT
     assert "hunter2" not in ran.stdout
+
+
+def test_what_is_hidden_is_hidden_behind_links_too(means: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As /lib is a link to /usr/lib on most machines, where installed packages lie."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)  # so that it is the sandbox that keeps the program out
+        (inner := Path(folder, "real", "packages")).mkdir(parents=True)
+        Path(folder, "real", "open").write_text("open")
+        (inner / "secret").write_text("secret")
+        Path(folder, "link").symlink_to("real")
+        Path(folder, "real", "again").symlink_to("packages")
+        readable, hidden = sandbox._places()
+        places = [*readable, f"{folder}/link", f"{folder}/real"], [*hidden, str(inner)]
+        monkeypatch.setattr(sandbox, "_places", lambda: places)
+        ways = [f"{folder}/{way}/secret" for way in ("real/packages", "link/packages", "real/again", "link/again")]
+        came = attempts(
+            "import sys\nreport({path: lambda path=path: open(path).read() for path in sys.argv[1:]})",
+            *ways,
+            f"{folder}/link/open",
+        )
+        assert came.pop(f"{folder}/link/open") == "done"
+        assert {*came} == {*ways} and {*came.values()} <= {"PermissionError", "FileNotFoundError"}
 
 
 # ------------------------------------------------------------------------------------------------------------------- refusing

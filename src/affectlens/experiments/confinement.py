@@ -154,8 +154,18 @@ def _protect(target: str, *, flags: int, deep: bool = True) -> None:
     _system("mount_setattr", ctypes.c_int(-100), target.encode(), ctypes.c_uint(0x8000 * deep), attributes, ctypes.c_size_t(32))
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int) -> None:
+    """Be killed when the parent ends; where it has ended already, nobody would be told, so end at once.
+
+    Args:
+        parent: A descriptor that shows when it is gone: that of the process, or a pipe that it reads. Its number shows nothing
+            in namespaces of our own.
+    """
     _prctl("PR_SET_PDEATHSIG", 1, signal.SIGKILL)
+    poll = select.poll()
+    poll.register(parent, select.POLLIN)
+    if poll.poll(0):
+        os._exit(1)
 
 
 def enter_namespaces(user: int, *, own: bool) -> None:
@@ -221,8 +231,11 @@ def _landlock() -> int:
 
 
 def _granted(path: str, hidden: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """What to grant so that ``path`` may be read but for what is hidden below it."""
-    if path in hidden:
+    """What to grant so that ``path`` may be read but for what is hidden below it.
+
+    Landlock follows a link when it is granted: what lies at its end is granted where it lies, or not at all.
+    """
+    if path in hidden or os.path.islink(path):
         return
     if not any(inner.startswith(path.rstrip("/") + "/") for inner in hidden):
         yield path, _LANDLOCK_READ
@@ -241,12 +254,12 @@ def restrict_files(scratch: str, readable: Sequence[str], hidden: Sequence[str])
     # From version 4 on also TCP, from 6 on also abstract sockets and signals: nothing of it is granted.
     attributes = struct.pack("=QQQ", everything, 3, 3)[: 24 if version >= 6 else 16 if version >= 4 else 8]
     rules = _system("landlock_create_ruleset", attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint(0))
-    grants = [grant for path in readable for grant in _granted(path, hidden)]
+    grants = [grant for path in sorted({*map(os.path.realpath, readable)}) for grant in _granted(path, hidden)]
     for path, access in (*grants, ("/dev/null", 2 | 4), ("/dev/urandom", 4), (scratch, _LANDLOCK_WRITE)):
         try:
             beneath = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except OSError:
-            continue  # not there, or a link that leads nowhere: then there is nothing to grant
+            continue  # not there: then there is nothing to grant
         access &= everything if stat.S_ISDIR(os.fstat(beneath).st_mode) else _LANDLOCK_OF_FILES
         _system("landlock_add_rule", ctypes.c_int(rules), ctypes.c_int(1), struct.pack("=Qi", access, beneath), ctypes.c_uint(0))
         os.close(beneath)
@@ -310,7 +323,7 @@ def drop_rights(user: int | None) -> None:
 
 
 def _limit(spec: Mapping[str, Any]) -> None:
-    seconds = int(spec["seconds"]) + 2  # of computing; the clock on the wall is watched from outside
+    seconds = int(spec["seconds"]) + 2  # of computing, if nobody looks; the clock on the wall is watched from outside
     for which, most in (
         (resource.RLIMIT_AS, int(spec["memory"])),
         (resource.RLIMIT_CPU, seconds),
@@ -325,7 +338,7 @@ def _limit(spec: Mapping[str, Any]) -> None:
         resource.setrlimit(which, (most, most))
 
 
-def _become(spec: Mapping[str, Any], scratch: str, streams: tuple[int, int, int]) -> None:
+def _become(spec: Mapping[str, Any], scratch: str, streams: tuple[int, int, int], parent: int) -> None:
     """The third process: gives up everything and becomes the program."""
     os.setsid()
     for target, source in enumerate(streams):
@@ -334,11 +347,11 @@ def _become(spec: Mapping[str, Any], scratch: str, streams: tuple[int, int, int]
         _prctl("PR_SET_NO_NEW_PRIVS", 38, 1)
         restrict_files(scratch, spec["readable"], spec["hidden"])
     drop_rights(None if spec["means"] == "user namespaces" else spec["user"])
-    _die_with_parent()
+    _die_with_parent(parent)  # only now: to become another user forgets it
     os.chdir(scratch)
     _limit(spec)
     restrict_calls()
-    os.execve(spec["command"][0], spec["command"], spec["environment"])
+    os.execve(spec["command"][0], spec["command"], {**spec["environment"], "HOME": scratch})
 
 
 def _texts(folder: str) -> dict[str, str]:
@@ -417,9 +430,11 @@ def _watch(process: int, streams: Sequence[int], *, seconds: float, full: Callab
             if reason:
                 os.kill(process, signal.SIGKILL)
     os.close(handle)
-    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    _, status, used = os.wait4(process, 0)
+    code = os.waitstatus_to_exitcode(status)
     if not reason:
-        reason = "exited" if code >= 0 else "time" if -code == signal.SIGXCPU else "signal"
+        spent = used.ru_utime + used.ru_stime > seconds  # the kernel says no more than "killed" at the limit of computing
+        reason = "exited" if code >= 0 else "time" if spent and -code == signal.SIGKILL else "signal"
         if sum(map(len, said.values())) > OUTPUT:
             reason = "output"
         elif full():
@@ -427,9 +442,9 @@ def _watch(process: int, streams: Sequence[int], *, seconds: float, full: Callab
     return reason, code, [bytes(said[stream]) for stream in streams]
 
 
-def _supervise(spec: Mapping[str, Any]) -> dict[str, Any]:
+def _supervise(spec: Mapping[str, Any], parent: int) -> dict[str, Any]:
     """The second process."""
-    _die_with_parent()
+    _die_with_parent(parent)
     nothing = os.open("/dev/null", os.O_RDONLY)
     scratch: str = spec["folder"]
     if spec["means"] != "landlock":
@@ -448,10 +463,11 @@ def _supervise(spec: Mapping[str, Any]) -> dict[str, Any]:
             file.write(text)
         os.chown(f"{scratch}/{name}", own, own)
     said, told, status = os.pipe(), os.pipe(), os.pipe()
+    myself = os.pidfd_open(os.getpid())
     process = os.fork()
     if process == 0:
         try:
-            _become(spec, scratch, (nothing, said[1], told[1]))
+            _become(spec, scratch, (nothing, said[1], told[1]), myself)
         except BaseException as error:
             os.write(status[1], (str(error) or type(error).__name__).encode()[:500])
         finally:
@@ -462,11 +478,13 @@ def _supervise(spec: Mapping[str, Any]) -> dict[str, Any]:
         if problem := file.read().decode():
             raise Failed(problem)
     outcome, code, texts = _watch(process, (said[0], told[0]), seconds=spec["seconds"], full=lambda: _overfull(scratch))
+    # Under Landlock the folder has a name of its own in every run, which must not show in what comes back.
     stdout, stderr = (text.decode("utf-8", "replace").replace(scratch, "/scratch")[:KEPT] for text in texts)
+    files = {name: text.replace(scratch, "/scratch") for name, text in _texts(scratch).items()}
     end = texts[1][-400:].decode("utf-8", "replace")
     if outcome == "exited" and code != 0 and "MemoryError" in end.rstrip().rpartition("\n")[2]:
         outcome = "memory"
-    return {"outcome": outcome, "code": code, "stdout": stdout, "stderr": stderr, "files": _texts(scratch)}
+    return {"outcome": outcome, "code": code, "stdout": stdout, "stderr": stderr, "files": files}
 
 
 def main() -> None:
@@ -478,9 +496,10 @@ def main() -> None:
     """
     spec = json.load(sys.stdin.buffer)
     try:
-        _die_with_parent()
+        _die_with_parent(sys.stdout.fileno())
         if spec["means"] != "landlock":
             enter_namespaces(spec["user"], own=spec["means"] == "user namespaces")
+        myself = os.pidfd_open(os.getpid())
         child = os.fork()
     except (Failed, OSError) as error:
         print(json.dumps({"failed": str(error)}))
@@ -489,7 +508,7 @@ def main() -> None:
         os.waitpid(child, 0)
         return
     try:
-        result = _supervise(spec)
+        result = _supervise(spec, myself)
     except (Failed, OSError) as error:
         result = {"failed": str(error)}
     sys.stdout.write(json.dumps(result))

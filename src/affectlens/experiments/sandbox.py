@@ -4,7 +4,7 @@ A program runs as **one process with one thread**, started from nothing: an empt
 own that is the only place it can write to, the interpreter's files and the system's libraries as the only ones it can read. It
 cannot make processes or threads, sockets, links or folders, nor send signals to any process but itself; memory, computing time,
 time on the wall, output, size and number of files are bounded, and whatever is left of it is killed. Limits that hold for one
-process hold for the whole run that way, without control groups.
+process hold for the whole run that way, without control groups. How far the bound of files reaches is in ``docs/sandbox.md``.
 
 Files and system calls are guarded by what the machine gives, tried in this order:
 
@@ -19,7 +19,7 @@ landlock            Landlock's rules; own user where root can     Linux 6.2; the
 In all three a filter of system calls (seccomp) allows only what a program needs that computes and writes files. The first use in
 a process tries to break out by what should be impossible (read, write, call, signal, fork); means that fail this are not used,
 and where none is left nothing is run. The result depends on the files and the command alone, as far as the program does: names
-and order of files, hash seed and paths are fixed. Time is not.
+and order of files and the hash seed are fixed, and so are paths in what comes back. Time is not.
 
 Source: method 16. What it has to stand is in ``tests/test_sandbox.py``.
 """
@@ -54,6 +54,8 @@ GRACE = 60.0
 
 # Owns nothing anywhere; below 65,536 so that containers with a small range of users have it too.
 _USER = 64_731
+# What root needs to work for another user: CHOWN, DAC_OVERRIDE, FOWNER, KILL, SETGID, SETUID by number.
+_RIGHTS = sum(1 << number for number in (0, 1, 3, 5, 6, 7))
 _STANDARD = str(Path(os.__file__).resolve().parent)
 _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/scratch", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
 _PROBE = """
@@ -161,45 +163,53 @@ def _tried(means: str) -> str:
 
 def _confined(exec: Exec, means: str) -> Ran:
     _check(exec)
-    with tempfile.TemporaryDirectory(prefix="affectlens-", ignore_cleanup_errors=True) as folder:
-        readable, hidden = _places()
-        spec = {
-            "means": means,
-            "folder": folder,
-            "user": _user(means, folder),
-            "readable": readable,
-            "hidden": hidden,
-            "files": dict(sorted(exec.files.items())),
-            # Without site-packages, without writing caches. Not -I, which ignores the fixed hash seed: the environment is ours
-            # anyway.
-            "command": [os.path.realpath(sys.executable), "-s", "-S", "-B", "-X", "utf8", *exec.command[1:]],
-            "environment": _ENVIRONMENT,
-            "seconds": exec.seconds,
-            "memory": exec.memory_mb * 2**20,
-        }
-        said = _spoken(spec, exec.seconds + GRACE)
-    if "failed" in said:
-        raise AffectlensError(said["failed"])
-    return Ran(said["outcome"], said["code"], said["stdout"], said["stderr"], said["files"])
+    seconds = exec.seconds + GRACE
+    for _ in range(2):  # a run that was stopped and went on has lost one
+        # Each in a folder of its own: the first may have left files in it.
+        with tempfile.TemporaryDirectory(prefix="affectlens-", ignore_cleanup_errors=True) as folder:
+            said = _spoken(_specified(exec, means, os.path.realpath(folder)), seconds)
+        if said is None:
+            continue
+        if "failed" in said:
+            raise AffectlensError(said["failed"])
+        return Ran(said["outcome"], said["code"], said["stdout"], said["stderr"], said["files"])
+    raise AffectlensError(f"the sandbox did not answer within {seconds:.0f} seconds: is the machine overloaded? run again")
 
 
-def _spoken(spec: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """What the far side answers. It is killed with all that it started when it takes too long, and when we are interrupted."""
+def _specified(exec: Exec, means: str, folder: str) -> dict[str, Any]:
+    """What the far side is told."""
+    readable, hidden = _places()
+    return {
+        "means": means,
+        "folder": folder,
+        "user": _user(means, folder),
+        "readable": readable,
+        "hidden": hidden,
+        "files": dict(sorted(exec.files.items())),
+        # Without site-packages and caches. Not -I, which ignores the fixed hash seed: the environment is ours anyway.
+        "command": [os.path.realpath(sys.executable), "-s", "-S", "-B", "-X", "utf8", *exec.command[1:]],
+        "environment": _ENVIRONMENT,
+        "seconds": exec.seconds,
+        "memory": exec.memory_mb * 2**20,
+    }
+
+
+def _spoken(spec: dict[str, Any], seconds: float) -> dict[str, Any] | None:
+    """What the far side answers; None when it takes too long. Then, and when we are interrupted, it is killed with all that it
+    started."""
     command = [sys.executable, "-I", "-S", "-B", confinement.__file__]
     text = json.dumps(spec).encode()
-    for _ in range(2):  # a run that was stopped and went on has lost one
-        try:
-            done = subprocess.run(
-                command, input=text, capture_output=True, env={}, timeout=seconds, start_new_session=True, check=False
-            )
-        except subprocess.TimeoutExpired:
-            continue
-        if not done.stdout:
-            problem = done.stderr.decode(errors="replace").strip().splitlines()
-            return {"failed": f"the sandbox itself ended with {done.returncode}: {(problem or ['no message'])[-1][:200]}"}
-        said: dict[str, Any] = json.loads(done.stdout)
-        return said
-    return {"failed": f"the sandbox did not answer within {seconds:.0f} seconds: is the machine overloaded? run again"}
+    try:
+        done = subprocess.run(
+            command, input=text, capture_output=True, env={}, timeout=seconds, start_new_session=True, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    if not done.stdout:
+        problem = done.stderr.decode(errors="replace").strip().splitlines()
+        return {"failed": f"the sandbox itself ended with {done.returncode}: {(problem or ['no message'])[-1][:200]}"}
+    said: dict[str, Any] = json.loads(done.stdout)
+    return said
 
 
 def _check(exec: Exec) -> None:
@@ -237,9 +247,8 @@ def _places() -> tuple[list[str], list[str]]:
     for path in there:
         if not any(path.startswith(f"{outer}/") for outer in readable):
             readable.append(path)
-    packages = {os.path.realpath(path) for path in (*site.getsitepackages(), *site.getsitepackages([prefix]))}
-    packages |= {"/usr/lib/python3/dist-packages"}
-    return readable, sorted(path for path in packages if Path(path).is_dir())
+    packages = (*site.getsitepackages(), *site.getsitepackages([prefix]), "/usr/lib/python3/dist-packages")
+    return readable, sorted({os.path.realpath(path) for path in packages if Path(path).is_dir()})
 
 
 def _user(means: str, folder: str) -> int | None:
@@ -250,4 +259,17 @@ def _user(means: str, folder: str) -> int | None:
         return None
     reached = (os.path.realpath(sys.executable), f"{_STANDARD}/os.py", f"{folder}/file")
     open_to_all = all(parent.stat().st_mode & 0o001 for path in reached for parent in Path(path).parents if str(parent) != folder)
-    return _USER if open_to_all else None
+    return _USER if open_to_all and _others(folder) else None
+
+
+def _others(folder: str) -> bool:
+    """Whether root can give ``folder`` to another user and act as one: not in a container without these rights or numbers."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    rights = next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff:"))
+    if rights & _RIGHTS != _RIGHTS:
+        return False
+    try:
+        os.chown(folder, _USER, _USER)
+    except OSError:
+        return False
+    return True
