@@ -48,10 +48,17 @@ _HEARD = {
 
 @dataclass(frozen=True)
 class Compared:
-    """A difference in a reading, with its null; None where there were too few acts."""
+    """A difference in a reading, with its null; None where there was too little.
+
+    Args:
+        estimate, null: Of the difference.
+        acts, others: With and without the act, how many had words to read there.
+    """
 
     estimate: Estimate | None
     null: Null | None
+    acts: int = 0
+    others: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +98,10 @@ class Reading:
             rule = _RULE.format(way=" on that side" if sign else "")
             claim = Claim(experiment, f"{key}-{name}", text, rule, stated, "readings")
             if compared.estimate is None or compared.null is None:
-                need = f"{ENOUGH} acts and {ENOUGH} coherent episodes without are needed"
-                made.append(claim.untestable(f"Cannot be tested here ({self.acts} acts, {self.others} without; {need})."))
+                there = {"before": "words before the act", "during": "words before and in the act"}[key]
+                reason = f"{compared.acts} of {self.acts} acts have {there}"
+                reason += f", {compared.others} coherent episodes are without one" if key == "before" else ""
+                made.append(claim.untestable(f"Cannot be tested here ({reason}; {ENOUGH} are needed, in three units or more)."))
                 continue
             note = "Compared within arms, since the push itself is in what is read."
             if key == "before":
@@ -173,17 +182,19 @@ def _beside(values: Array, act: Array, units: np.ndarray, cases: np.ndarray, *, 
     n, k = values.shape
     rows = np.isfinite(values) & np.isfinite(act)
     x, a = values[rows], act[rows]
-    if (a == 1).sum() < ENOUGH or (a == 0).sum() < ENOUGH:
-        return Compared(None, None)
+    known = {"acts": int((a == 1).sum()), "others": int((a == 0).sum())}
+    if min(known.values()) < ENOUGH:
+        return Compared(None, None, **known)
     arm, case, unit_of = (np.broadcast_to(own, (n, k))[rows] for own in (np.arange(k), cases[:, None], units[:, None]))
     constants = np.column_stack([np.eye(k)[arm], np.eye(int(cases.max()) + 1)[case]])
     fitted, *_ = np.linalg.lstsq(constants, np.column_stack([x, a]), rcond=None)
     x_left, a_left = (np.column_stack([x, a]) - constants @ fitted).T
     size = float(a_left @ a_left)
     if size < 1e-9 * len(a):
-        return Compared(None, None)  # in no arm and case there is an episode of either kind
+        return Compared(None, None, **known)  # in no arm and case there is an episode of either kind
     value = float(a_left @ x_left) / size
-    return _judged(value, np.column_stack([a, constants]), x, a_left * x_left / size, unit_of, unit=unit, seed=seed, draws=draws)
+    found = _judged(value, np.column_stack([a, constants]), x, a_left * x_left / size, unit_of, unit=unit, seed=seed, draws=draws)
+    return replace(found, **known)
 
 
 def _within(values: Array, units: np.ndarray, *, unit: str, seed: int, draws: int) -> Compared:
@@ -191,8 +202,9 @@ def _within(values: Array, units: np.ndarray, *, unit: str, seed: int, draws: in
     known = np.isfinite(values)
     x, unit_of = values[known], np.broadcast_to(units[:, None], values.shape)[known]
     if len(x) < ENOUGH:
-        return Compared(None, None)
-    return _judged(float(x.mean()), np.ones((len(x), 1)), x, x / len(x), unit_of, unit=unit, seed=seed, draws=draws)
+        return Compared(None, None, len(x))
+    found = _judged(float(x.mean()), np.ones((len(x), 1)), x, x / len(x), unit_of, unit=unit, seed=seed, draws=draws)
+    return replace(found, acts=len(x))
 
 
 def _judged(
