@@ -182,19 +182,19 @@ def _beside(values: Array, act: Array, units: np.ndarray, cases: np.ndarray, *, 
     n, k = values.shape
     rows = np.isfinite(values) & np.isfinite(act)
     x, a = values[rows], act[rows]
-    known = {"acts": int((a == 1).sum()), "others": int((a == 0).sum())}
-    if min(known.values()) < ENOUGH:
-        return Compared(None, None, **known)
+    acts, others = int((a == 1).sum()), int((a == 0).sum())
+    if min(acts, others) < ENOUGH:
+        return Compared(None, None, acts, others)
     arm, case, unit_of = (np.broadcast_to(own, (n, k))[rows] for own in (np.arange(k), cases[:, None], units[:, None]))
     constants = np.column_stack([np.eye(k)[arm], np.eye(int(cases.max()) + 1)[case]])
     fitted, *_ = np.linalg.lstsq(constants, np.column_stack([x, a]), rcond=None)
     x_left, a_left = (np.column_stack([x, a]) - constants @ fitted).T
     size = float(a_left @ a_left)
     if size < 1e-9 * len(a):
-        return Compared(None, None, **known)  # in no arm and case there is an episode of either kind
+        return Compared(None, None, acts, others)  # in no arm and case there is an episode of either kind
     value = float(a_left @ x_left) / size
     found = _judged(value, np.column_stack([a, constants]), x, a_left * x_left / size, unit_of, unit=unit, seed=seed, draws=draws)
-    return replace(found, **known)
+    return replace(found, acts=acts, others=others)
 
 
 def _within(values: Array, units: np.ndarray, *, unit: str, seed: int, draws: int) -> Compared:
