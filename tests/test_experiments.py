@@ -649,7 +649,7 @@ def test_without_a_sweep_the_baseline_is_the_finding(vectors: ConceptVectors, tm
     assert [finding.id for finding in report.findings] == ["own"]
     assert {"keys-own", "keys-levels", "keys-variants"} <= {table.id for table in report.tables}
     assert "keys-own" in {figure.id for figure in report.figures}
-    assert not {check["name"] for check in report.checks} & {"strength 0", "shuffled stories"}
+    assert not {check["name"] for check in report.checks} & {"strength 0", "shuffled stories", "coherent when steered"}
 
 
 def test_controls_count_in_the_table_of_variants_alone(vectors: ConceptVectors, tmp_path: Path) -> None:

@@ -266,6 +266,14 @@ def _checks(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     fallen = [arm["id"] for arm in data["arms"] if arm["kind"] == "concept" and arm["coherent"][0] < 0.5]
     stuck = "floor" if low < 0.02 else "ceiling" if high > 0.98 else ""
     detail = f"level {data['level']}, n {baseline['n']}"
+    steered = {
+        "name": "coherent when steered",
+        "status": "warn" if fallen else "ok",
+        "value": f"{len(fallen)} arms fell apart" if fallen else "all arms",
+        "detail": f"most replies of {', '.join(fallen)} are incoherent"
+        if fallen
+        else "at least half of the replies in every arm",
+    }
     room = {
         "name": "room to rise and to fall",
         "status": "warn" if stuck else "ok",
@@ -280,14 +288,7 @@ def _checks(data: Mapping[str, Any]) -> list[dict[str, Any]]:
             "detail": detail,
         },
         *([room] if data["acts"] else []),
-        {
-            "name": "coherent when steered",
-            "status": "warn" if fallen else "ok",
-            "value": f"{len(fallen)} arms fell apart" if fallen else "all arms",
-            "detail": f"most replies of {', '.join(fallen)} are incoherent"
-            if fallen
-            else "at least half of the replies in every arm",
-        },
+        *([steered] if any(arm["kind"] == "concept" for arm in data["arms"]) else []),
     ]
 
 
