@@ -295,7 +295,8 @@ def draw(data: Mapping[str, Any]) -> list[Figure]:
         rows = np.array([[np.nan if v is None else v for v in row] for row in data["rises"][place]], dtype=np.float64)
         if not np.isfinite(rows).any():
             continue
-        figure = heat_map(rows, data["scenes"], columns=data["emotions"], unit=data["unit"], height=120 + 26 * len(rows))
+        figure = heat_map(rows, data["scenes"], columns=data["emotions"], unit=data["unit"], height=170 + 26 * len(rows))
+        figure.update_layout(meta={"wide": True}).update_xaxes(dtick=1, tickangle=-60, tickfont={"size": 10})
         rings = [(name, title) for title, names in zip(data["scenes"], data["declared"][place], strict=True) for name in names]
         figure.add_scatter(
             x=[name for name, _ in rings if name in data["emotions"]],
