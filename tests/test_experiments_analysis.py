@@ -577,7 +577,6 @@ def test_rules_and_judge_stand_beside_each_other(run: Path, tmp_path: Path) -> N
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pytest.importorskip("affectlens.experiments.judging")
     episodes = columns(run, "episodes")
     n = len(episodes["act"])
     # The judge says no to a fifth of what rules say yes to; every tenth answer is unsure, and of some the rules say nothing.

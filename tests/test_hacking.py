@@ -675,7 +675,7 @@ def test_the_judge_is_asked_where_words_are_not_exact() -> None:
 
 def test_the_runner_finds_what_was_planted(tmp_path: Path) -> None:
     """The whole way: the acting toy's replies are run, and acts rise with the dose in both variants."""
-    acting = pytest.importorskip("acting")
+    import acting
     from planted import toy_bench
 
     engine = acting.ActingToy(lambda dose: 0.5 + 5 * dose, planted.perform)

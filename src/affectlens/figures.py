@@ -405,6 +405,35 @@ def dose_curves(doses: Mapping[str, Any], strength: float, *, y: str = "nats a w
     return grid.update_yaxes(title_text=_text(y), col=1)
 
 
+def band(figure: go.Figure, x: Sequence[float], low: Sequence[float], high: Sequence[float], colour: str, **options: Any) -> None:
+    """Add the interval of a curve as a pale band.
+
+    Args:
+        figure: Is changed.
+        x, low, high: Of the points, all known.
+        colour: Of the curve.
+        options: Of the trace: ``name``, or ``row`` and ``col``.
+
+    Example:
+        >>> figure = blank()
+        >>> band(figure, [0, 1], [1, 2], [3, 4], "blue")
+        >>> figure.data[0].y
+        (3, 4, 2, 1)
+    """
+    figure.add_scatter(
+        x=[*x, *reversed(x)],
+        y=[*high, *reversed(low)],
+        mode="lines",  # of fewer than 20 points plotly would draw each
+        fill="toself",
+        fillcolor=colour,
+        opacity=0.18,
+        line={"width": 0},
+        hoverinfo="skip",
+        showlegend=False,
+        **options,
+    )
+
+
 def layer_curves(
     layers: Sequence[int],
     curves: Mapping[str, tuple[ArrayLike, ArrayLike | None, ArrayLike | None]],
@@ -441,18 +470,7 @@ def layer_curves(
             raise ValueError(f"curve {name!r} needs one value for each of the {len(layers)} layers")
         colour, text = PALETTE[number % len(PALETTE)], _text(name)
         if low is not None and high is not None:
-            figure.add_scatter(
-                x=[*layers, *reversed(layers)],
-                y=[*high.round(4), *low[::-1].round(4)],
-                name=f"{text}, interval",
-                mode="lines",  # of fewer than 20 points plotly would draw each
-                fill="toself",
-                fillcolor=colour,
-                opacity=0.18,
-                line={"width": 0},
-                hoverinfo="skip",
-                showlegend=False,
-            )
+            band(figure, layers, low.round(4).tolist(), high.round(4).tolist(), colour, name=f"{text}, interval")
         figure.add_scatter(
             x=list(layers),
             y=value.round(4),

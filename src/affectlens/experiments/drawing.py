@@ -90,20 +90,11 @@ def figures(data: Mapping[str, Any]) -> list[Figure]:
 
 
 def _band(figure: go.Figure, x: Sequence[float], each: Sequence[Sequence[float]], colour: str, **where: Any) -> None:
-    """The interval of a curve as a band."""
+    """The interval of a curve as a band, where it is known."""
+    from affectlens.figures import band
+
     known = [(at, low, high) for at, (_, low, high) in zip(x, each, strict=True) if _finite(low) and _finite(high)]
-    figure.add_scatter(
-        x=[at for at, _, _ in known] + [at for at, _, _ in reversed(known)],
-        y=[high for _, _, high in known] + [low for _, low, _ in reversed(known)],
-        mode="lines",
-        fill="toself",
-        fillcolor=colour,
-        opacity=0.18,
-        line={"width": 0},
-        hoverinfo="skip",
-        showlegend=False,
-        **where,
-    )
+    band(figure, [at for at, *_ in known], [low for _, low, _ in known], [high for *_, high in known], colour, **where)
 
 
 def _controls(figure: go.Figure, data: Mapping[str, Any], key: Any, *, legend: bool = True, **where: Any) -> None:

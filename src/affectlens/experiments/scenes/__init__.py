@@ -74,7 +74,7 @@ class Scenes(Experiment):
     acts = ()
     refusals = ("refuses",)
     sweep = ()  # the finding is in the baseline
-    episodes = 144  # every scene and control in every wording
+    episodes = 2 * sum(len(scene["wordings"]) for scene in _data()["scenes"])  # every wording with its control
     watch = tuple(sorted({name for scene in _data()["scenes"] for name in (*scene["user"], *scene["reply"])} | {"calm", "happy"}))
     sampling = Sampling(max_tokens=60, temperature=0.7)
 
