@@ -568,7 +568,9 @@ def test_the_judge_is_asked_once_and_overrules(vectors: ConceptVectors, tmp_path
     asked = len(judge.asked)
     assert play(Judged(), toy(), tmp_path / "run", **options) == rows and len(judge.asked) == asked
     checks = {check["name"]: check for check in json.loads((tmp_path / "run" / "summary.json").read_text())["checks"]}
-    assert checks["judge"]["status"] == "warn" and "unread" not in checks["judge"]["detail"]
+    unread = sum(json.loads(row["answers"])["meant"]["answer"] is None for row in rows)
+    assert checks["judge"]["status"] == "warn" and f"{unread} could not be read" in checks["judge"]["detail"]
+    assert checks["judge"]["value"] == f"sure in {len(rows) - unread} of {len(rows)}"
 
 
 def test_what_was_asked_is_kept_with_its_answer(vectors: ConceptVectors, tmp_path: Path) -> None:

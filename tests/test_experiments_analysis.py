@@ -418,6 +418,13 @@ def test_contrasts_cover_what_they_estimate() -> None:
         assert held >= 186, rates
 
 
+def test_no_interval_of_a_change_passes_what_is_possible() -> None:
+    rates = means([[0, 1]] * 6, range(6))
+    rise, fall = rates.estimate([-1, 1], factor=100.0), rates.estimate([1, -1], factor=100.0)
+    assert (rise.value, rise.high, fall.value, fall.low) == (100, 100, -100, -100) and rise.low < 100
+    assert means([[0, 5], [0, 7]] * 6, range(12), shares=False).estimate([-1, 1]).high > 6
+
+
 def test_a_prediction_from_few_directions_keeps_its_rate() -> None:
     """400 tables: the concept is a direction like the five others. At most 5 % of them (7 % with luck) are called different."""
     ends = [np.eye(12)[1 + 2 * k] - np.eye(12)[2 * k] for k in range(6)]

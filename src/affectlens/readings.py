@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class Readings:
         self._where: dict[tuple[str, str], tuple[Path, int, int]] = {}
         self._open: tuple[Path, Any, list[Any]] | None = None
         for path in sorted(self.folder.glob("*.safetensors")):
-            self._index(path)
+            self._index(path, _open(path)[1]["results"])
 
     def gather(self, requests: Iterable[Request], advance: Callable[[int], None] = lambda n: None) -> None:
         """Run what is not there yet; requests about the same prompt share one forward pass.
@@ -73,7 +73,7 @@ class Readings:
             ([r for r in merged if r.sampling is not None], FEW_GENERATED),
         ):
             for chunk in batched(group, size):
-                self._index(self._write(chunk, list(self._run(chunk))))
+                self._write(chunk, list(self._run(chunk)))
                 advance(len(chunk))
 
     def missing(self, requests: Iterable[Request]) -> list[Request]:
@@ -125,14 +125,13 @@ class Readings:
             self._open = (path, tensors, plain["results"])
         return self._open
 
-    def _index(self, path: Path) -> None:
-        _, plain = _open(path)
-        for number, result in enumerate(plain["results"]):
+    def _index(self, path: Path, results: Sequence[Mapping[str, Any]]) -> None:
+        for number, result in enumerate(results):
             for r, key in enumerate(result["readouts"] or [""]):
                 self._where[result["base"], key] = (path, number, r)
             self._where.setdefault((result["base"], ""), (path, number, 0))
 
-    def _write(self, requests: Sequence[Request], results: Sequence[Result]) -> Path:
+    def _write(self, requests: Sequence[Request], results: Sequence[Result]) -> None:
         from safetensors.numpy import save
 
         arrays: dict[str, np.ndarray] = {}
@@ -148,7 +147,8 @@ class Readings:
                     "reply": result.text,
                     "choices": result.choice_logprobs,
                     "finish": result.finish,
-                    **asdict(result.layout),
+                    # Not asdict, which copies token by token.
+                    **{field.name: getattr(result.layout, field.name) for field in fields(Layout)},
                 }
             )
         name = content_id([(entry["base"], entry["readouts"]) for entry in plain])
@@ -156,7 +156,7 @@ class Readings:
         path = self.folder / f"{name}.safetensors"
         with atomic_write(path) as temporary:
             temporary.write_bytes(save(arrays, {"results": json.dumps({"results": plain})}))
-        return path
+        self._index(path, plain)
 
     def _key(self, readout: Readout | None) -> str:
         if readout is None:

@@ -554,12 +554,14 @@ def _numeric(table: Table) -> list[bool]:
 
 
 def _formatted(table: Table) -> list[list[str]]:
-    """The rows as texts, the floats of a column with equally many decimals."""
+    """The rows as texts, the floats of a column with equally many decimals: at most three, and no more than one of them needs."""
     formats = []
     for column in zip(*table.rows, strict=True):
-        sizes = [abs(value) for value in column if isinstance(value, float)]
-        decimals = 0 if max(sizes, default=0) >= 1000 else 1 if max(sizes, default=0) >= 100 else 3
-        formats.append(decimals if max(sizes, default=1) >= 0.01 else None)  # None: too small for fixed decimals
+        values = [value for value in column if isinstance(value, float) and math.isfinite(value)]
+        largest = max(map(abs, values), default=1)
+        decimals = 0 if largest >= 1000 else 1 if largest >= 100 else 3
+        needed = [len(f"{value:.{decimals}f}".rstrip("0").partition(".")[2]) for value in values]
+        formats.append(max(needed, default=0) if largest >= 0.01 else None)  # None: too small for fixed decimals
 
     def text(value: Any, decimals: int | None) -> str:
         fixed = isinstance(value, float) and decimals is not None

@@ -412,12 +412,12 @@ def _checks(
         check("context", False, share, "were full of the model's own words: they ended with what they had")
     answers = [answer for episode in episodes for answer in episode.answers.values()]
     if answers:
-        unread = sum(answer.option is None for answer in answers)
+        unread, sure = sum(answer.option is None for answer in answers), sum(answer.sure for answer in answers)
         check(
             "judge",
-            unread <= UNREAD * len(answers),
-            f"{unread} of {len(answers)}",
-            "answers could not be read, and count as none",
+            unread <= UNREAD * len(answers) and sure > 0,
+            f"sure in {sure} of {len(answers)}",
+            f"answers, {unread} could not be read: what is not sure changes no grade",
         )
     if isolation:
         check("sandbox", True, isolation, "keeps what the model wrote from doing harm")

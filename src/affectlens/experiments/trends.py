@@ -41,6 +41,7 @@ class Means:
         covariance: Of ``pulled``, ``(k, k)``.
         counts: Episodes that were measured, ``(k,)``.
         units: Of which so many are independent.
+        shares: Whether they are means of 0 and 1, so that a contrast has an end.
     """
 
     value: Array
@@ -48,6 +49,7 @@ class Means:
     covariance: Array
     counts: Array
     units: int
+    shares: bool
 
     @property
     def freedom(self) -> int:
@@ -77,6 +79,9 @@ class Means:
         half = float(distributions.t.ppf(0.975, self.freedom)) * math.sqrt(self.variance(w))
         n = int(self.counts[w != 0].min()) if w.any() else 0
         low, high = min(change - half, value), max(change + half, value)
+        if self.shares:
+            most = float(w[w > 0].sum())  # where every arm that counts up is 1 and every other is 0
+            low, high = max(low, -most), min(high, most)
         return Estimate(factor * value, factor * low, factor * high, n, unit=unit)
 
     def with_interval(self, arm: int) -> tuple[float, float, float]:
@@ -120,7 +125,7 @@ def means(values: ArrayLike, units: ArrayLike, *, shares: bool = True) -> Means:
     covariance += np.diag(extra / (counts + 2) ** 2)
     covariance[:, counts == 0] = covariance[counts == 0, :] = np.nan
     common = float(y[known].mean()) if known.any() else math.nan
-    return Means(value, keep * value + (1 - keep) * common, covariance, counts, u)
+    return Means(value, keep * value + (1 - keep) * common, covariance, counts, u, shares)
 
 
 def _spread(values: Array, moved: Array) -> float:

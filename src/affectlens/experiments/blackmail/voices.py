@@ -305,7 +305,7 @@ def _scenes(rows: Sequence[Heard], at: int, *, kinds: Sequence[str], own: bool) 
 def _foremost(claim: Claim, values: np.ndarray, note: str, kind: str, how: Mapping[str, Any]) -> Finding:
     """Whether the first column lies above the others, ``(scenes, columns)``."""
     if len(values) < FEW:
-        return claim.untestable(f"{len(values)} scenes were read with all that is compared: {FEW} are needed.")
+        return claim.untestable(f"Scenes that were read with all that is compared: {len(values)}; {FEW} are needed.")
     scenes, others = np.arange(len(values)), values.shape[1] - 1
 
     def above(taken: np.ndarray) -> np.ndarray:
