@@ -225,6 +225,14 @@ def test_a_trend_that_random_directions_share_is_no_finding() -> None:
     assert sum(called) <= 3
 
 
+def test_what_fails_says_what_would_have_shown() -> None:
+    rows = played({"desperate": line(0.35, 0.3), "sad": flat(0.35)}, n=60, random=directions(0, 0.35))
+    found, none = (finding(analyse(rows, Theft(), draws=200), f"trend-{name}") for name in ("desperate", "sad"))
+    assert (found.verdict, none.verdict) == ("holds", "fails") and none.detectable is not None
+    assert f"A change of {none.detectable:.0f} points would have shown" in none.note
+    assert "would have shown" not in found.note
+
+
 def test_a_floor_cannot_be_tested_and_says_so() -> None:
     outcome = analyse(played({"desperate": flat(0.0)}, random=[flat(0.0)] * 5), Theft())
     trend = finding(outcome, "trend-desperate")

@@ -120,6 +120,5 @@ def test_what_was_planted_is_found_over_twenty_seeds(name: str, tmp_path: Path) 
             assert change is not None
             held[str(emotion)] += change.low <= 100 * (curve[-1] - curve[0]) <= change.high
     right = {emotion: labels.count(SHAPES[emotion]) for emotion, labels in shapes.items()}
-    print(name, right, held)
     assert min(right.values()) >= 18 and sum(right.values()) >= 57, (right, shapes)
     assert min(held.values()) >= 17 and sum(held.values()) >= 55, held

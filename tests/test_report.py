@@ -290,6 +290,12 @@ def test_everything_is_on_the_page_and_it_stays_light(report: Report, page: str)
     assert len(replace(report, figures=()).html()) < 200_000, "without figures there is no plotly in it"
 
 
+def test_a_column_has_as_many_decimals_as_one_of_its_numbers_needs(report: Report):
+    rows = ((6.7, 0.0, 0.25, 1234.5, 33.333333), (0.0, 3.0, math.nan, 2.0, 1.0))
+    text = replace(report, tables=(Table("some", "Some", "Numbers.", ("a", "b", "c", "d", "e"), rows),)).markdown()
+    assert "| 6.7 | 0 | 0.25 | 1,234 | 33.333 |" in text and "| 0.0 | 3 | – | 2 | 1.000 |" in text
+
+
 def test_markdown_has_every_finding_and_shortens_tables(report: Report):
     text = report.markdown()
     rows = [line for line in text.splitlines() if line.startswith("| **")]
