@@ -101,12 +101,12 @@ class Worker:
         try:
             shared = {key: ray.get(ref) for key, ref in apart.items()}
             requests = wire.unpack(data, tuple[Request, ...], apart=shared)
-            at_once = any(request.stream for request in requests)
+            streams = any(request.stream for request in requests)
             with contextlib.closing(self._engine.run(requests)) as results:
                 for result in results:
                     done.append(result)
                     size += 24 * len(result.layout) + sum(reading.values.nbytes for reading in result.readings)
-                    if at_once or size > CHUNK:
+                    if streams or size > CHUNK:
                         yield wire.pack((done, None))
                         done, size = [], 0
                         if context.is_canceled():
@@ -139,14 +139,20 @@ class Worker:
         self._refused[session].clear()
         for own, result in self._sessions[session].step():
             ticket = self._tickets[session][own]
-            failed = isinstance(result, AffectlensError)
-            found.append((ticket, None, Failure.of(result)) if failed else (ticket, result, None))  # type: ignore[arg-type]
+            if isinstance(result, AffectlensError):
+                found.append((ticket, None, Failure.of(result)))
+            else:
+                found.append((ticket, result, None))
+            if isinstance(result, AffectlensError) or result.done:
+                del self._tickets[session][own]
         return wire.pack(found)
 
     def cancel(self, session: str, ticket: int) -> None:
         """Let a request go."""
-        for own in [own for own, other in self._tickets.get(session, {}).items() if other == ticket]:
+        tickets = self._tickets.get(session, {})
+        for own in [own for own, other in tickets.items() if other == ticket]:
             self._sessions[session].cancel(own)
+            del tickets[own]
 
     def close(self, session: str) -> None:
         """Let all of a session go."""
@@ -303,9 +309,8 @@ class _Pool:
         except self.lost as error:
             self._died += 1
             if self._died >= LOSSES:
-                reason = str(error).strip().splitlines()[-1].strip()
                 raise EngineError(
-                    f"{self._died} workers in a row died while they loaded {self._name} ({reason}): "
+                    f"{self._died} workers in a row died while they loaded {self._name} ({_reason(error)}): "
                     "see that it fits the memory of a worker and that affectlens is installed on every machine"
                 ) from error
             self.replace(member)
@@ -660,7 +665,8 @@ class _Room:
             raise EngineError(f"Ray has {gpus} GPUs for {replicas} workers: use {gpus} replicas, or cpu as the device")
         if local:
             # Threads as this process would have, so that a worker alone rounds as it does.
-            cores = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+            there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            cores = int(os.environ.get("OMP_NUM_THREADS") or there)
             return cls(0, bool(gpus), max(1, cores // replicas))
         cores_of = [int(node.get("CPU", 0)) for node in nodes]
         share = max(1, sum(cores_of) // replicas)
