@@ -373,11 +373,8 @@ class RayEngine(Engine):
     def __init__(self, name: Any, *, replicas: int = 1, address: str | None = None, **options: Any) -> None:
         if not isinstance(name, str):
             raise EngineError("workers load their model by name: save it to a folder and name that, or leave replicas out")
-        try:
-            import ray
-        except ModuleNotFoundError:
-            raise MissingExtra("ray", "ray") from None
-        self._ray, self.replicas = ray, replicas
+        self._ray = ray = _library(local=address is None)
+        self.replicas = replicas
         own = _join(ray, address)
         if own or RayEngine._sharing:
             RayEngine._sharing.add(self)
@@ -616,6 +613,36 @@ class RaySession(Session):
 # ── the cluster ──
 
 
+QUIET = {
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",  # that a worker died would go to stdout, between results
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of work that nobody waits for any more
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""Settings of Ray that it takes from the environment, where they are not set already."""
+
+
+def _library(*, local: bool) -> Any:
+    """Ray, imported quietly; one that is started here listens on this machine's own address only.
+
+    Raises:
+        MissingExtra: It is not installed.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    alone = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # Ray's name for it; read when it is imported, and by nobody later
+    before = os.environ.get(alone)
+    if local and before is None:
+        os.environ[alone] = "0"
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise MissingExtra("ray", "ray") from None
+    finally:
+        if before is None:
+            os.environ.pop(alone, None)
+    return ray
+
+
 def _join(ray: Any, address: str | None) -> bool:
     """Join a cluster, or start Ray on this machine alone, quietly; says whether it was started."""
     if ray.is_initialized():
@@ -632,9 +659,8 @@ def _join(ray: Any, address: str | None) -> bool:
                 f"no Ray cluster answers at {address!r} ({reason}): see that it runs (ray start --head), or leave address out"
             ) from None
         return False
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # One logical core: workers are placed by hand, and Ray would keep an idle process for each core.
-    ray.init(address="local", num_cpus=1, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, **quiet)
     return True
 
 
