@@ -365,6 +365,21 @@ def _descendants(root: int) -> set[int]:
     return found
 
 
+def test_what_nobody_waits_for_any_more_is_stopped(toys: RayEngine) -> None:
+    """A stream that is closed, and what waits behind it, must not hold up what comes next."""
+    long = Request("the calm sea", sampling=Sampling(max_tokens=1500, temperature=1.5, seed=4), stream=True)
+    pids(toys)
+    began = time.monotonic()
+    whole = len(list(toys.run([long])))
+    lasted = time.monotonic() - began
+    stream = toys.run([long] * 4 * toys.window * AHEAD)
+    next(stream)
+    began = time.monotonic()
+    stream.close()  # type: ignore[attr-defined]
+    pids(toys)  # each worker answers
+    assert whole > 300 and time.monotonic() - began < lasted
+
+
 def test_a_session_survives(toys: RayEngine) -> None:
     asked = [replace(request, stream=request.sampling is not None) for request in mixed(10)]
     expected = [list(TOY.run([request])) for request in asked]
@@ -388,10 +403,13 @@ def test_work_that_kills_its_workers_is_given_up(toys: RayEngine, monkeypatch: p
     begin, deaths = toys._pool.begin, []
 
     def deadly(task: Callable[[Any], Any]) -> Any:
-        member, begun = begin(task)
-        deaths.append(member)
-        ray.kill(member.actor)
-        return member, begun
+        def dead(actor: Any) -> Any:
+            ray.kill(actor)
+            time.sleep(0.2)
+            return task(actor)
+
+        deaths.append(1)
+        return begin(dead)
 
     monkeypatch.setattr(toys._pool, "begin", deadly)
     with pytest.raises(EngineError, match=rf"^{LOSSES} workers died of the same 1 requests .*: give the workers more memory"):

@@ -80,6 +80,7 @@ class Worker:
         self._sessions: dict[str, Session] = {}
         self._tickets: dict[str, dict[int, int]] = {}
         self._refused: dict[str, list[tuple[int, None, Failure]]] = {}
+        self._stopped: deque[str] = deque(maxlen=1000)
 
     def load(self, spec: bytes, threads: int) -> bytes:
         """Open the engine; the answer is a :class:`Loaded`, or a failure."""
@@ -92,15 +93,18 @@ class Worker:
 
         return _answer(load)
 
-    def run(self, data: bytes, apart: Mapping[str, Any]) -> Iterator[bytes]:
+    def stop(self, unit: str) -> None:
+        """Nobody waits for this any more. Called beside :meth:`run`, in another thread."""
+        self._stopped.append(unit)
+
+    def run(self, unit: str, data: bytes, apart: Mapping[str, Any]) -> Iterator[bytes]:
         """Run requests; yields results in parts, each with a failure if there are no more."""
         import ray
 
-        context = ray.get_runtime_context()
         failure, done, size = None, list[Result](), 0
         try:
             shared = {key: ray.get(ref) for key, ref in apart.items()}
-            requests = wire.unpack(data, tuple[Request, ...], apart=shared)
+            requests = () if unit in self._stopped else wire.unpack(data, tuple[Request, ...], apart=shared)
             streams = any(request.stream for request in requests)
             with contextlib.closing(self._engine.run(requests)) as results:
                 for result in results:
@@ -109,7 +113,7 @@ class Worker:
                     if streams or size > CHUNK:
                         yield wire.pack((done, None))
                         done, size = [], 0
-                        if context.is_canceled():
+                        if unit in self._stopped:
                             break
         except AffectlensError as error:
             failure = Failure.of(error)
@@ -341,6 +345,7 @@ class _Unit:
     data: bytes
     apart: dict[str, Any]
     size: int
+    id: str = field(default_factory=lambda: os.urandom(8).hex())
     member: Any = None
     stream: Any = None
     given: int = 0
@@ -382,7 +387,7 @@ class RayEngine(Engine):
         self._keeping = threading.Lock()
         try:
             room = _Room.find(ray, replicas, local=self in RayEngine._sharing, device=_device(name, options))
-            spec, actor = wire.pack((name, options)), ray.remote(Worker)
+            spec, actor = wire.pack((name, options)), ray.remote(concurrency_groups={"beside": 1})(Worker)
 
             def start() -> tuple[Any, Any]:
                 begun = actor.options(num_cpus=room.cpus, num_gpus=room.gpus, max_restarts=0).remote()
@@ -429,9 +434,10 @@ class RayEngine(Engine):
                 yield from self._results(ahead[0])
                 ahead.popleft()
         finally:
+            # Not by ray.cancel: where a task of an actor is cancelled before it begins, the next one may wait for it for half a minute.
             for unit in ahead:
                 with contextlib.suppress(Exception):  # its worker may be gone, and Ray as well
-                    self._ray.cancel(unit.stream)
+                    unit.member.actor.stop.options(concurrency_group="beside").remote(unit.id)
         if problem is not None:
             raise problem
 
@@ -443,7 +449,7 @@ class RayEngine(Engine):
         return unit
 
     def _begin(self, unit: _Unit) -> None:
-        unit.member, unit.stream = self._pool.begin(lambda actor: actor.run.remote(unit.data, unit.apart))
+        unit.member, unit.stream = self._pool.begin(lambda actor: actor.run.remote(unit.id, unit.data, unit.apart))
 
     def _results(self, unit: _Unit) -> Iterator[Result]:
         while True:
