@@ -8,9 +8,9 @@
   process that asks (the head) are measured with it.
 * **Memory.** Peak of the head's resident memory while two workers read corpora of growing size from a parquet file, every token's
   residual at every layer of the toy, which is far more than anyone asks for. Peaks of score-corpus beside it.
-* **A hundred workers.** Bytes of each item on the wire are counted, and its seconds in the head and in a worker measured; a program
-  multiplies them. For a larger model the bytes are counted on results of its shape and a worker's seconds computed from its
-  operations; the card's peak and the share of it that is reached are named.
+* **A hundred workers.** Bytes of each item on the wire are counted, its seconds in the head and in a worker measured, and a
+  program multiplies them. For a larger model the bytes are counted on results of its shape and a worker's seconds computed from
+  its operations; the card's peak and the share of it that is reached are named.
 
 Writes ``results/ray.json``; ``table.py`` puts the tables into ``docs/scale.md``.
 """
@@ -41,7 +41,7 @@ import numpy as np  # noqa: E402
 
 from affectlens.activations import Text  # noqa: E402
 from affectlens.corpus import load, stream  # noqa: E402
-from affectlens.engine import Engine, Layout, Reading, Readout, Request, Result, Where, open_engine  # noqa: E402
+from affectlens.engine import Engine, Reading, Readout, Request, Result, Where, open_engine  # noqa: E402
 
 MODEL, WINDOW, WARM = "smollm2-135m", 16, 16
 """Windows are small so that few texts make many of them."""
@@ -135,7 +135,9 @@ def _of_shape(reading: Reading, layers: int, task: str) -> Reading:
     """A reading as the larger model would give it."""
     shape = reading.values.shape
     width = (LARGE["width"],) if task == "means" and len(shape) == 2 else shape[1:]
-    return Reading(np.zeros((layers, *width), np.float32), np.zeros((layers, *reading.norms.shape[1:]), np.float32), reading.positions)
+    return Reading(
+        np.zeros((layers, *width), np.float32), np.zeros((layers, *reading.norms.shape[1:]), np.float32), reading.positions
+    )
 
 
 def _sizes(wire: Any, asked: tuple[Request, ...], results: tuple[Result, ...]) -> dict[str, float]:
@@ -300,7 +302,6 @@ def main() -> int:
         print(json.dumps(PARTS[args.part[0]](json.loads(args.part[1]))))
         return 0
     import ray
-
     import table
     from extraction import machine, say
 
@@ -308,8 +309,9 @@ def main() -> int:
     counts = (200, 400) if args.quick else (1000, 4000, 16000)
     load_before = os.getloadavg()[0]
     result: dict[str, Any] = {
-        "model": MODEL, "texts": n, "rounds": rounds, "window": WINDOW, "date": datetime.datetime.now().isoformat(timespec="seconds"),
-        "machine": machine(), "ray": ray.__version__, "card": CARD, "large": LARGE, "workers": WORKERS, "load_before": load_before,
+        "model": MODEL, "texts": n, "rounds": rounds, "window": WINDOW, "workers": WORKERS, "card": CARD, "large": LARGE,
+        "date": datetime.datetime.now().isoformat(timespec="seconds"), "machine": machine(), "ray": ray.__version__,
+        "load_before": load_before,
         "labels": {key: label for key, (label, _, _) in WAYS.items()}, "tasks": {key: label for key, (label, _) in TASKS.items()},
     }  # fmt: skip
     result["sizes"] = part("sizes", 1)
@@ -321,14 +323,11 @@ def main() -> int:
             say(f"round {number + 1}, {key}: {result['speed'][key][-1]}")
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        result["memory"] = [
-            {"texts": count, **part("memory", 2, file=corpus(place, count, short=True))} for count in counts
-        ]
-        say(f"memory: {result['memory']}")
-        result["scoring"] = [
-            {"texts": count, **part("scored", 2, model="toy", rows=200, file=corpus(place, count, short=True))} for count in counts[:2]
-        ]
-        say(f"scoring: {result['scoring']}")
+        for name, job, many in (("memory", {}, counts), ("scored", {"model": "toy", "rows": 200}, counts[:2])):
+            files = [corpus(place, count, short=True) for count in many]
+            found = [{"texts": count, **part(name, 2, file=file, **job)} for count, file in zip(many, files, strict=True)]
+            result["memory" if name == "memory" else "scoring"] = found
+            say(f"{name}: {found}")
         rows = n // 2
         result["scored"] = {"rows": rows, **part("scored", 2, model=MODEL, rows=16, file=corpus(place, rows, short=False))}
         say(f"scored: {result['scored']}")

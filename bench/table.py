@@ -700,8 +700,8 @@ def ray(result: dict[str, Any]) -> str:
     busy = max(result["load_before"], 0.0)
     caption = (
         f"{result['model']}, {result['sizes']['info']['dtype']}, {n} bundled stories, windows of {result['window']}, "
-        f"{result['rounds']} round(s), medians (range), Ray {result['ray']}, {result['date'][:10]}. {machine['processor']} family "
-        f"{machine['family']}, {machine['cores']} cores that had {busy:.1f} processes to run before it began"
+        f"{result['rounds']} round(s), medians (range), Ray {result['ray']}, {result['date'][:10]}. {machine['processor']} "
+        f"family {machine['family']}, {machine['cores']} cores that had {busy:.1f} processes to run before it began"
         f"{' (**not quiet**: other things ran)' if busy > 0.5 else ''}."
     )
     lines = [caption, "", f"| way | {' | '.join(f'{label}: items/s' for label in result['tasks'].values())} | start, s |"]
@@ -715,8 +715,8 @@ def ray(result: dict[str, Any]) -> str:
         lines.append(f"| {label} | {' | '.join(cells)} | {start:.0f} |")
     lines += [
         "",
-        "Peak memory of the process that asks, measured, while two workers read a parquet file of the toy's texts: every token at "
-        "every layer, and score-corpus.",
+        "Peak memory of the process that asks, measured, while two workers read a parquet file of the toy's texts: every token "
+        "at every layer, and score-corpus.",
         "",
         "| texts | read, GB that came | peak, MB | score-corpus: peak, MB |",
         "|---|---|---|---|",
@@ -728,9 +728,9 @@ def ray(result: dict[str, Any]) -> str:
     card = result["card"]
     lines += [
         "",
-        f"What {result['workers']} workers would need, computed. Of {result['model']} a worker is one thread of this machine, and its "
-        f"seconds and bytes are measured. Of {result['large']['name']} it is one {card['name']}: bytes are counted on results of its "
-        f"shape, seconds computed from its operations at {card['share']:.0%} of {card['peak'] / 1e12:,.0f} TFLOP/s.",
+        f"What {result['workers']} workers would need, computed. Of {result['model']} a worker is one thread of this machine, "
+        f"and its seconds and bytes are measured. Of {result['large']['name']} it is one {card['name']}: bytes are counted on "
+        f"results of its shape, seconds computed from its operations at {card['share']:.0%} of {card['peak'] / 1e12:,.0f} TFLOP/s.",
         "",
         "| task | model | items/s of all | into the head, MB/s | out of it, MB/s | cores of the head | memory of the head, GB "
         "| most workers of one head | GB stored per million | hours per million |",
@@ -745,8 +745,8 @@ def ray(result: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "The head is one process: where it would need more than one core, it holds the workers up, and hours are those of the head. "
-        "Stored are activations of extraction, and the columns that score-corpus adds, with the texts.",
+        "The head is one process: where it would need more than one core, it holds the workers up, and hours are those of the "
+        "head. Stored are activations of extraction, and the columns that score-corpus adds, with the texts.",
     ]
     return "\n".join(lines)
 

@@ -51,7 +51,8 @@ OPTIONS = {
     "baseline": ["--allow", "--device", "--dtype", "--json", "--layer", "--model", "--other", "--out"],
     "run": [
         "--address", "--allow", "--allow-exec", "--baseline", "--device", "--dtype", "--episodes", "--fresh", "--json", "--judge",
-        "--layer", "--level", "--model", "--out", "--random", "--replicas", "--seed", "--shuffled", "--sweep", "--watch", "--where", "-n",
+        "--layer", "--level", "--model", "--out", "--random", "--replicas", "--seed", "--shuffled", "--sweep", "--watch",
+        "--where", "-n",
     ],
     "rules check": [
         "--allow", "--baseline", "--device", "--dtype", "--json", "--layer", "--model", "--on", "--other", "--vectors",

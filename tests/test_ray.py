@@ -117,7 +117,7 @@ def mixed(n: int = 40) -> list[Request]:
         {"readouts": (Readout((0, 4)), Readout((3,), Where(last=2), "none", onto), Readout((2,), pool="norm"))},
         {"sampling": Sampling(max_tokens=4, seed=3, logprobs=2), "steering": steering(), "readouts": (Readout((4,)),)},
         {"prompt": CHAT, "choices": ("A", " the sea"), "prefill": " I", "steering": steering().when(gate)},
-        {"sampling": Sampling(max_tokens=3, temperature=0), "stream": True, "readouts": (Readout((1,), Where("response"), "none"),)},
+        {"sampling": Sampling(max_tokens=3, temperature=0), "stream": True, "readouts": (Readout((1,), Where("response")),)},
         {"prompt": (("Anna", "Hello."), ("Bert", "No.")), "transcript": True, "readouts": (Readout((1,), Where(role="Bert")),)},
     ]  # fmt: skip
     words = [f"{i} {' '.join(TOPICS[i % len(TOPICS)].split()[: 3 + i % 5])}" for i in range(n)]
@@ -489,8 +489,9 @@ def test_vectors_are_those_of_one_process(replicas: int, tmp_path: Path, monkeyp
 
 
 def test_vectors_of_transformers_are_those_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import families
     import torch
+
+    import families
 
     monkeypatch.setattr(activations, "SHARD", 6)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

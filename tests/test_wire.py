@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -114,7 +115,7 @@ def layouts(draw: st.DrawFn) -> Layout:
         "".join(pieces),
         tuple(f"<{piece}>" for piece in pieces) if own else tuple(pieces),
         tuple(draw(st.lists(st.integers(0, 2**40), min_size=n, max_size=n))),
-        tuple(zip(ends, ends[1:], strict=False)),
+        tuple(itertools.pairwise(ends)),
         tuple(draw(st.lists(st.sampled_from(["user", "assistant", "template", "special"]), min_size=n, max_size=n))),
         draw(small),
         tuple(draw(st.lists(st.tuples(texts, small, small), max_size=2))),
@@ -227,7 +228,9 @@ def test_results_of_the_toy_are_small() -> None:
 # ── errors ──
 
 
-@pytest.mark.parametrize("name", [c.__name__ for c in vars(errors).values() if isinstance(c, type) and issubclass(c, AffectlensError)])
+@pytest.mark.parametrize(
+    "name", [c.__name__ for c in vars(errors).values() if isinstance(c, type) and issubclass(c, AffectlensError)]
+)
 def test_errors_come_out_as_they_went_in(name: str) -> None:
     kind = getattr(errors, name)
     arguments = {

@@ -190,8 +190,8 @@ def collect(
 
     Args:
         engine: The model.
-        texts: What to read, a stream if there are many: of each only its labels are kept. Texts shorter than ``first_token`` tokens
-            are left out and counted.
+        texts: What to read, a stream if there are many: of each only its labels are kept. Texts shorter than ``first_token``
+            tokens are left out and counted.
         folder: Where the shards go; shards of the same texts, model and options that are there are kept.
         first_token: Read from the text's own n-th token on, counted from 1 (the paper's 50; method 3).
         per_token: One row for each token instead of one mean for each text.

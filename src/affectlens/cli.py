@@ -1055,7 +1055,7 @@ def import_(
     contrast: bool,
     neutral: str,
     first_token: int,
-    **how: str,
+    **how: Any,
 ) -> None:
     """Make vectors of somebody's FILE (.npz, .safetensors, .gguf), with units measured on MODEL.
 

@@ -38,7 +38,8 @@ from affectlens.steering import Steering as Steering
 from affectlens.steering import Term as Term
 
 Pool = Literal["none", "mean", "last", "norm"]
-Item, Done = TypeVar("Item"), TypeVar("Done")
+Item = TypeVar("Item")
+Done = TypeVar("Done")
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,7 +267,7 @@ class Engine(ABC):
         """Begin to serve requests that come and go, one of which need not wait for the others."""
         return Session(self)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most engines have nothing to end
         """End the processes that belong to it, if it has any. It cannot be used any more."""
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""The engines that the contract is checked on, each opened once: the toy, alone and on workers, eight tiny families, the demo model."""
+"""The engines that the contract is checked on, each opened once: the toy, the toy on workers, eight tiny families, the demo."""
 
 from __future__ import annotations
 

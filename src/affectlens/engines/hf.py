@@ -40,8 +40,8 @@ from affectlens.layout import Chat, Layout, Where, mark_chat, place_chat, place_
 from affectlens.models import locate
 
 WINDOW, WINDOW_ELSEWHERE = 256, 1024
-"""Requests that are looked at together for sorting by length, on a CPU and on an accelerator, whose batches are larger: what bounds
-memory on an endless stream of requests, and what workers are given at a time."""
+"""Requests that are looked at together for sorting by length, on a CPU and on an accelerator, whose batches are larger: what
+bounds memory on an endless stream of requests, and what workers are given at a time."""
 
 GENERATE_ROWS, GENERATE_TOKENS = 32, 65536
 """Most sequences generated together, and most tokens that their caches may come to hold."""

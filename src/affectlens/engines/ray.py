@@ -9,13 +9,12 @@ A worker that dies is replaced, and what it had not given is done again by the o
 counted and left out when it is done again: none is given twice.
 
 What travels is data (:mod:`affectlens.engines.wire`). Directions that many requests share are put into Ray's object store once,
-and each machine fetches them once. Pickled by Ray are its own things: this module's :class:`Worker` by its name, bytes and arrays.
+and each machine fetches them once. What Ray pickles is the name of :class:`Worker`, bytes, numbers and those arrays.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import threading
@@ -358,8 +357,8 @@ class RayEngine(Engine):
     Args:
         name: What each worker opens, as for :func:`affectlens.open_engine`. On a cluster every machine must find it.
         replicas: How many workers. On GPUs each has one of its own; the cores are shared among them.
-        address: Of a Ray cluster (``auto``, ``host:6379``, ``ray://host:10001``); None starts Ray on this machine alone, without a
-            dashboard, and ends it with :meth:`close` or with the process. Where this process has joined a cluster, that is used.
+        address: Of a Ray cluster (``auto``, ``host:6379``, ``ray://host:10001``); None starts Ray on this machine alone, without
+            a dashboard, and ends it with :meth:`close` or with the process. A cluster that this process is in already is used.
         options: For the engine of each worker.
 
     Raises:
@@ -434,7 +433,7 @@ class RayEngine(Engine):
                 yield from self._results(ahead[0])
                 ahead.popleft()
         finally:
-            # Not by ray.cancel: where a task of an actor is cancelled before it begins, the next one may wait for it for half a minute.
+            # Not by ray.cancel: where a task is cancelled before it begins, the next one may wait for it for half a minute.
             for unit in ahead:
                 with contextlib.suppress(Exception):  # its worker may be gone, and Ray as well
                     unit.member.actor.stop.options(concurrency_group="beside").remote(unit.id)
@@ -470,8 +469,8 @@ class RayEngine(Engine):
                 self._pool.replace(unit.member)
                 if unit.losses == LOSSES:
                     raise EngineError(
-                        f"{LOSSES} workers died of the same {unit.size} requests ({_reason(error)}): give the workers more memory, "
-                        "or make the texts shorter"
+                        f"{LOSSES} workers died of the same {unit.size} requests ({_reason(error)}): give the workers more "
+                        "memory, or make the texts shorter"
                     ) from error
                 self._begin(unit)
 
@@ -576,9 +575,9 @@ class RaySession(Session):
         steps = [(member, member.actor.step.remote(self._id)) for member in members]
         for member, step in steps:
             try:
-                for live in self._lives.values():
-                    if live.member is member and not live.came:
-                        self._ray.get(live.begun)  # done before the step; raises what is a fault and no refusal
+                for each in self._lives.values():
+                    if each.member is member and not each.came:
+                        self._ray.get(each.begun)  # done before the step; raises what is a fault and no refusal
                 answer = wire.unpack(self._ray.get(step), tuple[tuple[int, Result | None, Failure | None], ...])
             except self._pool.lost as error:
                 self._pool.replace(member)

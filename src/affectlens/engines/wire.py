@@ -158,9 +158,10 @@ class _Writer:
         return self._known[id(value)]
 
     def _object(self, value: Any) -> dict[str, Any]:
-        given = _Columns.of(value) if isinstance(value, Layout) else value
-        unset = _defaults(type(given))
-        fields = {name: item for name in _hints(type(given)) if not _same(item := getattr(given, name), unset.get(name, ...))}
+        given: Any = _Columns.of(value) if isinstance(value, Layout) else value
+        kind: Any = type(given)
+        unset = _defaults(kind)
+        fields = {name: item for name in _hints(kind) if not _same(item := getattr(given, name), unset.get(name, ...))}
         self.objects.append({name: self.plain(item) for name, item in fields.items()})
         return {"@": len(self.objects) - 1}
 
@@ -185,7 +186,9 @@ def array_key(array: np.ndarray) -> str:
 
 def _same(value: Any, default: Any) -> bool:
     """Whether a field need not be written: 1 and 1.0 and True are not the same."""
-    return value is default or (isinstance(value, str | int | float | tuple) and type(value) is type(default) and value == default)
+    return value is default or (
+        isinstance(value, str | int | float | tuple) and type(value) is type(default) and value == default
+    )
 
 
 # ── reading ──
@@ -349,4 +352,3 @@ def _hints(kind: Any) -> dict[str, Any]:
 @lru_cache(maxsize=64)
 def _defaults(kind: Any) -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING}
-
