@@ -20,7 +20,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
-PAGES = {"reliability": "reliability.md"}
+PAGES = {"reliability": "reliability.md", "ray": "scale.md"}
 """Where a result stands, if not in ``benchmarks.md``."""
 
 TARGETS = {"ordinary": 4.0, "best_peer": 1.8, "bound": 0.40, "memory": 0.05, "pairs": 4.0}
@@ -693,6 +693,64 @@ def reliability(result: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip()
 
 
+def ray(result: dict[str, Any]) -> str:
+    """The tables of ``bench/ray.py`` as Markdown."""
+    machine, n, labels = result["machine"], result["texts"], result["labels"]
+    runs = result["speed"]
+    busy = max(result["load_before"], 0.0)
+    caption = (
+        f"{result['model']}, {result['sizes']['info']['dtype']}, {n} bundled stories, windows of {result['window']}, "
+        f"{result['rounds']} round(s), medians (range), Ray {result['ray']}, {result['date'][:10]}. {machine['processor']} "
+        f"family {machine['family']}, {machine['cores']} cores that had {busy:.1f} processes to run before it began"
+        f"{' (**not quiet**: other things ran)' if busy > 0.5 else ''}."
+    )
+    lines = [caption, "", f"| way | {' | '.join(f'{label}: items/s' for label in result['tasks'].values())} | start, s |"]
+    lines.append("|---|" + "---|" * (len(result["tasks"]) + 1))
+    for key, label in labels.items():
+        cells = []
+        for task in result["tasks"]:
+            rates = sorted(n / run[task]["seconds"] for run in runs[key])
+            cells.append(f"{statistics.median(rates):.1f} ({rates[0]:.1f}–{rates[-1]:.1f})")
+        start = statistics.median(run["start"] for run in runs[key])
+        lines.append(f"| {label} | {' | '.join(cells)} | {start:.0f} |")
+    lines += [
+        "",
+        "Peak memory of the process that asks, measured, while two workers read a parquet file of the toy's texts: every token "
+        "at every layer, and score-corpus.",
+        "",
+        "| texts | read, GB that came | peak, MB | score-corpus: peak, MB |",
+        "|---|---|---|---|",
+    ]
+    scored = {row["texts"]: f"{row['peak_mb']:,.0f}" for row in result["scoring"]}
+    for row in result["memory"]:
+        peak = f"{row['peak_mb']:,.0f}"
+        lines.append(f"| {row['texts']:,} | {row['came'] / 1e9:.2f} | {peak} | {scored.get(row['texts'], '–')} |")
+    card = result["card"]
+    lines += [
+        "",
+        f"What {result['workers']} workers would need, computed. Of {result['model']} a worker is one thread of this machine, "
+        f"and its seconds and bytes are measured. Of {result['large']['name']} it is one {card['name']}: bytes are counted on "
+        f"results of its shape, seconds computed from its operations at {card['share']:.0%} of {card['peak'] / 1e12:,.0f} TFLOP/s.",
+        "",
+        "| task | model | items/s of all | into the head, MB/s | out of it, MB/s | cores of the head | memory of the head, GB "
+        "| most workers of one head | GB stored per million | hours per million |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["cluster"]:
+        cells = [
+            result["tasks"][row["task"]], row["model"], f"{row['rate']:,.0f}", f"{row['mb_in']:,.1f}", f"{row['mb_out']:,.1f}",
+            f"{row['head_cores']:.1f}", f"{row['head_gb']:.1f}", f"{row['most_workers']:,.0f}", f"{row['gb_per_million']:,.1f}",
+            f"{row['hours_per_million']:.1f}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "The head is one process: where it would need more than one core, it holds the workers up, and hours are those of the "
+        "head. Stored are activations of extraction, and the columns that score-corpus adds, with the texts.",
+    ]
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "extraction": extraction,
     "profile_reading": profile_reading,
@@ -707,6 +765,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "reliability": reliability,
     "store": store,
     "serving": serving,
+    "ray": ray,
 }
 
 

@@ -65,6 +65,7 @@ RUNNING = ("experiments.runner", "experiments.playing", "experiments.episodes", 
 SERVER = tuple(name for name in MODULES if name == "server" or name.startswith("server."))
 INSPECT = tuple(name for name in MODULES if name == "inspecting" or name.startswith("inspecting."))
 HEAVY = ("torch", "transformers", "accelerate", "safetensors", "pandas", "pyarrow", "plotly", "scipy", "sklearn", "rich", "gguf")
+CLUSTER = ("ray",)
 SERVING = ("fastapi", "uvicorn", "starlette", "pydantic", "sqlalchemy", "alembic", "prometheus_client", "opentelemetry")
 VAGUE = ("utils", "util", "helpers", "helper", "common", "manager", "factory", "misc", "base", "core")
 
@@ -122,7 +123,7 @@ def test_the_seam_imports_only_errors_and_itself() -> None:
     for number, module in enumerate(SEAM):
         assert ours(module, lazy=False, typing=True) <= {"errors", *SEAM[:number]}
     # open_engine alone knows the backends, when it is called.
-    assert ours("engine") - {*SEAM} == {"errors", "engines", "engines.toy", "engines.hf"}
+    assert ours("engine") - {*SEAM} == {"errors", "engines", "engines.toy", "engines.hf", "engines.ray"}
 
 
 @pytest.mark.parametrize("noun", NOUNS)
@@ -207,7 +208,7 @@ def loaded(statement: str) -> set[str]:
 
 @pytest.mark.parametrize("statement", ["import affectlens", "import affectlens.cli"])
 def test_importing_loads_nothing_heavy(statement: str) -> None:
-    assert loaded(statement) & {*HEAVY, *SERVING, "numpy"} == set()
+    assert loaded(statement) & {*HEAVY, *SERVING, *CLUSTER, "numpy"} == set()
 
 
 def test_nouns_and_verbs_do_without_torch() -> None:

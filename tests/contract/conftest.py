@@ -1,4 +1,4 @@
-"""The engines that the contract is checked on, each opened once: the toy, eight tiny families, the demo model."""
+"""The engines that the contract is checked on, each opened once: the toy, the toy on workers, eight tiny families, the demo."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from affectlens.engine import Engine, Gate, Readout, Request, Result, Steering, Term, Where
+from affectlens.engine import Engine, Gate, Readout, Request, Result, Steering, Term, Where, open_engine
 
 # Plain, grouped-query, sliding windows in a multimodal wrapper, learned positions, ALiBi with tuples, experts, hybrid, parallel.
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt2", "bloom", "mixtral", "falcon_h1", "gpt_neox")
 DEMO = "smollm2-135m"
-ENGINES = ("toy", *FAMILIES, pytest.param(DEMO, marks=pytest.mark.real))
+ENGINES = ("toy", "ray", *FAMILIES, pytest.param(DEMO, marks=pytest.mark.real))
 
 TEXTS = ("the calm sea", "She slammed the door and shouted at everyone.", (("user", "I lost my keys."),))
 
@@ -120,6 +120,11 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
         yield Subject(name, ToyEngine(), 1e-5)
         return
+    if name == "ray":
+        pytest.importorskip("ray")
+        with open_engine("toy", replicas=2) as engine:
+            yield Subject(name, engine, 1e-5)
+        return
     import torch
 
     from affectlens.engines.hf import HFEngine
@@ -140,6 +145,6 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture
 def hf(subject: Subject) -> Any:
     """The engine when it is one of transformers; other engines skip."""
-    if subject.name == "toy":
+    if subject.name in ("toy", "ray"):
         pytest.skip("only for transformers")
     return subject.engine

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from affectlens.engine import Chat, Engine, Gate, Readout, Request, Result, Sampling, Steering, Where, transcript
+from affectlens.engine import Chat, Engine, Gate, Readout, Request, Result, Sampling, Steering, Where, open_engine, transcript
 from affectlens.errors import AffectlensError, EngineError, MismatchError
 
 HELLO: Chat = (("user", "Hello there"),)
@@ -981,6 +981,8 @@ def test_a_model_without_a_template_refuses_chats(subject: Subject, monkeypatch:
         from affectlens.engines.toy import ToyEngine
 
         engine: Engine = ToyEngine(template=False)
+    elif subject.name == "ray":
+        engine = open_engine("toy", replicas=2, template=False)
     else:
         engine = subject.engine
         monkeypatch.setattr(subject.engine.tokenizer, "chat_template", None)
@@ -988,6 +990,8 @@ def test_a_model_without_a_template_refuses_chats(subject: Subject, monkeypatch:
         list(engine.run([Request(HELLO)]))
     one_line(error)
     assert list(engine.run([Request("A")]))
+    if engine is not subject.engine:
+        engine.close()
 
 
 def test_an_abandoned_run_leaves_nothing_behind(subject: Subject) -> None:

@@ -39,8 +39,9 @@ from affectlens.errors import EngineError, FormatError, ModelSupportError
 from affectlens.layout import Chat, Layout, Where, mark_chat, place_chat, place_turns, transcript
 from affectlens.models import locate
 
-WINDOW = 1024
-"""Requests that are looked at together for sorting by length: what bounds memory on an endless stream of requests."""
+WINDOW, WINDOW_ELSEWHERE = 256, 1024
+"""Requests that are looked at together for sorting by length, on a CPU and on an accelerator, whose batches are larger: what
+bounds memory on an endless stream of requests, and what workers are given at a time."""
 
 GENERATE_ROWS, GENERATE_TOKENS = 32, 65536
 """Most sequences generated together, and most tokens that their caches may come to hold."""
@@ -127,6 +128,7 @@ class HFEngine(Engine):
         self.blocks = find_blocks(model)
         self.device: torch.device = next(model.parameters()).device
         self.token_budget = token_budget or (2048 if self.device.type == "cpu" else 16384)
+        self.window = WINDOW if self.device.type == "cpu" else WINDOW_ELSEWHERE
         self.info = self._describe(id, revision)
         # The careful way until the checks have shown that the fast ways give the same.
         self.pack_limit = 0
@@ -245,7 +247,7 @@ class HFEngine(Engine):
     # ── the seam ──
 
     def run(self, requests: Iterable[Request]) -> Iterator[Result]:
-        for window in batched(requests, WINDOW):
+        for window in batched(requests, self.window):
             for request in window:
                 check_request(request, self.info)
             layouts = self._layouts(window)
