@@ -124,7 +124,7 @@ def _generated_together(engine: HFEngine, requests: list[Request], layouts: list
     Some recurrent families mix up the rows of a batch once a state is carried from token to token.
     """
     from affectlens.engines.decode import decode
-    from affectlens.engines.hf import Row
+    from affectlens.engines.rows import Row
 
     n = min(map(len, layouts))
     rows = []

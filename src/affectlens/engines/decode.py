@@ -15,7 +15,7 @@ import torch
 
 from affectlens.engine import Logprob, Reading, Readout, Result, Sampling
 from affectlens.engines.changes import Plan, Tokens, Work
-from affectlens.engines.hf import Row, grown, tokens_of
+from affectlens.engines.rows import Row, grown, tokens_of
 from affectlens.engines.residual import Pass, Recorder, Stop, Tape, Taps
 from affectlens.errors import ModelSupportError
 from affectlens.layout import Layout, Where
@@ -85,7 +85,7 @@ class Reply:
         self.layout = grown(self.layout, self.ids[known:], self.pieces[known:])
         return self.layout
 
-    def take(self, token: int, engine: HFEngine, ends: frozenset[int], logprob: Logprob | None) -> None:
+    def take(self, token: int, tokenizer: Any, ends: frozenset[int], logprob: Logprob | None) -> None:
         """Append a token; finish at an end token, a stop string or the limit."""
         if token in ends:
             self.finish = "stop"
@@ -93,7 +93,7 @@ class Reply:
         self.ids.append(token)
         if logprob is not None:
             self.logprobs.append(logprob)
-        self.pieces.append(self._piece(engine))
+        self.pieces.append(self._piece(tokenizer))
         for stop in self.sampling.stop:
             if (at := self.text.find(stop)) >= 0:
                 self._cut(at)
@@ -113,11 +113,11 @@ class Reply:
         new, self.shown = text[self.shown : len(text) - held], max(self.shown, len(text) - held)
         return new
 
-    def _piece(self, engine: HFEngine) -> str:
+    def _piece(self, tokenizer: Any) -> str:
         """Text that the newest token adds. An unfinished character waits for the token that completes it."""
         start, read = self.decoded
-        before = engine.tokenizer.decode(self.ids[start:read], skip_special_tokens=True)
-        now = engine.tokenizer.decode(self.ids[start:], skip_special_tokens=True)
+        before = tokenizer.decode(self.ids[start:read], skip_special_tokens=True)
+        now = tokenizer.decode(self.ids[start:], skip_special_tokens=True)
         if now.endswith("\ufffd") and len(self.ids) < self.sampling.max_tokens:
             return ""
         self.decoded = (read, len(self.ids))
@@ -185,7 +185,7 @@ def decode(engine: HFEngine, batch: list[Row]) -> Iterator[tuple[Row, Result]]:
             likely = logprobs_of(logits, replies, tokens)
             for n, (reply, token) in enumerate(zip(replies, tokens, strict=True)):
                 if not reply.finish:
-                    reply.take(token, engine, ends, likely.get(n))
+                    reply.take(token, engine.tokenizer, ends, likely.get(n))
             owing = {n: reply for n, reply in streaming.items() if reply.owes}
             yield from partials({n: reply for n, reply in streaming.items() if n not in owing}, record.readings)
             feeding = [reply.owes or not reply.finish for reply in replies]
