@@ -122,7 +122,7 @@ def test_the_seam_imports_only_errors_and_itself() -> None:
     for number, module in enumerate(SEAM):
         assert ours(module, lazy=False, typing=True) <= {"errors", *SEAM[:number]}
     # open_engine alone knows the backends, when it is called.
-    assert ours("engine") - {*SEAM} == {"errors", "engines", "engines.toy", "engines.hf"}
+    assert ours("engine") - {*SEAM} == {"errors", "engines", "engines.toy", "engines.hf", "engines.vllm"}
 
 
 @pytest.mark.parametrize("noun", NOUNS)

@@ -1,7 +1,12 @@
-"""The engines that the contract is checked on, each opened once: the toy, eight tiny families, the demo model."""
+"""The engines that the contract is checked on, each opened once: the toy, eight tiny families, the demo model.
+
+In an environment that has vLLM (`make test` makes one of its own) it is checked on that instead, and on nothing else: other
+engines are checked where the package's own pins hold.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +20,8 @@ from affectlens.engine import Engine, Gate, Readout, Request, Result, Steering, 
 # Plain, grouped-query, sliding windows in a multimodal wrapper, learned positions, ALiBi with tuples, experts, hybrid, parallel.
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt2", "bloom", "mixtral", "falcon_h1", "gpt_neox")
 DEMO = "smollm2-135m"
-ENGINES = ("toy", *FAMILIES, pytest.param(DEMO, marks=pytest.mark.real))
+VLLM = importlib.util.find_spec("vllm") is not None
+ENGINES = ("vllm",) if VLLM else ("toy", *FAMILIES, pytest.param(DEMO, marks=pytest.mark.real))
 
 TEXTS = ("the calm sea", "She slammed the door and shouted at everyone.", (("user", "I lost my keys."),))
 
@@ -120,6 +126,11 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
         yield Subject(name, ToyEngine(), 1e-5)
         return
+    if name == "vllm":
+        from vllm_here import opened
+
+        yield Subject(name, opened(), 2e-4)
+        return
     import torch
 
     from affectlens.engines.hf import HFEngine
@@ -139,7 +150,7 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def hf(subject: Subject) -> Any:
-    """The engine when it is one of transformers; other engines skip."""
-    if subject.name == "toy":
+    """The engine when it is one of transformers: the test looks at how that engine does it. Other engines skip."""
+    if subject.name in ("toy", "vllm"):
         pytest.skip("only for transformers")
     return subject.engine

@@ -299,7 +299,7 @@ def may_grow(where: Where) -> bool:
     return where.part != "prompt" and where.role in (None, "assistant")
 
 
-def _candidates(row: Row, readout: Readout) -> np.ndarray:
+def candidates(row: Row, readout: Readout) -> np.ndarray:
     return replace(readout.where, text=None, after=0, first=None, last=None).mask(row.layout)
 
 
@@ -389,7 +389,7 @@ class Prompts:
         self.recorders: list[Recorder] = []
         self._places: list[list[tuple[int, int, np.ndarray]]] = []
         for readout, own in alike(rows):
-            places = [(n, r, np.flatnonzero(_candidates(rows[n], readout))) for n, r in own]
+            places = [(n, r, np.flatnonzero(candidates(rows[n], readout))) for n, r in own]
             if any(len(positions) for *_, positions in places):
                 flat = [starts[n] + positions for n, _, positions in places]
                 self.recorders.append(Recorder(unpooled(readout), flat, device))
@@ -459,15 +459,15 @@ def reading_of(readout: Readout, layout: Layout, parts: Sequence[Part], *, first
     wanted[:first] = False
     kept = [part.of(keep) for part in parts if (keep := wanted[np.minimum(part.positions, len(layout))]).any()]
     if not kept:
-        return _nothing(readout, width)
+        return nothing(readout, width)
     positions, values, norms = (
         np.concatenate([getattr(part, name) for part in kept], axis=axis)
         for name, axis in (("positions", 0), ("values", 1), ("norms", 1))
     )
-    return _pooled(readout, positions, values, norms)
+    return pooled(readout, positions, values, norms)
 
 
-def _nothing(readout: Readout, width: int) -> Reading:
+def nothing(readout: Readout, width: int) -> Reading:
     """The reading of a selector that selects no token."""
     n_layers, width = len(readout.layers), width if readout.onto is None else readout.onto.shape[1]
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -479,7 +479,7 @@ def _nothing(readout: Readout, width: int) -> Reading:
     return Reading(values, norms, np.empty(0, dtype=np.int64))
 
 
-def _pooled(readout: Readout, positions: np.ndarray, values: np.ndarray, norms: np.ndarray) -> Reading:
+def pooled(readout: Readout, positions: np.ndarray, values: np.ndarray, norms: np.ndarray) -> Reading:
     if readout.pool == "none":
         return Reading(values, norms, positions)
     if readout.pool == "last":
