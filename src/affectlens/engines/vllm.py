@@ -16,12 +16,13 @@ import hashlib
 import itertools
 import os
 import sys
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -206,6 +207,8 @@ class VLLMEngine(Engine):
         >>> engine.generate(["Once upon a time"])                           # doctest: +SKIP
     """
 
+    _living: ClassVar[weakref.ref[VLLMEngine] | None] = None
+
     def __init__(self, vllm: Any, tokenizer: Any, source: ModelSource) -> None:
         self.vllm, self.tokenizer = vllm, tokenizer
         self.layouts = Layouts(tokenizer, source.id)
@@ -218,6 +221,7 @@ class VLLMEngine(Engine):
         self._logits: dict[str, list[np.ndarray]] = {}
         checks, reply_token = _examine(self)
         self.info = replace(self.info, checks=tuple(checks), reply_token=reply_token)
+        VLLMEngine._living = weakref.ref(self)
 
     @classmethod
     def load(
@@ -248,11 +252,14 @@ class VLLMEngine(Engine):
             step: Most tokens of one step; longer prompts come in parts. None for what vLLM takes.
 
         Raises:
+            EngineError: Another one is open in this process.
             MissingExtra: vLLM is not installed.
             ModelSupportError: vLLM or affectlens cannot run this model, or this vLLM is another than those that were tested.
             FormatError: The weights are broken or incomplete.
             UnknownName: There is no such model.
         """
+        if cls._living is not None and (other := cls._living()) is not None:
+            raise EngineError(f"one vLLM model at a time runs in a process, and {other.info.id} does: close() it first")
         # These say how vLLM runs here, not what it computes. It reads them when it is imported.
         for variable, value in (
             ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),
@@ -322,6 +329,7 @@ class VLLMEngine(Engine):
     def close(self) -> None:
         """End vLLM; the engine is of no use afterwards."""
         self.vllm.engine_core.shutdown()
+        VLLMEngine._living = None
 
     # ── the seam ──
 
