@@ -11,7 +11,7 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready $(VENV)/.peers $(VENV)-vllm/.ready check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
-	$(VENV)-vllm/bin/python -m pytest tests/contract tests/vllm
+	$(VENV)-vllm/bin/python -m pytest tests/contract tests/with_vllm
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check src tests bench docs corpus
