@@ -258,8 +258,6 @@ class VLLMEngine(Engine):
             FormatError: The weights are broken or incomplete.
             UnknownName: There is no such model.
         """
-        if cls._living is not None and (other := cls._living()) is not None:
-            raise EngineError(f"one vLLM model at a time runs in a process, and {other.info.id} does: close() it first")
         # These say how vLLM runs here, not what it computes. It reads them when it is imported.
         for variable, value in (
             ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),
@@ -280,6 +278,8 @@ class VLLMEngine(Engine):
         source = locate(name.removeprefix("vllm/"), log=lambda line: print(line, file=sys.stderr))
         if source.kind == "gguf":
             raise ModelSupportError(f"{source.id} is a GGUF file, which vLLM does not read here: open it with hf/")
+        if cls._living is not None and (other := cls._living()) is not None:
+            raise EngineError(f"one vLLM model at a time runs in a process, and {other.info.id} does: close() it first")
         on_cpu = bool(current_platform.is_cpu())
         if device not in ("auto", "cpu" if on_cpu else "cuda"):
             raise EngineError(f"this vLLM is built for {'cpu' if on_cpu else 'cuda'}, not for {device!r}: use auto")
