@@ -217,7 +217,11 @@ def table(result: dict[str, Any]) -> str:
             if not rates:
                 cells.append("–")
                 continue
-            base = [e["tokens"] / e["seconds"] for e in result["ways"].get("generate", {"rounds": {}})["rounds"].get(task, ()) if e["tokens"]]
+            base = [
+                e["tokens"] / e["seconds"]
+                for e in result["ways"].get("generate", {"rounds": {}})["rounds"].get(task, ())
+                if e["tokens"]
+            ]
             times = f", × {statistics.median(rates) / statistics.median(base):.1f}" if base else ""
             each = statistics.median(given["count"] / e["seconds"] for e in found["rounds"][task] if e["tokens"])
             cells.append(f"{statistics.median(rates):.0f} tok/s ({min(rates):.0f}–{max(rates):.0f}), {each:.2f}/s{times}")

@@ -33,7 +33,9 @@ def push(which: int = 0, strength: float = 1.0, **changes: Any) -> Steering:
 def layout(n: int = 6, n_prompt: int = 4) -> Layout:
     text = "abcdefghij"[:n]
     roles = ("user",) * n_prompt + ("assistant",) * (n - n_prompt)
-    return Layout(text, tuple(text), tuple(range(n)), tuple((i, i + 1) for i in range(n)), roles, n_prompt, (("user", 0, n_prompt),))
+    return Layout(
+        text, tuple(text), tuple(range(n)), tuple((i, i + 1) for i in range(n)), roles, n_prompt, (("user", 0, n_prompt),)
+    )
 
 
 def order(steering: Steering, key: str = "1.0", **given: Any) -> Order:

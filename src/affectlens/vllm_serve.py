@@ -152,7 +152,9 @@ class Emotions:
                 if readings.prompt or readings.visible:
                     raise EngineError("vllm serve reads replies only: leave prompt and visible out, or use affectlens serve")
                 wanted = readings.emotions
-                names = Service.shown(self.vectors) if wanted is None else self.vectors.names if wanted == "all" else tuple(wanted)
+                names = (
+                    Service.shown(self.vectors) if wanted is None else self.vectors.names if wanted == "all" else tuple(wanted)
+                )
                 for name in names:
                     self.vectors.index(name)
         key = f"serve {uuid.uuid4().hex}"
@@ -365,5 +367,3 @@ async def _refuse(send: Send, error: AffectlensError) -> None:
     headers: list[tuple[bytes, bytes]] = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": found.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
-
-

@@ -263,7 +263,7 @@ class VLLMEngine(Engine):
             ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),
             ("VLLM_USE_V2_MODEL_RUNNER", "0"),
             ("VLLM_NO_USAGE_STATS", "1"),
-            ("VLLM_LOGGING_LEVEL", "WARNING"),
+            ("VLLM_LOGGING_LEVEL", "ERROR"),
             ("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
         ):
             os.environ.setdefault(variable, value)

@@ -238,5 +238,3 @@ class Findings:
         likely = [(key, number, value) for key, number, value in said["likely"]]
         logits = [(key, arrays[f"{n} logits"]) for n, key in enumerate(said["logits"])]
         return cls(seen, likely, logits, said["lost"])
-
-

@@ -56,9 +56,7 @@ class Tables:
         device: Of the model.
     """
 
-    def __init__(
-        self, n_layers: int, *, width: int, tokens: int, rows: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, n_layers: int, *, width: int, tokens: int, rows: int, dtype: torch.dtype, device: torch.device) -> None:
         self.tokens, self.rows = tokens, rows
         # Row 0 is that of tokens to which nothing is added.
         self.vectors = torch.zeros(n_layers, rows + 1, width, device=device)

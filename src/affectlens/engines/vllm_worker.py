@@ -34,6 +34,7 @@ TESTED = ("0.32.0",)
 
 # ── the tap ──
 
+
 def _tap(stream: torch.Tensor, rest: torch.Tensor | None, layer: int) -> torch.Tensor:
     """The part of the stream that a block hands on, steered; ``rest`` is the other part, if there are two."""
     return stream.clone() if _roster is None else _roster.visit(layer, stream, rest)
