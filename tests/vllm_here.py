@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 DEMO = "smollm2-135m"
-STEP = 48
+STEP = 192
 
 
 @cache

@@ -16,7 +16,7 @@ from affectlens.engine import Engine, Gate, Readout, Request, Sampling, Steering
 
 GREEDY = Sampling(max_tokens=6, temperature=0)
 CHAT = (("system", "Be brief."), ("user", "I lost my keys."), ("assistant", "Oh no."), ("user", "Help me!"))
-LONG = "The ferry leaves the harbour at nine, and the crossing takes about forty minutes when the wind is low. " * 3
+LONG = "The ferry leaves the harbour at nine, and the crossing takes about forty minutes when the wind is low. " * 10
 
 
 def directions(engine: Engine) -> np.ndarray:

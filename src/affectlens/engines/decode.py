@@ -228,7 +228,7 @@ def draw(logits: torch.Tensor, replies: list[Reply]) -> list[int]:
             groups.setdefault((s.temperature, s.top_p, s.top_k), []).append(n)
     for (temperature, top_p, top_k), rows in groups.items():
         uniform = torch.tensor([replies[n].random.random() for n in rows], dtype=torch.float32)
-        tokens[rows] = _sample(logits[rows] / temperature, top_p, top_k, uniform.to(logits.device)[:, None])
+        tokens[rows] = sample(logits[rows] / temperature, top_p, top_k, uniform.to(logits.device)[:, None])
     return tokens.tolist()
 
 
@@ -248,7 +248,7 @@ def logprobs_of(logits: torch.Tensor, replies: list[Reply], tokens: list[int]) -
     }
 
 
-def _sample(logits: torch.Tensor, top_p: float, top_k: int, uniform: torch.Tensor) -> torch.Tensor:
+def sample(logits: torch.Tensor, top_p: float, top_k: int, uniform: torch.Tensor) -> torch.Tensor:
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)

@@ -39,6 +39,7 @@ from affectlens.engine import (
     check_request,
     refuse_too_long,
 )
+from affectlens.engines import vllm_draw
 from affectlens.engines.decode import Part, Reply, candidates, may_grow, nothing, partials, pooled, reading_of, unpooled
 from affectlens.engines.rows import Layouts, Row, words_of
 from affectlens.engines.vllm_orders import NAME, Findings, Mail, Noted, Order, selectors
@@ -304,6 +305,7 @@ class VLLMEngine(Engine):
                 enable_prefix_caching=True,
                 tensor_parallel_size=tensor_parallel,
                 worker_cls="affectlens.engines.vllm_worker.Worker",
+                logits_processors=["affectlens.engines.vllm_draw:Draw"],
                 max_logprobs=-1,
                 generation_config="vllm",
                 async_scheduling=False,
@@ -412,27 +414,25 @@ class VLLMEngine(Engine):
         return {
             # What was said last is read while the token behind it is drawn.
             "max_tokens": s.max_tokens + seat.reply.read_on,
-            "temperature": s.temperature,
-            "top_p": s.top_p,
-            "top_k": s.top_k,
-            "seed": s.seed,
+            "draw": vllm_draw.said(s),
             "logprobs": s.logprobs,
             "stop_token_ids": sorted(self._ends),
         }
 
-    def _add(self, order: Order, ids: Sequence[int], **sampling: Any) -> None:
+    def _add(self, order: Order, ids: Sequence[int], *, draw: list[float] | None = None, **sampling: Any) -> None:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         reads = any(noted.mask.any() for noted in order.noted) or order.residuals is not None
         reads |= any(position < len(ids) - 1 for position, _ in order.wanted)
         params = SamplingParams(
-            **{"temperature": 0.0, **sampling},
+            temperature=0.0,
+            **sampling,
             ignore_eos=True,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
             skip_reading_prefix_cache=True if reads else None,
-            extra_args={NAME: order.key},
+            extra_args={NAME: order.key, **({} if draw is None else {vllm_draw.NAME: draw})},
         )
         prompt: dict[str, Any] = {"prompt_token_ids": list(ids)}
         if (salted := salt(order)) is not None:
