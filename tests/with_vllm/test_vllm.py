@@ -16,13 +16,13 @@ import pytest
 
 pytest.importorskip("vllm")
 
-import cases
+import vllm_cases as cases
 from affectlens.engine import Readout, Request, Result, Sampling, Steering, Where, open_engine
 from affectlens.engines.hf import HFEngine
 from affectlens.errors import EngineError, ModelSupportError
 from vllm_here import DEMO, STEP, opened
 
-HERE = Path(__file__).parent
+CASES = Path(cases.__file__)
 GREEDY = Sampling(max_tokens=12, temperature=0)
 
 
@@ -159,7 +159,7 @@ def test_what_is_read_is_computed(engine: Any, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("options", [{"compiled": True}, {"replay": True}], ids=["compiled", "tables of replayed graphs"])
 def test_other_ways_give_the_same(engine: Any, tmp_path: Path, options: dict[str, bool]) -> None:
     out = tmp_path / "found.npz"
-    command = [sys.executable, str(HERE / "cases.py"), str(out), json.dumps(options)]
+    command = [sys.executable, str(CASES), str(out), json.dumps(options)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     found = np.load(out)

@@ -1,6 +1,6 @@
 """Requests that every way to run vLLM must answer alike, and a process of its own that answers them.
 
-python tests/with_vllm/cases.py OUT.npz '{"compiled": true}'     opens the engine so, answers, and writes down what came of it
+python tests/vllm_cases.py OUT.npz '{"compiled": true}'     opens the engine so, answers, and writes down what came of it
 """
 
 from __future__ import annotations
