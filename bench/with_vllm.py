@@ -145,8 +145,9 @@ def bare_vllm(dtype: str) -> Callable[[str, int, int], int | None]:
     for variable in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER"):
         os.environ.setdefault(variable, "0")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    from affectlens.models import locate
     from vllm import LLM, SamplingParams
+
+    from affectlens.models import locate
 
     llm = LLM(
         locate(MODEL).location,

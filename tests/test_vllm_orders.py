@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from affectlens.engine import Gate, Layout, Readout, Reading, Request, Sampling, Steering, Term, Where, open_engine
+from affectlens.engine import Gate, Layout, Reading, Readout, Request, Sampling, Steering, Term, Where, open_engine
 from affectlens.engines import vllm
 from affectlens.engines.changes import Plan, Tokens
 from affectlens.engines.decode import Part

@@ -1,16 +1,42 @@
-"""The one vLLM engine of a test process, which holds one at a time: small steps, so that most prompts come in parts."""
+"""vLLM engines for tests: a process holds one at a time, so whoever opens another closes the one before.
+
+Steps are small, so that prompts come in parts.
+"""
 
 from __future__ import annotations
 
-from functools import cache
+from pathlib import Path
 from typing import Any
 
 DEMO = "smollm2-135m"
 STEP = 192
 
+# vLLM's attention on a processor has heads of 32 numbers at least. Blocks that return the stream in two parts and in one, heads
+# with norms, experts; and one that is compiled.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"head_dim": 32},
+    "gpt2": {"num_attention_heads": 1},
+    "qwen3": {"head_dim": 32},
+    "mixtral": {"head_dim": 32, "sliding_window": None},
+    "compiled llama": {"head_dim": 32},
+}
 
-@cache
-def opened() -> Any:
+_open: dict[str, Any] = {}
+
+
+def opened(name: str = DEMO, folder: Path | None = None, *, step: int = STEP) -> Any:
+    """The engine of the demo model, or of a tiny family that is written to ``folder``."""
     from affectlens.engines.vllm import VLLMEngine
 
-    return VLLMEngine.load(DEMO, dtype="float32", step=STEP)
+    if name not in _open:
+        for other in list(_open):
+            _open.pop(other).close()
+        where, compiled = name, name.startswith("compiled ")
+        if name in FAMILIES:
+            import families
+
+            assert folder is not None
+            family = name.removeprefix("compiled ")
+            where = str(families.save(family, folder / family, **FAMILIES[name]))
+        _open[name] = VLLMEngine.load(where, dtype="float32", step=step, compiled=compiled)
+    return _open[name]

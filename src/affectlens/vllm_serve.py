@@ -124,11 +124,12 @@ class Emotions:
         Raises:
             WrongField: Something in it is wrong.
         """
+        from pydantic import ValidationError
+
         from affectlens.engines.vllm_orders import NAME, Noted, Order, selectors
         from affectlens.server.calls import WrongField, field
         from affectlens.server.schemas import Ours, Readings, place_of
         from affectlens.server.service import Service
-        from pydantic import ValidationError
 
         try:
             given = Ours.model_validate(ours)

@@ -15,13 +15,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+import vllm_here
 from affectlens.engine import Engine, Gate, Readout, Request, Result, Steering, Term, Where
 
 # Plain, grouped-query, sliding windows in a multimodal wrapper, learned positions, ALiBi with tuples, experts, hybrid, parallel.
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt2", "bloom", "mixtral", "falcon_h1", "gpt_neox")
 DEMO = "smollm2-135m"
 VLLM = importlib.util.find_spec("vllm") is not None
-ENGINES = ("vllm",) if VLLM else ("toy", *FAMILIES, pytest.param(DEMO, marks=pytest.mark.real))
+ENGINES = (
+    tuple(f"vllm {name}" for name in vllm_here.FAMILIES)
+    if VLLM
+    else ("toy", *FAMILIES, pytest.param(DEMO, marks=pytest.mark.real))
+)
 
 TEXTS = ("the calm sea", "She slammed the door and shouted at everyone.", (("user", "I lost my keys."),))
 
@@ -43,7 +48,7 @@ class Subject:
     @property
     def tiny(self) -> bool:
         """A random model that speaks bytes: of its texts few come back as the same tokens."""
-        return self.name in FAMILIES
+        return self.name in FAMILIES or self.name.startswith("vllm")
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -126,10 +131,10 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
         yield Subject(name, ToyEngine(), 1e-5)
         return
-    if name == "vllm":
-        from vllm_here import opened
+    if name.startswith("vllm"):
+        family = name.partition(" ")[2]
 
-        yield Subject(name, opened(), 2e-4)
+        yield Subject(name, vllm_here.opened(family, tmp_path_factory.mktemp("model"), step=48), 1e-4)
         return
     import torch
 
@@ -151,6 +156,6 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture
 def hf(subject: Subject) -> Any:
     """The engine when it is one of transformers: the test looks at how that engine does it. Other engines skip."""
-    if subject.name in ("toy", "vllm"):
+    if subject.name == "toy" or subject.name.startswith("vllm"):
         pytest.skip("only for transformers")
     return subject.engine

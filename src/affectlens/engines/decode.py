@@ -15,8 +15,8 @@ import torch
 
 from affectlens.engine import Logprob, Reading, Readout, Result, Sampling
 from affectlens.engines.changes import Plan, Tokens, Work
-from affectlens.engines.rows import Row, grown, tokens_of
 from affectlens.engines.residual import Pass, Recorder, Stop, Tape, Taps
+from affectlens.engines.rows import Row, grown, tokens_of
 from affectlens.errors import ModelSupportError
 from affectlens.layout import Layout, Where
 

@@ -40,7 +40,7 @@ from affectlens.engine import (
     refuse_too_long,
 )
 from affectlens.engines import vllm_draw
-from affectlens.engines.decode import Part, Reply, candidates, may_grow, nothing, partials, pooled, reading_of, unpooled
+from affectlens.engines.decode import Part, Reply, candidates, may_grow, nothing, partials, reading_of, unpooled
 from affectlens.engines.rows import Layouts, Row, words_of
 from affectlens.engines.vllm_orders import NAME, Findings, Mail, Noted, Order, selectors
 from affectlens.engines.vllm_tables import additions
@@ -330,7 +330,10 @@ class VLLMEngine(Engine):
 
     def close(self) -> None:
         """End vLLM; the engine is of no use afterwards."""
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
         self.vllm.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
         VLLMEngine._living = None
 
     # ── the seam ──
