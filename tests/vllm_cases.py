@@ -1,13 +1,7 @@
-"""Requests that every way to run vLLM must answer alike, and a process of its own that answers them.
-
-python tests/vllm_cases.py OUT.npz '{"compiled": true}'     opens the engine so, answers, and writes down what came of it
-"""
+"""Requests that vLLM and transformers must answer alike: every mode of steering, every kind of request, prompts in parts."""
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +10,7 @@ from affectlens.engine import Engine, Gate, Readout, Request, Sampling, Steering
 
 GREEDY = Sampling(max_tokens=6, temperature=0)
 CHAT = (("system", "Be brief."), ("user", "I lost my keys."), ("assistant", "Oh no."), ("user", "Help me!"))
-LONG = "The ferry leaves the harbour at nine, and the crossing takes about forty minutes when the wind is low. " * 10
+LONG = "The ferry leaves the harbour at nine, and the crossing takes about forty minutes when the wind is low. " * 4
 
 
 def directions(engine: Engine) -> np.ndarray:
@@ -28,17 +22,18 @@ def directions(engine: Engine) -> np.ndarray:
 
 def steering(engine: Engine, which: int, strength: float, *layers: int, where: Where = Where()) -> Steering:
     n = engine.info.n_layers
-    norms = np.linspace(60, 600, n, dtype=np.float32)  # about those of the demo model
+    norms = np.linspace(60, 600, n, dtype=np.float32) if n == 30 else np.full(n, 5.0, np.float32)  # about those of the models
     term = Term(f"d{which}", strength, layers or (n // 2,), tuple(range(n)), directions(engine)[which], norms, where=where)
     return Steering((term,))
 
 
 def additions(engine: Engine) -> list[Steering]:
     """What can be done by adding."""
+    n = engine.info.n_layers
     return [
         Steering(),
         steering(engine, 0, 0.3),
-        steering(engine, 1, -0.2, 3, 20),
+        steering(engine, 1, -0.2, 0, n - 2),
         steering(engine, 0, 0.3, where=Where("response")) + steering(engine, 2, 0.2, where=Where("prompt", last=2)),
         steering(engine, 2, 0.4).ramp(4),
         steering(engine, 0, 0.0),
@@ -47,7 +42,7 @@ def additions(engine: Engine) -> list[Steering]:
 
 def others(engine: Engine) -> list[Steering]:
     """What looks at the stream before it acts."""
-    gate = Gate("d1", 3, directions(engine)[1, 3], above=0.0)
+    gate = Gate("d1", 1, directions(engine)[1, 1], above=0.0)
     return [
         steering(engine, 0, 1.0).ablate(),
         (steering(engine, 0, 1.0) + steering(engine, 1, 1.0)).clamp(0.1),
@@ -63,7 +58,7 @@ def requests(engine: Engine, *, everything: bool = True) -> list[Request]:
     steerings = additions(engine) + (others(engine) if everything else [])
     made = []
     for n, each in enumerate(steerings):
-        for k, prompt in enumerate((CHAT, "the calm sea", LONG)):
+        for k, prompt in enumerate((CHAT, "the calm sea", LONG if engine.info.context > 1000 else LONG[:150])):
             generates = (n + k) % 3 != 0
             made.append(
                 Request(
@@ -87,18 +82,3 @@ def answers(engine: Engine, made: list[Request]) -> dict[str, Any]:
             out[f"{n} reading {r}"] = reading.values
             out[f"{n} positions {r}"] = reading.positions
     return out
-
-
-def main() -> None:
-    from affectlens.engines.vllm import VLLMEngine
-
-    out, options = Path(sys.argv[1]), json.loads(sys.argv[2])
-    engine = VLLMEngine.load("smollm2-135m", dtype="float32", **options)
-    found = answers(engine, requests(engine, everything=not engine.replays))
-    found["checks"] = np.array(json.dumps(engine.info.checks))
-    np.savez(out, **found)
-    engine.close()
-
-
-if __name__ == "__main__":
-    main()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 DEMO = "smollm2-135m"
-STEP = 192
+STEP = 64
 
 # vLLM's attention on a processor has heads of 32 numbers at least. Blocks that return the stream in two parts and in one, heads
 # with norms, experts; and one that is compiled.
@@ -20,6 +20,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"head_dim": 32, "sliding_window": None},
     "compiled llama": {"head_dim": 32},
 }
+SETTINGS = {**FAMILIES, "replayed llama": {"head_dim": 32}}
 
 _open: dict[str, Any] = {}
 
@@ -32,11 +33,11 @@ def opened(name: str = DEMO, folder: Path | None = None, *, step: int = STEP) ->
         for other in list(_open):
             _open.pop(other).close()
         where, compiled = name, name.startswith("compiled ")
-        if name in FAMILIES:
+        if name in SETTINGS:
             import families
 
             assert folder is not None
-            family = name.removeprefix("compiled ")
-            where = str(families.save(family, folder / family, **FAMILIES[name]))
-        _open[name] = VLLMEngine.load(where, dtype="float32", step=step, compiled=compiled)
+            family = name.rpartition(" ")[2]
+            where = str(families.save(family, folder / family, **SETTINGS[name]))
+        _open[name] = VLLMEngine.load(where, dtype="float32", step=step, compiled=compiled, replay=name.startswith("replayed "))
     return _open[name]

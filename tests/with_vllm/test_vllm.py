@@ -1,11 +1,9 @@
-"""vLLM beside transformers, its caches, its compiled graphs, and our server in front of it; run in the environment that has it."""
+"""vLLM beside transformers, its caches, its tables, and our server in front of it; run in the environment that has it."""
 
 from __future__ import annotations
 
-import json
 import random
-import subprocess
-import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +20,6 @@ from affectlens.engines.hf import HFEngine
 from affectlens.errors import EngineError, ModelSupportError
 from vllm_here import DEMO, STEP, opened
 
-CASES = Path(cases.__file__)
 GREEDY = Sampling(max_tokens=12, temperature=0)
 
 
@@ -116,9 +113,10 @@ def test_plain_steered_plain_leaves_plain_replies_as_they_were(engine: Any, monk
     last, after = run(Steering())
     assert before == at_first == of_others == of_reply == 0, "nobody gets what was made under another steering"
     assert min(taken, later, after) > 100, "and everybody gets what was made under the same"
-    assert (first.text == again.text == last.text and first.logprobs == again.logprobs == last.logprobs) or (
-        first.text == again.text == last.text
-    )
+    assert first.text == again.text == last.text
+    for result in (again, last):  # what is left to compute is divided differently, which rounds differently
+        for one, expected in zip(result.logprobs, first.logprobs, strict=True):
+            assert one.value == pytest.approx(expected.value, abs=1e-4)
     assert steered.layout == twice.layout and steered.text != first.text and other.text != first.text
     assert reply.layout.ids[: reply.layout.n_prompt + 1] == first.layout.ids[: first.layout.n_prompt + 1]
 
@@ -126,7 +124,7 @@ def test_plain_steered_plain_leaves_plain_replies_as_they_were(engine: Any, monk
 def test_a_reply_that_was_steered_is_not_in_the_next_turn(engine: Any) -> None:
     """A chat goes on: its earlier reply was generated steered, and is read plain now."""
     chat = (("user", "Tell me about the sea. " * 30),)
-    sampling = Sampling(max_tokens=200, temperature=0)
+    sampling = Sampling(max_tokens=60, temperature=0)
     push = cases.steering(engine, 0, 0.15, where=Where("response"))
     (said,) = engine.run([Request(chat, sampling=sampling, steering=push)])
     readout = (Readout((10,), Where("prompt", last=1), "last"),)
@@ -149,26 +147,6 @@ def test_what_is_read_is_computed(engine: Any, monkeypatch: pytest.MonkeyPatch) 
     np.testing.assert_array_equal(one.readings[0].positions, other.readings[0].positions)
     close(one.readings[0].values, other.readings[0].values, 1e-5)
     np.testing.assert_allclose(one.choice_logprobs, other.choice_logprobs, atol=1e-3)
-
-
-# ── other ways to run it ──
-
-
-@pytest.mark.parametrize("options", [{"compiled": True}, {"replay": True}], ids=["compiled", "tables of replayed graphs"])
-def test_other_ways_give_the_same(engine: Any, tmp_path: Path, options: dict[str, bool]) -> None:
-    out = tmp_path / "found.npz"
-    command = [sys.executable, str(CASES), str(out), json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = np.load(out)
-    made = cases.requests(engine, everything="compiled" in options)
-    expected = cases.answers(engine, made)
-    for key, value in expected.items():
-        if key.split()[1] in ("ids", "positions"):
-            np.testing.assert_array_equal(found[key], value, err_msg=key)
-        else:
-            np.testing.assert_allclose(found[key], value, rtol=2e-3, atol=5e-2, err_msg=key)
-    assert "fired" in str(found["checks"])
 
 
 # ── refusals ──
@@ -197,8 +175,8 @@ def mixed(engine: Any, n: int) -> list[Request]:
     steerings = [*cases.additions(engine)[:5], *cases.others(engine)]
     return [
         Request(
-            (("user", f"Say a word about {words[i % len(words)]}, please."),),
-            sampling=Sampling(max_tokens=6, temperature=0),
+            f"I thought of {words[i % len(words)]} and",
+            sampling=Sampling(max_tokens=4, temperature=0),
             steering=steerings[i % len(steerings)],
             readouts=(Readout((layer,), Where("response"), "none", onto),) if i % 2 else (),
         )
@@ -259,7 +237,7 @@ def test_our_server_in_front_answers_the_openai_client(engine: Any, tmp_path: Pa
         alone = [ask(i) for i in range(12)]
         assert len({text for text, _ in alone}) > 4
         with ThreadPoolExecutor(12) as pool:
-            together = list(pool.map(ask, [i % 12 for i in range(120)]))
+            together = list(pool.map(ask, [i % 12 for i in range(60)]))
         for i, (text, ours) in enumerate(together):
             assert text == alone[i % 12][0]
             assert ours["steering"] == alone[i % 12][1]["steering"]
@@ -267,7 +245,38 @@ def test_our_server_in_front_answers_the_openai_client(engine: Any, tmp_path: Pa
                 assert one["text"] == other["text"]
                 for name, value in one["scores"].items():
                     assert value == pytest.approx(other["scores"][name], abs=0.02)
-        with pytest.raises(openai.BadRequestError, match="nearest|did you mean|unknown"):
+        with pytest.raises(openai.BadRequestError, match="unknown concept"):
             client.chat.completions.create(
                 model=DEMO, messages=[{"role": "user", "content": "Hi"}], extra_body={"emotion_bias": {"clam": 0.05}}
             )
+
+
+# ── tables of replayed steps ──
+
+
+@pytest.fixture(scope="module")
+def replaying(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, HFEngine]]:
+    """An engine whose taps work over fixed tables only, as they must in a CUDA graph, and transformers beside it."""
+    folder = tmp_path_factory.mktemp("model")
+    yield opened("replayed llama", folder), HFEngine.load(str(folder / "llama"), dtype="float32", device="cpu")
+
+
+def test_fixed_tables_do_the_same(replaying: tuple[Any, HFEngine]) -> None:
+    engine, hf = replaying
+    made = cases.requests(engine, everything=False)
+    for one, other in zip(engine.run(made), hf.run(made), strict=True):
+        assert one.layout == other.layout
+        np.testing.assert_allclose(one.choice_logprobs, other.choice_logprobs, atol=1e-4)
+        for a, b in zip(one.readings, other.readings, strict=True):
+            np.testing.assert_array_equal(a.positions, b.positions)
+            close(a.values, b.values, 1e-4)
+    x = np.random.default_rng(0).normal(size=(40, engine.info.width)).astype(np.float32)
+    np.testing.assert_allclose(engine.unembed(x), hf.unembed(x), atol=1e-4)
+
+
+def test_what_tables_cannot_do_is_refused_before_anything_runs(replaying: tuple[Any, HFEngine]) -> None:
+    engine, _ = replaying
+    for steering in cases.others(engine):
+        with pytest.raises(EngineError, match="CUDA graphs can only add") as error:
+            list(engine.run([Request("A", steering=steering)]))
+        assert len(str(error.value).splitlines()) == 1 and "hf/" in str(error.value)
