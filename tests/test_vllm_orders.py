@@ -86,7 +86,7 @@ def test_findings_travel() -> None:
     found = Findings(
         [Seen("1.0", 0, np.arange(2), RNG.normal(size=(1, 2, 3)).astype(np.float32), np.ones((1, 2), np.float32))],
         [("2.1", 0, -1.5)],
-        [("unembed 3", RNG.normal(size=(2, 5)).astype(np.float32))],
+        [("unembed 3", RNG.normal(size=(2, 8)).astype(np.float32)[:, :5])],
     )
     came = Findings.unpack(*found.pack())
     assert came.likely == found.likely and came.logits[0][0] == "unembed 3"

@@ -654,7 +654,7 @@ def _files(source: ModelSource) -> dict[str, Path]:
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(source.location, revision=source.revision, allow_patterns=["*.safetensors", "*.json"]))
-    found = {}
+    found: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             found |= dict.fromkeys(file.keys(), path)

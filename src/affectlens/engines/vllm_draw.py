@@ -84,7 +84,7 @@ class Rows:
         groups: dict[tuple[float, float, int], list[int]] = {}
         for row, each in self._rows.items():
             groups.setdefault(each.how, []).append(row)
-        chosen = {}
+        chosen: dict[int, int] = {}
         for (temperature, top_p, top_k), rows in groups.items():
             uniform = torch.tensor([self._rows[row].number() for row in rows], dtype=torch.float32)
             drawn = sample(logits[rows].float() / temperature, top_p, top_k, uniform.to(logits.device)[:, None])
@@ -97,7 +97,7 @@ def processor_class() -> type:
     """The logits processor."""
     from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
 
-    class Draw(LogitsProcessor):  # type: ignore[misc, valid-type]
+    class Draw(LogitsProcessor):
         def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
             self._rows = Rows()
 

@@ -219,7 +219,8 @@ class Findings:
         for n, one in enumerate(self.seen):
             for name in ("positions", "values", "norms"):
                 arrays[f"{n} {name}"] = np.ascontiguousarray(getattr(one, name))
-        arrays |= {f"{n} logits": logits for n, (_, logits) in enumerate(self.logits)}
+        # vLLM pads vocabularies, so what it gives is a part of something wider.
+        arrays |= {f"{n} logits": np.ascontiguousarray(logits) for n, (_, logits) in enumerate(self.logits)}
         seen = [(one.key, one.number) for one in self.seen]
         head = {"seen": seen, "likely": self.likely, "logits": [key for key, _ in self.logits], "lost": self.lost}
         return json.dumps(head), save(arrays)

@@ -218,14 +218,14 @@ class Roster:
     def begin(self) -> None:
         """vLLM has put a step together: work out what the taps do in it."""
         runner, batch = self.runner, self.runner.input_batch
-        gone = [key for key, live in self.orders.items() if live.leaving and live.request not in runner.requests]
-        for key in gone:
-            del self.orders[key]
+        gone = [name for name, live in self.orders.items() if live.leaving and live.request not in runner.requests]
+        for name in gone:
+            del self.orders[name]
         self._here = []
         starts = runner.query_start_loc.np
         for n, request in enumerate(batch.req_ids):
             extra = runner.requests[request].sampling_params.extra_args
-            key = extra.get(NAME) if extra else None
+            key: str | None = extra.get(NAME) if extra else None
             if key is None:
                 continue
             live = self.orders.get(key)
@@ -384,7 +384,7 @@ def worker_class() -> type:
     else:
         from vllm.v1.worker.gpu_worker import Worker as Own
 
-    class Worker(Own):  # type: ignore[misc, valid-type]
+    class Worker(Own):
         def load_model(self, *args: Any, **kwargs: Any) -> None:
             super().load_model(*args, **kwargs)
             self.affectlens = Roster(self.model_runner)
