@@ -1,4 +1,4 @@
-"""vLLM in this process: continuous batching, paged and shared caches, several accelerators; each request steered and read in its own way.
+"""vLLM in this process: continuous batching, shared caches, several accelerators; each request steered and read in its own way.
 
 vLLM's scheduler runs whatever is there together, a long prompt in parts. What is done to the residual stream is done by taps in
 its workers (:mod:`affectlens.engines.vllm_worker`), told by orders of plain data. Tokens are drawn by vLLM, from the seed of each
@@ -246,7 +246,7 @@ class VLLMEngine(Engine):
             dtype: ``auto`` takes the checkpoint's own.
             compiled: Whether the model is compiled, which takes a minute at the start; None compiles on accelerators only.
             replay: Whether steps are replayed as CUDA graphs: faster with few tokens, and steering can then only add. None: where
-                the model is compiled for an accelerator. On a CPU nothing is replayed, and True takes the same tables all the same.
+                the model is compiled for an accelerator. On a CPU nothing is replayed, and True takes the tables all the same.
             context: Most tokens of a request; None for as many as the model has, 8,192 at most on a CPU.
             cache: Bytes for keys and values; None for 2 GiB on a CPU and for what vLLM takes elsewhere.
             tensor_parallel: Over how many accelerators each layer is divided.

@@ -1,8 +1,8 @@
 """Drawing tokens in vLLM from the seeds of requests, as the engine in process does: equal logits give equal tokens.
 
-vLLM draws with generators that depend on how a prompt was divided, and on a CPU they fail where one was. So tokens are chosen by a
-logits processor, which is vLLM's official interface for it: it is told which request has which row of the batch, and its choice
-is made the likeliest token, which vLLM then takes. Log-probabilities are those from before.
+vLLM's own generators must be set back where a prompt is divided, which fails on a CPU (0.32.0). So tokens are chosen by a logits
+processor, vLLM's official interface for it: it is told which request has which row of the batch, and its choice is made the
+likeliest token, which vLLM then takes. Log-probabilities are those from before.
 
 vLLM finds the processor by its name, ``affectlens.engines.vllm_draw:Draw``, which exists where vLLM is installed.
 """
@@ -54,7 +54,7 @@ class Rows:
         >>> rows = Rows()
         >>> rows.add(1, [1.0, 1.0, 0, 7], [])
         >>> rows.choose(torch.zeros(2, 5))
-        {1: 3}
+        {1: 2}
     """
 
     def __init__(self) -> None:

@@ -44,7 +44,7 @@ class Order:
 
     Args:
         key: What the request calls it.
-        n_prompt: Tokens before the reply; -1 for all those that vLLM makes of the prompt, which are then all steered, and not read.
+        n_prompt: Tokens before the reply; -1 for all those that vLLM makes of the prompt: then all are steered and none is read.
         sink: With -1 the id of a beginning-of-sequence token, which is left alone.
         steering: What is done to the stream.
         masks: For each selector of the steering which of the given tokens it selects.
