@@ -9,8 +9,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.ready
 	$(BIN)/affectlens study smollm2-135m --quick
 
-test: $(VENV)/.ready $(VENV)/.peers check
+test: $(VENV)/.ready $(VENV)/.peers $(VENV)-vllm/.ready check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(VENV)-vllm/bin/python -m pytest tests/contract tests/with_vllm
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check src tests bench docs corpus
@@ -30,5 +31,13 @@ $(VENV)/.peers: tests/peers.txt $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --no-deps --requirement tests/peers.txt
 	touch $@
 
+# vLLM pins its own transformers, so it has an environment of its own (3.5 GB), in which the contract is checked on it.
+$(VENV)-vllm/.ready: tests/vllm.txt pyproject.toml
+	$(PYTHON) -m venv --clear $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet torch==2.13.0
+	$(VENV)-vllm/bin/python -m pip install --quiet --requirement tests/vllm.txt
+	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-vllm .pytest_cache .mypy_cache .ruff_cache

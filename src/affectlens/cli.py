@@ -1180,9 +1180,12 @@ def features(
     "--time-limit", type=click.FloatRange(0, min_open=True), default=300, show_default=True, help="Seconds of a reply at most."
 )
 @click.option("--max-tokens", type=click.IntRange(1), default=4096, show_default=True, help="Tokens of a reply at most.")
+@click.option(
+    "--engine", "backend", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True, help="What runs the model."
+)
 @click.option("--runs", type=FILE, help="A folder of runs whose studies the dashboard shows.")
 @shared("concepts", "layer", "model", "device", "dtype", "allow")
-def serve(vectors: str, rules: str | None, api_keys: Path | None, **options: Any) -> None:
+def serve(vectors: str, rules: str | None, api_keys: Path | None, backend: str, **options: Any) -> None:
     """Serve the model of VECTORS: OpenAI's API with emotion dials and live readings, and a dashboard.
 
     POST /v1/chat/completions takes what OpenAI's clients send; their extra_body adds emotion_bias, readings, rules and compare.
@@ -1223,7 +1226,7 @@ def serve(vectors: str, rules: str | None, api_keys: Path | None, **options: Any
         max_age=timedelta(days=days) if days else None,
         max_bytes=round(gigabytes * 1e9) if gigabytes else None,
     )
-    loaded, engine = _vectors_and_engine(vectors, **options)
+    loaded, engine = _vectors_and_engine(vectors, backend=backend, **options)
     if options["calibration"]:
         loaded = _calibrated(loaded, vectors, options["calibration"])
     monitor = Monitor(loaded, _baseline(vectors, loaded, engine, options["baseline"]), rules=policies)
@@ -1427,14 +1430,15 @@ def list_(what: str, as_json: bool) -> None:
 
 
 def _vectors_and_engine(
-    name: str, *, layer: int | None, model: str | None, allow: tuple[str, ...], **options: Any
+    name: str, *, layer: int | None, model: str | None, allow: tuple[str, ...], backend: str = "hf", **options: Any
 ) -> tuple[ConceptVectors, Engine]:
     from affectlens.exchange import load_vectors
 
     vectors = load_vectors(name)
     if layer is not None:
         vectors = vectors.with_layer(layer)
-    engine = _engine(model or str(vectors.model["id"]), **_how(options))
+    wanted = model or str(vectors.model["id"])
+    engine = _engine(f"vllm/{wanted}" if backend == "vllm" else wanted, **_how(options))
     vectors.check(engine.info, allow=allow)
     return vectors, engine
 
