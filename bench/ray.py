@@ -279,8 +279,9 @@ def cluster(result: dict[str, Any]) -> list[dict[str, Any]]:
             layers, wide = (depth, width) if shape == "demo" else (LARGE["layers"], LARGE["width"])
             stored = 4 * (layers + 1) * (wide + 1)
             if task == "scores":
-                head = result["scored"]["cpu"] / result["scored"]["rows"]  # with everything that score-corpus does with them
-                stored = result["scored"]["written"] / result["scored"]["rows"]
+                # With everything that score-corpus does with them.
+                few, many = result["scored"]
+                head, stored = ((many[key] - few[key]) / (many["rows"] - few["rows"]) for key in ("cpu", "written"))
             rate = WORKERS / worker
             window = 256 if shape == "demo" else 1024
             units = 2 * WORKERS * min(window, 96) * (size[shape]["down"] + size[shape]["up"])
@@ -328,8 +329,10 @@ def main() -> int:
             found = [{"texts": count, **part(name, 2, file=file, **job)} for count, file in zip(many, files, strict=True)]
             result["memory" if name == "memory" else "scoring"] = found
             say(f"{name}: {found}")
-        rows = n // 2
-        result["scored"] = {"rows": rows, **part("scored", 2, model=args.model, rows=16, file=corpus(place, rows, short=False))}
+        result["scored"] = []
+        for rows in (n // 8, n // 2):  # two sizes: what a report costs once is no cost of a text
+            job = {"model": args.model, "rows": 16, "file": corpus(place, rows, short=False)}
+            result["scored"].append({"rows": rows, **part("scored", 2, **job)})
         say(f"scored: {result['scored']}")
     result["cluster"] = cluster(result)
     result["load_after"] = os.getloadavg()[0]
