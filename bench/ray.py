@@ -43,7 +43,7 @@ from affectlens.activations import Text  # noqa: E402
 from affectlens.corpus import load, stream  # noqa: E402
 from affectlens.engine import Engine, Reading, Readout, Request, Result, Where, open_engine  # noqa: E402
 
-MODEL, WINDOW, WARM = "smollm2-135m", 16, 16
+WINDOW, WARM = 16, 16
 """Windows are small so that few texts make many of them."""
 
 WAYS = {
@@ -101,7 +101,7 @@ def speed(job: dict[str, Any]) -> dict[str, Any]:
     texts = stories(job["texts"])
     found: dict[str, Any] = {}
     began = time.perf_counter()
-    with opened(MODEL, job["workers"]) as engine:
+    with opened(job["model"], job["workers"]) as engine:
         engine.window = WINDOW
         found["start"] = time.perf_counter() - began
         for name, (_, work) in TASKS.items():
@@ -117,7 +117,7 @@ def sizes(job: dict[str, Any]) -> dict[str, Any]:
     """Bytes of an item on the wire, and the time to write and read it, as this model and the larger one have it."""
     from affectlens.engines import wire
 
-    engine = open_engine(MODEL)
+    engine = open_engine(job["model"])
     texts = stories(WINDOW)
     found: dict[str, Any] = {"info": asdict(engine.info), "wire": {}}
     for name, (_, work) in TASKS.items():
@@ -279,8 +279,9 @@ def cluster(result: dict[str, Any]) -> list[dict[str, Any]]:
             layers, wide = (depth, width) if shape == "demo" else (LARGE["layers"], LARGE["width"])
             stored = 4 * (layers + 1) * (wide + 1)
             if task == "scores":
-                head = result["scored"]["cpu"] / result["scored"]["rows"]  # with everything that score-corpus does with them
-                stored = result["scored"]["written"] / result["scored"]["rows"]
+                # With everything that score-corpus does with them.
+                few, many = result["scored"]
+                head, stored = ((many[key] - few[key]) / (many["rows"] - few["rows"]) for key in ("cpu", "written"))
             rate = WORKERS / worker
             window = 256 if shape == "demo" else 1024
             units = 2 * WORKERS * min(window, 96) * (size[shape]["down"] + size[shape]["up"])
@@ -309,17 +310,17 @@ def main() -> int:
     counts = (200, 400) if args.quick else (1000, 4000, 16000)
     load_before = os.getloadavg()[0]
     result: dict[str, Any] = {
-        "model": MODEL, "texts": n, "rounds": rounds, "window": WINDOW, "workers": WORKERS, "card": CARD, "large": LARGE,
+        "model": args.model, "texts": n, "rounds": rounds, "window": WINDOW, "workers": WORKERS, "card": CARD, "large": LARGE,
         "date": datetime.datetime.now().isoformat(timespec="seconds"), "machine": machine(), "ray": ray.__version__,
         "load_before": load_before,
         "labels": {key: label for key, (label, _, _) in WAYS.items()}, "tasks": {key: label for key, (label, _) in TASKS.items()},
     }  # fmt: skip
-    result["sizes"] = part("sizes", 1)
+    result["sizes"] = part("sizes", 1, model=args.model)
     result["speed"] = {key: [] for key in WAYS}
     for number in range(rounds):
         for key in list(WAYS)[:: -1 if number % 2 else 1]:
             _, workers, threads = WAYS[key]
-            result["speed"][key].append(part("speed", threads, workers=workers, texts=n))
+            result["speed"][key].append(part("speed", threads, model=args.model, workers=workers, texts=n))
             say(f"round {number + 1}, {key}: {result['speed'][key][-1]}")
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -328,8 +329,10 @@ def main() -> int:
             found = [{"texts": count, **part(name, 2, file=file, **job)} for count, file in zip(many, files, strict=True)]
             result["memory" if name == "memory" else "scoring"] = found
             say(f"{name}: {found}")
-        rows = n // 2
-        result["scored"] = {"rows": rows, **part("scored", 2, model=MODEL, rows=16, file=corpus(place, rows, short=False))}
+        result["scored"] = []
+        for rows in (n // 8, n // 2):  # two sizes: what a report costs once is no cost of a text
+            job = {"model": args.model, "rows": 16, "file": corpus(place, rows, short=False)}
+            result["scored"].append({"rows": rows, **part("scored", 2, **job)})
         say(f"scored: {result['scored']}")
     result["cluster"] = cluster(result)
     result["load_after"] = os.getloadavg()[0]
@@ -342,6 +345,7 @@ def main() -> int:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m", help="a folder or a name that affectlens knows")
     parser.add_argument("--texts", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="few texts, one round, results not kept")

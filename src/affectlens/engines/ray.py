@@ -664,8 +664,18 @@ def _join(ray: Any, address: str | None) -> bool:
                 f"no Ray cluster answers at {address!r} ({reason}): see that it runs (ray start --head), or leave address out"
             ) from None
         return False
-    # One logical core: workers are placed by hand, and Ray would keep an idle process for each core.
-    ray.init(address="local", num_cpus=1, include_dashboard=False, **quiet)
+    for attempt in (1, 2):  # Ray gives up after half a minute, which is short where much else runs
+        try:
+            # One logical core: workers are placed by hand, and Ray would keep an idle process for each core.
+            ray.init(address="local", num_cpus=1, include_dashboard=False, **quiet)
+            break
+        except Exception as error:  # Ray raises plain ones
+            ray.shutdown()
+            if attempt == 2:
+                reason = str(error).strip().splitlines()[0]
+                raise EngineError(
+                    f"Ray cannot be started here ({reason}): try again when less runs, or leave replicas out"
+                ) from error
     return True
 
 
