@@ -26,9 +26,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import table  # noqa: E402
-import targets  # noqa: E402
-from host import HERE, others, say  # noqa: E402
+import table
+import targets
+from host import HERE, others, say
 
 NAMES = [name for name in table.TABLES if name != "reliability"]
 """Reliability has a short form of its own, among the tests."""

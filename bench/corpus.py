@@ -237,7 +237,6 @@ def size_of_transfer(read: Shared, by: Shared, *, sizes: Sequence[int], samples:
     return rows
 
 
-
 def measure(short: bool = False) -> dict[str, Any]:
     """Compare corpora; the short form compares two that the toy writes, the second in the place of the outside one."""
     if not short:

@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from host import CACHE, HERE, MODEL, PEERS, RESULTS, Environment, machine, peak, say, tiny_model
+from host import CACHE, MODEL, PEERS, RESULTS, Environment, machine, peak, say, tiny_model
 from speed_tables import extraction, one_line
 
 TEXT_TOKENS = (80, 300)

@@ -114,9 +114,7 @@ class Setting:
         lengths = [len(ids) for ids in self.tokenizer([each.prompt for each in self.asked])["input_ids"]]
         longest = max(each.tokens for each in self.asked)
         with self.model.continuous_batching_context_manager(
-            generation_config=GenerationConfig(
-                do_sample=False, max_new_tokens=longest, eos_token_id=-1, pad_token_id=self.pad
-            ),
+            generation_config=GenerationConfig(do_sample=False, max_new_tokens=longest, eos_token_id=-1, pad_token_id=self.pad),
             continuous_batching_config=ContinuousBatchingConfig(max_memory_percent=0.1),
             workload_hints=WorkloadHints(max(lengths), longest, len(self.asked)),
             timeout=30,

@@ -193,9 +193,7 @@ class Device:
 
         best = 0.0
         for rows, inner, columns in shapes:
-            inputs, weights = (
-                torch.randn(n, inner, device=self.name, dtype=getattr(torch, dtype)) for n in (rows, columns)
-            )
+            inputs, weights = (torch.randn(n, inner, device=self.name, dtype=getattr(torch, dtype)) for n in (rows, columns))
 
             def product(inputs: Any = inputs, weights: Any = weights) -> None:
                 for _ in range(10):
@@ -283,7 +281,9 @@ class StaticDecoder:
         onto: Directions ``(N, D)``, or None.
     """
 
-    def __init__(self, model: Any, rows: int, *, prompt: int, tokens: int, layer: int, push: Any = None, onto: Any = None) -> None:
+    def __init__(
+        self, model: Any, rows: int, *, prompt: int, tokens: int, layer: int, push: Any = None, onto: Any = None
+    ) -> None:
         import torch
         from transformers import StaticCache
 
@@ -638,7 +638,10 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{name}: making weights", file=sys.stderr, flush=True)
         model = random_model(shape, args.device, args.dtype)
         squares = (256,) if args.tiny else (8192, 16384)
-        products = [(n, n, n) for n in squares] + [(squares[-1], shape.width, shape.hidden), (squares[-1], shape.hidden, shape.width)]
+        products = [(n, n, n) for n in squares] + [
+            (squares[-1], shape.width, shape.hidden),
+            (squares[-1], shape.hidden, shape.width),
+        ]
         peak = device.peak(products, args.dtype)
         device.clear()
         engine = HFEngine.around(model, tokenizer=word_tokenizer(shape.vocabulary))
@@ -664,7 +667,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.0, help="nothing new is begun after so many")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default=None, help="bfloat16; float32 for --tiny")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model and few tokens; results are kept only where --out says so")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tiny model and few tokens; results are kept only where --out says so"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     args.dtype = args.dtype or ("float32" if args.tiny else "bfloat16")

@@ -48,7 +48,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def others(seconds: float = 1.0) -> float:
+def others(seconds: float = 0.5) -> float:
     """Cores that other processes keep busy: a load average would count what this process did a minute ago."""
 
     def busy() -> float:

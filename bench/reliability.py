@@ -35,8 +35,8 @@ from affectlens.server.records import Record  # noqa: E402
 from affectlens.server.store import Store  # noqa: E402
 from affectlens.vectors import ConceptVectors  # noqa: E402
 from callers import Answer, crowd, mixed  # noqa: E402
-from host import machine, say  # noqa: E402
 from faults import database, disk, kill, webhook  # noqa: E402
+from host import machine, say  # noqa: E402
 from hostile import fuzz  # noqa: E402
 from readers import hang_up, slow_readers  # noqa: E402
 from running import TOY_STRENGTH, Check, Memory, Section, Server, Setting, median, percentiles, toy_vectors  # noqa: E402

@@ -394,9 +394,7 @@ def serving_costs(result: Result) -> dict[int, Estimate]:
     found = {}
     for together, pairs in result["passes"].items():
         ratios = [pair["full"][0] / pair["full"][1] / (pair["plain"][0] / pair["plain"][1]) - 1 for pair in pairs]
-        found[int(together)] = bootstrap(
-            lambda index, ratios=ratios: statistics.median(ratios[i] for i in index), len(ratios)
-        )
+        found[int(together)] = bootstrap(lambda index, ratios=ratios: statistics.median(ratios[i] for i in index), len(ratios))
     return found
 
 
@@ -404,9 +402,7 @@ def serving(result: Result) -> str:
     """The tables of ``bench/serving.py``."""
     ways = result["ways"]
     counts = sorted({int(count) for way in ways.values() for count in way["callers"]})
-    heads = [
-        head for n in counts for head in (f"{n} caller{'s' * (n > 1)}: tokens/s", "first token, s (p95)")
-    ]
+    heads = [head for n in counts for head in (f"{n} caller{'s' * (n > 1)}: tokens/s", "first token, s (p95)")]
     rows = []
     for key, way in ways.items():
         cells = [way["label"]]

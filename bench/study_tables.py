@@ -292,5 +292,3 @@ def reliability(result: dict[str, Any]) -> str:
             lines += ["", also]
         lines.append("")
     return "\n".join(lines).rstrip()
-
-

@@ -185,7 +185,9 @@ def _why_pairs(results: Results, _: Found) -> str:
 
 
 def _why_serving(results: Results, _: Found) -> str:
-    rates = {way: serving_rate(results["serving"], way, SERVING_CALLERS) or 0.0 for way in ("affectlens", "steered", "everything")}
+    rates = {
+        way: serving_rate(results["serving"], way, SERVING_CALLERS) or 0.0 for way in ("affectlens", "steered", "everything")
+    }
     return ", ".join(f"{way} {rate:.0f} tokens/s" for way, rate in rates.items())
 
 
@@ -226,7 +228,9 @@ TARGETS: tuple[Target, ...] = (
         _reading(lambda reading: reading.times(reading.best_peer)),
         _why_reading,
     ),
-    Target("extraction", "reading one layer, of the matrix-multiply bound", "≥", 0.60, "%", _reading(_share_of_bound), _why_reading),
+    Target(
+        "extraction", "reading one layer, of the matrix-multiply bound", "≥", 0.60, "%", _reading(_share_of_bound), _why_reading
+    ),
     Target("extraction", "memory of reading, of the ordinary loop's", "≤", 0.05, "%", _reading(_memory), _why_memory),
     Target(
         "profile_reading",
@@ -268,7 +272,9 @@ TARGETS: tuple[Target, ...] = (
         _serving,
         _why_serving,
     ),
-    Target("serving", "readings of all emotions and mixed steering, of a token's time", "≤", PASSES_COST, "%", _passes, _why_cost),
+    Target(
+        "serving", "readings of all emotions and mixed steering, of a token's time", "≤", PASSES_COST, "%", _passes, _why_cost
+    ),
     Target("gpu", "reading one layer on a GPU, of its bf16 peak", "≥", 0.55, "%", _gpu(gpu.reading_share), _why_gpu_reading),
     Target(
         "gpu",

@@ -135,7 +135,8 @@ def train(key: str, folder: Path, tuning: Tuning) -> dict[str, Any]:
             total, seen = total + float(loss.detach()) * count, seen + count
         losses.append(total / seen)
         print(
-            f"{key}: epoch {epoch + 1} of {tuning.epochs}, loss {losses[-1]:.3f}, {time.perf_counter() - start:.0f} s", file=sys.stderr
+            f"{key}: epoch {epoch + 1} of {tuning.epochs}, loss {losses[-1]:.3f}, {time.perf_counter() - start:.0f} s",
+            file=sys.stderr,
         )
     made = {"steps": steps, "tokens of replies": seen, "losses": losses, "seconds": time.perf_counter() - start}
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -219,10 +219,9 @@ def test_generation_counts_at_equal_outputs_alone(table: ModuleType) -> None:
 
 
 def test_how_far_apart_two_replies_are(table: ModuleType) -> None:
+    from affectlens.engines.hf import HFEngine
     from generation import STEPS, Asked, Setting
     from host import tiny_model
-
-    from affectlens.engines.hf import HFEngine
 
     setting = Setting(HFEngine.load(str(tiny_model()), device="cpu", dtype="float32"), [])
     asked = Asked("The sea was calm.", 4)
@@ -255,7 +254,9 @@ def test_gpu_needs_no_other_file_of_ours(tmp_path: Path) -> None:
     script.write_text((BENCH / "gpu.py").read_text())
     done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0 and "--tiny" in done.stdout
-    assert not re.search(r"^ *(from|import) (?:host|table|targets|speed_tables|extraction|monitoring)\b", script.read_text(), re.M)
+    assert not re.search(
+        r"^ *(from|import) (?:host|table|targets|speed_tables|extraction|monitoring)\b", script.read_text(), re.M
+    )
 
 
 def test_a_captured_step_does_what_the_engine_does(scripts: None) -> None:
