@@ -21,6 +21,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import table
 import targets
-from host import HERE, others, say
+from affectlens.runs import write_json
+from host import HERE, QUIET, others, say, tiny_model
 
 NAMES = [name for name in table.TABLES if name != "reliability"]
 """Reliability has a short form of its own, among the tests."""
 
+WAITING = ("extraction", "serving")
+
 
 def whole(names: Sequence[str]) -> list[str]:
     """Run these in processes of their own, then write the pages; which have failed."""
-    if (busy := others()) > 0.2:
+    if (busy := others()) > QUIET:
         say(f"this machine is busy with something else ({busy:.1f} cores): ratios may hold, figures do not")
     failed = []
     for name in names:
@@ -52,27 +56,46 @@ def whole(names: Sequence[str]) -> list[str]:
 
 
 def short(names: Sequence[str], out: Path | None) -> list[str]:
-    """Measure everything small, in this process; which have failed."""
-    failed, results = [], dict[str, dict[str, Any]]()
-    for name in names:
+    """Measure everything small, in this process; which have failed.
+
+    What waits for processes of its own most of the time is measured beside the others: nobody looks at how fast this is.
+    """
+    tiny_model()
+    results, failures = dict[str, dict[str, Any]](), dict[str, str]()
+
+    def measured(name: str) -> None:
         began = time.monotonic()
         try:
             # As it would be stored and read again: what JSON cannot say must fail here.
             results[name] = json.loads(json.dumps(importlib.import_module(name).measure(True), allow_nan=False))
-            print(f"\n## {name}\n\n{table.TABLES[name](results[name])}")
         except Exception:
-            traceback.print_exc()
-            failed.append(name)
+            failures[name] = traceback.format_exc()
         say(f"{name}: {time.monotonic() - began:.0f} s")
-    print("\n## targets, which mean nothing here\n\n" + targets.targets(results))
-    pages = table.pages(results)
+
+    with ThreadPoolExecutor(1) as beside:
+        waiting = [beside.submit(measured, name) for name in names if name in WAITING]
+        for name in names:
+            if name not in WAITING:
+                measured(name)
+        for each in waiting:
+            each.result()
+    texts = dict[str, str]()
+    for name in names:
+        try:
+            texts[name] = failures[name] if name in failures else table.TABLES[name](results[name])
+        except Exception:
+            texts[name] = failures[name] = traceback.format_exc()
+        print(f"\n## {name}\n\n{texts[name]}", file=sys.stderr if name in failures else sys.stdout)
+    whole = {name: result for name, result in results.items() if name not in failures}
+    print("\n## targets, which mean nothing here\n\n" + targets.targets(whole))
+    pages = table.pages(whole)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        for name, result in results.items():
-            (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        for name, result in whole.items():
+            write_json(out / f"{name}.json", result)
         for path, page in pages.items():
             (out / path.name).write_text(page, encoding="utf-8")
-    return failed
+    return [name for name in names if name in failures]
 
 
 def _gpu() -> list[str]:

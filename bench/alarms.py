@@ -157,7 +157,7 @@ def measure(short: bool = False) -> dict[str, Any]:
         return measured(VECTORS)
     from planted import toy_bench
 
-    bench = toy_bench()
+    bench = toy_bench(0)
     assert bench.engine is not None
     return stated_and_came(Kept(bench.engine), bench.vectors, talks=24, stories=24, count=10)
 

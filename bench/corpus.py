@@ -246,8 +246,10 @@ def measure(short: bool = False) -> dict[str, Any]:
         from planted import CONCEPTS, RECIPE
     finally:
         sys.path.remove(str(HERE.parent / "tests"))
-    engine, recipes = al.open_engine("toy"), {"bundled": RECIPE, "mufxio": replace(RECIPE, seed=1)}
-    wanted = {name: (open_stories("model", CONCEPTS, engine, recipe), recipe) for name, recipe in recipes.items()}
+    engine, concepts = al.open_engine("toy"), CONCEPTS.select(CONCEPTS.names[:6])
+    recipe = replace(RECIPE, per_concept=6)
+    recipes = {"bundled": recipe, "mufxio": replace(recipe, seed=1)}
+    wanted = {name: (open_stories("model", concepts, engine, recipe), recipe) for name, recipe in recipes.items()}
     return measured(engine, wanted, layer=3, sizes=(2, 4), samples=2)
 
 

@@ -3,9 +3,9 @@
     python bench/generation.py           48 replies of 16 to 64 tokens, three rounds, ten minutes
     python bench/generation.py --short   six short ones from a tiny model
 
-Every way answers the same prompts greedily with replies of the same lengths, which differ from request to request, end tokens off.
-The clock runs from the texts of the prompts to the texts of the replies. All ways take turns in one process, in an order that is
-turned each round.
+Every way answers the same prompts greedily with replies of the same lengths, which differ from request to request; end tokens are
+off. The clock runs from the texts of the prompts to the texts of the replies. All ways take turns in one process, in an order that
+is turned each round.
 
 **Equal outputs.** A matrix product over many rows rounds otherwise than one over a single row, so that greedy replies may part
 where two tokens are as good as equally likely. A reply counts as equal to that of ``model.generate`` one at a time if it has the
@@ -191,6 +191,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measured(args: argparse.Namespace) -> dict[str, Any]:
+    gc.freeze()  # what is there already need not be looked through before every run
     engine = HFEngine.load(str(tiny_model()) if args.short else args.model, dtype=args.dtype)
     low, high = args.tokens
     spread = [low + i * (high - low) // max(1, args.replies - 1) for i in range(args.replies)]

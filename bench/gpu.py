@@ -4,17 +4,17 @@
     python bench/gpu.py --models Llama-3.1-8B --minutes 4
     python bench/gpu.py --tiny --device cpu                  a tiny model on the processor: does the script work?
 
-It needs torch, transformers and affectlens, and no other file. Weights are random, in the shapes that stand in :data:`SHAPES`; the
-tokenizer is made on the spot, one token a word. What is measured costs what it costs with trained weights.
+It needs torch, transformers and affectlens, and no other file. Weights are random, in the shapes of :data:`SHAPES`; the tokenizer
+is made on the spot, one token a word. What is measured costs what it costs with trained weights.
 
 * **Peak**: the fastest product of large bfloat16 matrices on this card, now.
 * **Reading**: the mean residual at two thirds of the depth from the 50th token on, of texts of 80 to 300 tokens, through
-  ``engine.read`` and through the loop that everybody writes first (``output_hidden_states=True``, padded batches of 8 in the order of
+  ``engine.read`` and through the loop that everybody writes first (``output_hidden_states=True``, padded batches of 8 in order of
   arrival). Tokenising and the means are in the time. The bound counts the texts' own tokens alone, through the blocks needed.
-* **Generation**: replies of equal length behind prompts of equal length, at several batch sizes, plain, steered at one layer, with
-  all emotions monitored there, and both: through ``engine.run``, and inside a CUDA graph. The engine has no graph of its own yet: here a
-  step of the model over a static cache is captured with a hook that adds rows of a table and projects onto directions, all of it
-  buffers that stay where they are, as a worker of a serving engine would have it. ``model.generate`` stands beside.
+* **Generation**: replies of equal length behind prompts of equal length, at several batch sizes, plain, steered at one layer,
+  with all emotions monitored there, and both: through ``engine.run``, and inside a CUDA graph. The engine has no graph of its own
+  yet: here a step of the model over a static cache is captured with a hook that adds rows of a table and projects onto
+  directions, all of it buffers that stay where they are, as a worker of a serving engine would have it. ``model.generate`` stands beside.
 
 Everything is timed several times after a first run that does not count. Results are kept card by card in
 ``bench/results/gpu.json``, after every step, and printed.
@@ -667,9 +667,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.0, help="nothing new is begun after so many")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default=None, help="bfloat16; float32 for --tiny")
-    parser.add_argument(
-        "--tiny", action="store_true", help="a tiny model and few tokens; results are kept only where --out says so"
-    )
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, few tokens; results go only where --out says")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     args.dtype = args.dtype or ("float32" if args.tiny else "bfloat16")

@@ -22,6 +22,9 @@ MODEL = "smollm2-135m"
 
 TORCH = "torch==2.13.0"
 
+QUIET = 0.2
+"""Cores that others may keep busy: with more a machine is not quiet, and what was measured says so."""
+
 
 def say(line: str) -> None:
     """Progress, on stderr."""

@@ -131,7 +131,7 @@ def measure(short: bool = False) -> dict[str, Any]:
         from planted import toy_bench
     finally:
         sys.path.remove(str(HERE.parent / "tests"))
-    bench = toy_bench()
+    bench = toy_bench(0)
     assert bench.engine is not None and bench.activations is not None
     engine, names = bench.engine, bench.vectors.names
     stories = [

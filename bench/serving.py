@@ -311,8 +311,12 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
         hub = saved(engine, Path(folder) / "model")
         for key, label, options in (
             ("transformers", "transformers serve", []),
-            ("continuous", "transformers serve, continuous batching", ["--continuous-batching"]),
-        ):
+            (
+                "continuous",
+                "transformers serve, continuous batching",
+                ["--continuous-batching", "--cb-max-memory-percent", "0.1"],
+            ),
+        )[args.short :]:
             port = free_port()
             url = f"http://127.0.0.1:{port}"
             command = [

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from host import QUIET
+
 if TYPE_CHECKING:
     from affectlens.stats import Estimate
 
 Result = dict[str, Any]
-
-QUIET = 0.2
-"""Cores that others may keep busy without a word in the caption."""
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -446,8 +445,8 @@ def store(result: Result) -> str:
     rest = [["records a second, 32 callers", *rates], [f"on disk, a reply of {result['tokens']} tokens", *sizes]]
     return "\n".join(
         [
-            f"{result['records']:,} made-up records of {result['tokens']} tokens with {result['emotions']} emotions each; affectlens "
-            f"{packages['affectlens']}, {result['provenance']['cpus']} cores at a load of {result['load']:.1f}, "
+            f"{result['records']:,} made-up records of {result['tokens']} tokens with {result['emotions']} emotions each; "
+            f"affectlens {packages['affectlens']}, {result['provenance']['cpus']} cores at a load of {result['load']:.1f}, "
             f"{result['date'][:10]}. Milliseconds, the median and the 95th percentile.",
             "",
             *table(["question, a page of 50", *names], asked),

@@ -1,7 +1,7 @@
 """Targets of speed as data, each held against the stored results, with the profile's explanation where one is missed.
 
-Limits were set before anything was measured against them. What is measured comes from ``bench/results``; so does every number of an
-explanation.
+Limits were set before anything was measured against them. What is measured comes from ``bench/results``, and so does every number
+of an explanation.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ import transformers
 import affectlens as al
 from affectlens.activations import Activations
 from affectlens.concepts import SHOWCASE
+from affectlens.corpus import load
 from affectlens.engine import Request
 from affectlens.models import locate
 from affectlens.readings import Readings
@@ -196,7 +197,10 @@ def measure(short: bool = False) -> dict[str, Any]:
     tuning = Tuning(str(tiny_model()), texts=8, epochs=1, batch=4)
     concepts = al.ConceptSet.load("emotions").select([*SHOWCASE, TONE])
     with tempfile.TemporaryDirectory() as folder:
-        return measured(Path(folder), tuning, concepts=concepts, recipe=al.Recipe(per_concept=3, draws=2), draws=20, quick=True)
+        neutral = Path(folder) / "neutral.jsonl"
+        neutral.write_text("".join(json.dumps(record) + "\n" for record in load("neutral")[:12]))
+        recipe = al.Recipe(per_concept=3, neutral=str(neutral), draws=2)
+        return measured(Path(folder), tuning, concepts=concepts, recipe=recipe, draws=20, quick=True)
 
 
 def measured(
