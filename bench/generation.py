@@ -4,8 +4,8 @@
     python bench/generation.py --short   six short ones from a tiny model
 
 Every way answers the same prompts greedily with replies of the same lengths, which differ from request to request; end tokens are
-off. The clock runs from the texts of the prompts to the texts of the replies. All ways take turns in one process, in an order that
-is turned each round.
+off. The clock runs from the texts of the prompts to the texts of the replies. All ways take turns in one process, in an order
+that is turned each round.
 
 **Equal outputs.** A matrix product over many rows rounds otherwise than one over a single row, so that greedy replies may part
 where two tokens are as good as equally likely. A reply counts as equal to that of ``model.generate`` one at a time if it has the

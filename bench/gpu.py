@@ -14,7 +14,8 @@ is made on the spot, one token a word. What is measured costs what it costs with
 * **Generation**: replies of equal length behind prompts of equal length, at several batch sizes, plain, steered at one layer,
   with all emotions monitored there, and both: through ``engine.run``, and inside a CUDA graph. The engine has no graph of its own
   yet: here a step of the model over a static cache is captured with a hook that adds rows of a table and projects onto
-  directions, all of it buffers that stay where they are, as a worker of a serving engine would have it. ``model.generate`` stands beside.
+  directions, all of it buffers that stay where they are, as a worker of a serving engine would have it.
+  ``model.generate`` stands beside.
 
 Everything is timed several times after a first run that does not count. Results are kept card by card in
 ``bench/results/gpu.json``, after every step, and printed.

@@ -139,8 +139,8 @@ def _gpu(of: Callable[[Any], float | None]) -> Callable[[Result], list[Found]]:
 
 
 def _why_reading(results: Results, _: Found) -> str:
-    said = []
-    if profile := results.get("profile_reading"):
+    said, result, profile = [], results["extraction"], results.get("profile_reading")
+    if profile and profile["machine"]["processor"] == result["machine"]["processor"]:
         parts = {key: share for key, (_, share) in profile["parts"].items()}
         fast = profile["multiplying_tflops"] / profile["peak_tflops"]
         others = [f"{profile['parts'][key][0]} {share:.0%}" for key, share in parts.items() if key not in ("projections", "mlp")]
@@ -148,21 +148,22 @@ def _why_reading(results: Results, _: Found) -> str:
             f"matrix products are {parts['projections'] + parts['mlp']:.0%} of the time and run at {fast:.0%} of the peak; "
             f"the rest: {', '.join(others)}"
         )
-    if result := results.get("extraction"):
-        reading = Reading.of(result)
-        limits = [
-            f"{reading.bound['one'] / reading.speed[key, 'one']:.2f} × over {name}"
-            for name, key in (("the ordinary loop", reading.loop), ("the best of all others", reading.best_peer))
-            if key is not None and (key, "one") in reading.speed
-        ]
-        said.append(f"at the bound itself it would be {' and '.join(limits)}")
+    else:
+        said.append("there is no profile of that machine")
+    reading = Reading.of(result)
+    limits = [
+        f"{reading.bound['one'] / reading.speed[key, 'one']:.2f} × over {name}"
+        for name, key in (("the ordinary loop", reading.loop), ("the best of all others", reading.best_peer))
+        if key is not None and (key, "one") in reading.speed
+    ]
+    said.append(f"at the bound itself it would be {' and '.join(limits)}")
     return "; ".join(said)
 
 
 def _why_memory(results: Results, _: Found) -> str:
     reading = Reading.of(results["extraction"])
     ours, loop = (reading.memory[key, "one"] for key in (reading.ours, reading.loop))
-    return f"{ours:,.0f} MB against {loop:,.0f} MB, most of it activations of one batch of the token budget"
+    return f"{ours:,.0f} MB against {loop:,.0f} MB above the model"
 
 
 def _why_generation(results: Results, _: Found) -> str:
@@ -329,7 +330,11 @@ def judge(results: Results) -> Iterator[Judged]:
 def targets(results: Results) -> str:
     """The table of all targets."""
     verdict = {True: "met", False: "**missed**", None: "–"}
-    rows = [[each.what, each.wanted, each.measured, verdict[each.met], each.why] for each in judge(results)]
+    rows, known = list[list[str]](), set[str]()
+    for each in judge(results):
+        why = "as above" if each.why in known else each.why
+        known |= {each.why} - {""}
+        rows.append([each.what, each.wanted, each.measured, verdict[each.met], why])
     return "\n".join(table(["target", "wanted", "measured", "", "why it is missed"], rows))
 
 

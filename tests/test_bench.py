@@ -100,19 +100,19 @@ def test_what_fails_is_told_and_the_others_go_on(
     assert spec is not None and spec.loader is not None
     main = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(main)
-    store = json.loads((BENCH / "results" / "store.json").read_text())
+    stored = json.loads((BENCH / "results" / "store.json").read_text())
 
-    def module(name: str) -> Any:
-        if name != "store":
-            raise ImportError(f"no {name} here")
+    def broken(short: bool) -> Any:
+        raise RuntimeError("no server here")
+
+    for name, measure in (("serving", broken), ("store", lambda short: stored)):
         fake = ModuleType(name)
-        fake.measure = lambda short: store  # type: ignore[attr-defined]
-        return fake
-
-    monkeypatch.setattr(main.importlib, "import_module", module)
+        fake.measure = measure  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, name, fake)
+    monkeypatch.setattr(main, "tiny_model", lambda: None)
     assert main.short(["serving", "store"], None) == ["serving"]
     said = capsys.readouterr()
-    assert "no serving here" in said.err and "question, a page of 50" in said.out
+    assert "no server here" in said.err and "question, a page of 50" in said.out
 
 
 # ── the page ──
@@ -158,6 +158,7 @@ def reading(seconds: dict[str, float], *, right: bool = True) -> dict[str, Any]:
         "subjects": {key: {"label": key, "options": {}, "reads": "mean", "end": False} for key in seconds},
         "ordinary": "loop-8",
         "ours": "affectlens",
+        "machine": {"processor": "one"},
         "dtype": "bfloat16",
         "clock": "seconds",
         "texts": {"tokens": 1000},
@@ -171,6 +172,7 @@ def test_targets_of_reading(table: ModuleType) -> None:
     """The bound is 10,000 tokens a second: 0.1 s for all of them."""
     profile = {
         "parts": {"projections": ["projections", 0.3], "mlp": ["mlp", 0.5], "attention": ["attention", 0.2]},
+        "machine": {"processor": "one"},
         "multiplying_tflops": 0.75,
         "peak_tflops": 1.0,
         "layouts over plain": 0.04,
@@ -184,6 +186,8 @@ def test_targets_of_reading(table: ModuleType) -> None:
     assert (bound.wanted, bound.measured, bound.met) == ("≥ 60 %", "50 %", False)
     assert "matrix products are 80% of the time and run at 75% of the peak" in bound.why
     assert "13.00 × over the ordinary loop" in bound.why
+    profile["machine"] = {"processor": "another"}
+    assert "no profile of that machine" in next(each.why for each in table.targets.judge(results) if each.met is False)
     tokens = judged["tokens and layouts, of the time of reading"]
     assert (tokens.met, tokens.measured) == (False, "4 %") and tokens.why
     memory = judged["memory of reading, of the ordinary loop's"]
