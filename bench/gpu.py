@@ -528,9 +528,9 @@ def why_reading(model: dict[str, Any]) -> str:
     return f"tokens and layouts of the texts alone take {reading['layouts'] / seconds:.0%} of the time"
 
 
-def why_cost(model: dict[str, Any]) -> str:
-    """What each of both costs alone."""
-    shares = {"steering": cost(model, "steer", JUDGED), "monitoring": cost(model, "read", JUDGED)}
+def why_cost(model: dict[str, Any], kind: str = "") -> str:
+    """What steering and monitoring cost alone, in the engine or (``graph-``) inside a graph."""
+    shares = {"steering": cost(model, f"{kind}steer", JUDGED), "monitoring": cost(model, f"{kind}read", JUDGED)}
     return ", ".join(f"{what} alone {share:+.1%}" for what, share in shares.items() if share is not None)
 
 

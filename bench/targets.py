@@ -192,18 +192,11 @@ def _why_serving(results: Results, _: Found) -> str:
     return ", ".join(f"{way} {rate:.0f} tokens/s" for way, rate in rates.items())
 
 
-def _why_gpu_reading(results: Results, found: Found) -> str:
-    for card, name, model in gpu.models(results["gpu"]):
-        if found.where == f"{name} on {card}":
-            return gpu.why_reading(model)
-    return ""
+def _why_gpu(why: Callable[[Any], str]) -> Callable[[Results, Found], str]:
+    def found_why(results: Results, found: Found) -> str:
+        return next(why(model) for card, name, model in gpu.models(results["gpu"]) if found.where == f"{name} on {card}")
 
-
-def _why_gpu_cost(results: Results, found: Found) -> str:
-    for card, name, model in gpu.models(results["gpu"]):
-        if found.where == f"{name} on {card}":
-            return gpu.why_cost(model)
-    return ""
+    return found_why
 
 
 # ── the targets ──
@@ -276,7 +269,9 @@ TARGETS: tuple[Target, ...] = (
     Target(
         "serving", "readings of all emotions and mixed steering, of a token's time", "≤", PASSES_COST, "%", _passes, _why_cost
     ),
-    Target("gpu", "reading one layer on a GPU, of its bf16 peak", "≥", 0.55, "%", _gpu(gpu.reading_share), _why_gpu_reading),
+    Target(
+        "gpu", "reading one layer on a GPU, of its bf16 peak", "≥", 0.55, "%", _gpu(gpu.reading_share), _why_gpu(gpu.why_reading)
+    ),
     Target(
         "gpu",
         "steering and all emotions at one layer on a GPU, batch 32, over plain generation",
@@ -284,7 +279,7 @@ TARGETS: tuple[Target, ...] = (
         0.05,
         "%",
         _gpu(lambda model: gpu.cost(model, "both", gpu.JUDGED)),
-        _why_gpu_cost,
+        _why_gpu(gpu.why_cost),
     ),
     Target(
         "gpu",
@@ -293,7 +288,7 @@ TARGETS: tuple[Target, ...] = (
         0.05,
         "%",
         _gpu(lambda model: gpu.cost(model, "graph-both", gpu.JUDGED)),
-        _why_gpu_cost,
+        _why_gpu(lambda model: gpu.why_cost(model, "graph-")),
     ),
 )
 
