@@ -32,8 +32,7 @@ import targets
 from affectlens.runs import write_json
 from host import HERE, QUIET, others, say, tiny_model
 
-NAMES = [name for name in table.TABLES if name != "reliability"]
-"""Reliability has a short form of its own, among the tests."""
+NAMES = [name for name in table.TABLES if name not in table.TESTED_APART]
 
 WAITING = ("extraction", "serving")
 

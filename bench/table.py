@@ -57,6 +57,9 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "reliability": studies.reliability,
 }
 
+TESTED_APART = ("reliability",)
+"""Whose short forms have tests of their own: `python bench --short` leaves them out."""
+
 MISSING = {"gpu": "Not measured yet: no GPU was at hand. `python bench/gpu.py` measures this on one, with random weights."}
 """What a page says instead of a table."""
 
