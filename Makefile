@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench bench-short clean
 
 demo: $(VENV)/.ready
 	$(BIN)/affectlens study smollm2-135m --quick
@@ -16,6 +16,14 @@ test: $(VENV)/.ready $(VENV)/.peers $(VENV)-vllm/.ready check
 check: $(VENV)/.ready
 	$(BIN)/ruff check src tests bench docs corpus
 	$(BIN)/mypy
+
+# Speed beside the peers, which get environments of their own on first use; writes docs/benchmarks.md. For a machine that does nothing else.
+bench: $(VENV)/.ready $(VENV)/.peers
+	$(BIN)/python bench
+
+# The same code on tiny models, in two minutes: does everything still work?
+bench-short: $(VENV)/.ready $(VENV)/.peers
+	$(BIN)/python bench --short
 
 # torch comes first, so that the builds that pip is set up to prefer (a CPU wheel, a mirror) are taken for it alone.
 $(VENV)/.ready: requirements.lock pyproject.toml

@@ -1,6 +1,6 @@
 """How fast are stories, replies and readings with vLLM, in process, and with the model's own ``generate``?
 
-python bench/with_vllm.py                results/vllm.json; run it with the Python of the environment that has vLLM (.venv-vllm)
+python bench/with_vllm.py                results/with_vllm.json; run it with the Python of the environment that has vLLM (.venv-vllm)
 
 Each way is a process of its own that loads the model once and then answers when it is asked, one way at a time, in another order
 each round. All get the same prompts, greedy, and as many threads.
@@ -208,7 +208,7 @@ class Way:
             self._process.kill()
 
 
-def table(result: dict[str, Any]) -> str:
+def tables(result: dict[str, Any]) -> str:
     """Tokens a second of each way and task, median and range over rounds, and what that is beside ``generate``."""
     lines = ["| way | start, s | " + " | ".join(result["tasks"]) + " |", "|---|---|" + "---|" * len(result["tasks"])]
     for way, found in result["ways"].items():
@@ -238,9 +238,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--quick", action="store_true", help="few and short, results not kept")
+    parser.add_argument("--short", action="store_true", help="few and short, results not kept")
     parser.add_argument("--not-quiet", action="store_true", help="say that other things ran meanwhile")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "vllm.json")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "with_vllm.json")
     args = parser.parse_args(arguments)
     if args.way:
         work(args.way, args.dtype)
@@ -248,12 +248,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from affectlens.runs import provenance
 
     sizes = {"stories": (16, 128), "replies": (32, 24), "monitored": (32, 24), "reading": (128, 1)}
-    if args.quick:
+    if args.short:
         sizes, args.rounds = {"stories": (2, 8), "replies": (3, 4), "monitored": (3, 4), "reading": (4, 1)}, 1
-        args.out = HERE / ".cache" / "quick.json"
+        args.out = HERE / ".cache" / "short.json"
     args.out.parent.mkdir(exist_ok=True)
     result: dict[str, Any] = {
-        "benchmark": "vllm",
+        "benchmark": "with_vllm",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": MODEL,
         "dtype": args.dtype,
@@ -282,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             for way in ways:
                 way.end()
-    print(table(result))
+    print(tables(result))
     return 0
 
 

@@ -1,7 +1,7 @@
 """What workers give and cost: speed with none, one and two, memory of the head, and what a hundred would need.
 
-    python bench/ray.py                # some ten minutes on two cores
-    python bench/ray.py --quick        # few texts, one round, results not kept: does everything still work?
+    python bench/with_ray.py                # some ten minutes on two cores
+    python bench/with_ray.py --short        # few texts, one round, results not kept: does everything still work?
 
 * **Speed.** Texts a second, read at every layer (what discover does) and scored at every token (what score-corpus reads), in this
   process and by one and two workers. Each way runs in a process of its own, ways take turns. Seconds of processor time of the
@@ -12,36 +12,34 @@
   program multiplies them. For a larger model the bytes are counted on results of its shape and a worker's seconds computed from
   its operations; the card's peak and the share of it that is reached are named.
 
-Writes ``results/ray.json``; ``table.py`` puts the tables into ``docs/scale.md``.
+Writes ``results/with_ray.json``; ``table.py`` puts the tables into ``docs/scale.md``.
 """
 
 from __future__ import annotations
 
+import argparse
+import datetime
+import json
+import os
+import resource
+import statistics
+import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-HERE = Path(__file__).resolve().parent
-# This file has the library's name: what lies beside it must not be found in the library's place.
-sys.path[:] = [*(place for place in sys.path if Path(place or ".").resolve() != HERE), str(HERE)]
+import numpy as np
 
-import argparse  # noqa: E402
-import datetime  # noqa: E402
-import json  # noqa: E402
-import os  # noqa: E402
-import resource  # noqa: E402
-import statistics  # noqa: E402
-import subprocess  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
-from dataclasses import asdict, replace  # noqa: E402
-from typing import Any  # noqa: E402
-
-import numpy as np  # noqa: E402
-
-from affectlens.activations import Text  # noqa: E402
-from affectlens.corpus import load, stream  # noqa: E402
-from affectlens.engine import Engine, Reading, Readout, Request, Result, Where, open_engine  # noqa: E402
+from affectlens.activations import Text
+from affectlens.corpus import load, stream
+from affectlens.engine import Engine, Reading, Readout, Request, Result, Where, open_engine
+from affectlens.runs import write_json
+from host import HERE, MODEL, RESULTS, machine, say
+from speed_tables import on, spread, table
 
 WINDOW, WARM = 16, 16
 """Windows are small so that few texts make many of them."""
@@ -227,7 +225,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 def part(name: str, threads: int, **job: Any) -> dict[str, Any]:
     """Run a part in a process of its own."""
     environ = {**os.environ, "OMP_NUM_THREADS": str(threads), "MALLOC_ARENA_MAX": "2", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(HERE / "ray.py"), "--part", name, json.dumps(job)]
+    command = [sys.executable, str(HERE / "with_ray.py"), "--part", name, json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
     if done.returncode:
         raise RuntimeError(f"{name} {job} failed:\n{done.stderr[-3000:]}")
@@ -297,30 +295,26 @@ def cluster(result: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> int:
-    args = arguments()
-    if args.part:
-        print(json.dumps(PARTS[args.part[0]](json.loads(args.part[1]))))
-        return 0
+def measure(short: bool = False, *, model: str = MODEL) -> dict[str, Any]:
+    """All parts, each in a process of its own; ways take turns."""
     import ray
-    import table
-    from extraction import machine, say
 
-    n, rounds = (32, 1) if args.quick else (args.texts, args.rounds)
-    counts = (200, 400) if args.quick else (1000, 4000, 16000)
-    load_before = os.getloadavg()[0]
+    n, rounds = (32, 1) if short else (128, 3)
+    counts = (200, 400) if short else (1000, 4000, 16000)
     result: dict[str, Any] = {
-        "model": args.model, "texts": n, "rounds": rounds, "window": WINDOW, "workers": WORKERS, "card": CARD, "large": LARGE,
-        "date": datetime.datetime.now().isoformat(timespec="seconds"), "machine": machine(), "ray": ray.__version__,
-        "load_before": load_before,
+        "benchmark": "with_ray",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "model": model, "texts": n, "rounds": rounds, "window": WINDOW, "workers": WORKERS, "card": CARD, "large": LARGE,
+        "ray": ray.__version__,
         "labels": {key: label for key, (label, _, _) in WAYS.items()}, "tasks": {key: label for key, (label, _) in TASKS.items()},
     }  # fmt: skip
-    result["sizes"] = part("sizes", 1, model=args.model)
+    result["sizes"] = part("sizes", 1, model=model)
     result["speed"] = {key: [] for key in WAYS}
     for number in range(rounds):
         for key in list(WAYS)[:: -1 if number % 2 else 1]:
             _, workers, threads = WAYS[key]
-            result["speed"][key].append(part("speed", threads, model=args.model, workers=workers, texts=n))
+            result["speed"][key].append(part("speed", threads, model=model, workers=workers, texts=n))
             say(f"round {number + 1}, {key}: {result['speed'][key][-1]}")
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -331,26 +325,80 @@ def main() -> int:
             say(f"{name}: {found}")
         result["scored"] = []
         for rows in (n // 8, n // 2):  # two sizes: what a report costs once is no cost of a text
-            job = {"model": args.model, "rows": 16, "file": corpus(place, rows, short=False)}
+            job = {"model": model, "rows": 16, "file": corpus(place, rows, short=False)}
             result["scored"].append({"rows": rows, **part("scored", 2, **job)})
         say(f"scored: {result['scored']}")
-    result["cluster"] = cluster(result)
-    result["load_after"] = os.getloadavg()[0]
-    if not args.quick:
-        path = HERE / "results" / "ray.json"
-        path.write_text(json.dumps(result, indent=1))
-    print(table.ray(result))
-    return 0
+    return {**result, "cluster": cluster(result)}
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m", help="a folder or a name that affectlens knows")
-    parser.add_argument("--texts", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="few texts, one round, results not kept")
+def tables(result: dict[str, Any]) -> str:
+    """The tables as Markdown."""
+    n, runs = result["texts"], result["speed"]
+    lines = [
+        f"{result['model']}, {result['sizes']['info']['dtype']}, {n} bundled stories, windows of {result['window']}, "
+        f"{result['rounds']} round(s), medians (range), Ray {result['ray']}, {result['date'][:10]}. {on(result['machine'])}.",
+        "",
+    ]
+    rows = []
+    for key, label in result["labels"].items():
+        rates = [spread([n / run[task]["seconds"] for run in runs[key]], 1) for task in result["tasks"]]
+        rows.append([label, *rates, f"{statistics.median(run['start'] for run in runs[key]):.0f}"])
+    lines += table(["way", *(f"{label}: items/s" for label in result["tasks"].values()), "start, s"], rows)
+    lines += [
+        "",
+        "Peak memory of the process that asks, measured, while two workers read a parquet file of the toy's texts: every token "
+        "at every layer, and score-corpus.",
+        "",
+    ]
+    scored = {row["texts"]: f"{row['peak_mb']:,.0f}" for row in result["scoring"]}
+    rows = [
+        [f"{row['texts']:,}", f"{row['came'] / 1e9:.2f}", f"{row['peak_mb']:,.0f}", scored.get(row["texts"], "–")]
+        for row in result["memory"]
+    ]
+    lines += table(["texts", "read, GB that came", "peak, MB", "score-corpus: peak, MB"], rows)
+    card = result["card"]
+    lines += [
+        "",
+        f"What {result['workers']} workers would need, computed. Of {result['model']} a worker is one thread of this machine, "
+        f"and its seconds and bytes are measured. Of {result['large']['name']} it is one {card['name']}: bytes are counted on "
+        f"results of its shape, seconds computed from its operations at {card['share']:.0%} of {card['peak'] / 1e12:,.0f} TFLOP/s.",
+        "",
+    ]
+    heads = (
+        "task", "model", "items/s of all", "into the head, MB/s", "out of it, MB/s", "cores of the head", "memory of the head, GB",
+        "most workers of one head", "GB stored per million", "hours per million",
+    )  # fmt: skip
+    rows = [
+        [
+            result["tasks"][row["task"]], row["model"], f"{row['rate']:,.0f}", f"{row['mb_in']:,.1f}", f"{row['mb_out']:,.1f}",
+            f"{row['head_cores']:.1f}", f"{row['head_gb']:.1f}", f"{row['most_workers']:,.0f}", f"{row['gb_per_million']:,.1f}",
+            f"{row['hours_per_million']:.1f}",
+        ]
+        for row in result["cluster"]
+    ]  # fmt: skip
+    lines += table(heads, rows)
+    lines += [
+        "",
+        "The head is one process: where it would need more than one core, it holds the workers up, and hours are those of the "
+        "head. Stored are activations of extraction, and the columns that score-corpus adds, with the texts.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=MODEL, help="a folder or a name that affectlens knows")
+    parser.add_argument("--short", action="store_true", help="few texts, one round, results not kept")
     parser.add_argument("--part", nargs=2, metavar=("NAME", "JOB"), help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.part:
+        print(json.dumps(PARTS[args.part[0]](json.loads(args.part[1]))))
+        return 0
+    result = measure(args.short, model=args.model)
+    if not args.short:
+        write_json(RESULTS / "with_ray.json", result)
+    print(tables(result))
+    return 0
 
 
 if __name__ == "__main__":
