@@ -1,4 +1,4 @@
-"""The plug-in for ``vllm serve``, with an application and workers in vLLM's place: what it asks of them and makes of their answers."""
+"""The plug-in for ``vllm serve``, with an application and workers in vLLM's place: what it asks, and makes of the answers."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Served:
         vectors.save(folder)
         toy_baseline().save(folder / f"baseline-{vectors.layer}.json")
         monkeypatch.setenv(VARIABLE, str(folder))
-        monkeypatch.setattr("affectlens.engines.vllm.fingerprint_of", lambda name: vectors.model["fingerprint"])
+        monkeypatch.setattr("affectlens.engines.vllm_checkpoint.fingerprint_of", lambda name: vectors.model["fingerprint"])
         self.app, self.workers = App(), Workers(vectors.directions.shape[-1])
         self.middleware = Emotions(self.app)
 
@@ -182,7 +182,7 @@ def test_what_is_wrong_is_said_as_our_own_server_says_it(served: Served, body: d
 
 
 def test_another_model_is_refused(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("affectlens.engines.vllm.fingerprint_of", lambda name: "another")
+    monkeypatch.setattr("affectlens.engines.vllm_checkpoint.fingerprint_of", lambda name: "another")
     status, answer = served.post({**ASKED, "emotion_bias": {"calm": 0.1}})
     assert status == 400 and "other weights" in answer["error"]["message"]
 

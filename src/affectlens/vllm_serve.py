@@ -188,7 +188,7 @@ class Emotions:
             raise EngineError(
                 "vLLM's workers cannot steer: start it with --worker-cls affectlens.engines.vllm_worker.Worker"
             ) from None
-        from affectlens.engines.vllm import fingerprint_of
+        from affectlens.engines.vllm_checkpoint import fingerprint_of
 
         name = client.model_config.model
         found = await asyncio.get_running_loop().run_in_executor(None, fingerprint_of, name)
