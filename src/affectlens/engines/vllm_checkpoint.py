@@ -19,7 +19,7 @@ def text_config(source: ModelSource) -> Any:
         config = AutoConfig.from_pretrained(source.location, trust_remote_code=False, **source.tokenizer_kwargs)
     except (OSError, ValueError, KeyError) as error:
         raise FormatError(f"{source.id} cannot be loaded ({str(error).splitlines()[0]}): check the name and the files") from error
-    return config.gettext_config(decoder=True)
+    return config.get_text_config(decoder=True)
 
 
 def describe(vllm: Any, tokenizer: Any, source: ModelSource) -> ModelInfo:
