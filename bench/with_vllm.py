@@ -263,7 +263,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "ways": {},
         "provenance": provenance(),
     }
-    with (args.out.parent / "vllm.log").open("w") as log:
+    (HERE / ".cache").mkdir(exist_ok=True)
+    with (HERE / ".cache" / "vllm.log").open("w") as log:
         ways: list[Way] = []
         try:
             for name in args.only:
