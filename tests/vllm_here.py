@@ -38,5 +38,7 @@ def opened(name: str = DEMO, folder: Path | None = None, *, step: int = STEP) ->
             assert folder is not None
             family = name.rpartition(" ")[2]
             where = str(families.save(family, folder / family, **SETTINGS[name]))
-        _open[name] = VLLMEngine.load(where, dtype="float32", step=step, compiled=compiled, replay=name.startswith("replayed "))
+        _open[name] = VLLMEngine.load(
+            where, dtype="float32", step=step, compiled=compiled, replay=name.startswith("replayed "), cache=2**29
+        )
     return _open[name]
