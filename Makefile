@@ -39,11 +39,13 @@ $(VENV)/.peers: tests/peers.txt $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --no-deps --requirement tests/peers.txt
 	touch $@
 
-# vLLM pins its own transformers, so it has an environment of its own (3.5 GB), in which the contract is checked on it.
+# vLLM pins its own transformers, so it has an environment of its own (3.5 GB), in which the contract is checked on it. What it brings for
+# pictures and sound is built for another torch than a CPU wheel, does not load beside it, and is not needed.
 $(VENV)-vllm/.ready: tests/vllm.txt pyproject.toml
 	$(PYTHON) -m venv --clear $(VENV)-vllm
 	$(VENV)-vllm/bin/python -m pip install --quiet torch==2.13.0
 	$(VENV)-vllm/bin/python -m pip install --quiet --requirement tests/vllm.txt
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 

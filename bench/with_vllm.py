@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     from affectlens.runs import provenance
 
-    sizes = {"stories": (16, 128), "replies": (32, 24), "monitored": (32, 24), "reading": (128, 1)}
+    sizes = {"stories": (16, 64), "replies": (32, 16), "monitored": (32, 16), "reading": (96, 1)}
     if args.short:
         sizes, args.rounds = {"stories": (2, 8), "replies": (3, 4), "monitored": (3, 4), "reading": (4, 1)}, 1
         args.out = HERE / ".cache" / "short.json"
@@ -263,7 +263,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "ways": {},
         "provenance": provenance(),
     }
-    with (args.out.parent / "vllm.log").open("w") as log:
+    (HERE / ".cache").mkdir(exist_ok=True)
+    with (HERE / ".cache" / "vllm.log").open("w") as log:
         ways: list[Way] = []
         try:
             for name in args.only:

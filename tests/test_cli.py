@@ -71,7 +71,7 @@ OPTIONS = {
     ],
     "serve": [
         "--allow", "--allow-unsafe", "--api-keys", "--baseline", "--calibration", "--concepts", "--concurrency", "--device",
-        "--dtype", "--host", "--keep-days", "--keep-gb", "--layer", "--max-tokens", "--model", "--port", "--queue",
+        "--dtype", "--engine", "--host", "--keep-days", "--keep-gb", "--layer", "--max-tokens", "--model", "--port", "--queue",
         "--rules", "--runs", "--store", "--store-text", "--time-limit", "--watch",
     ],
     "keys new": ["--file", "--per-minute"],

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from affectlens.engine import Gate, Layout, Reading, Readout, Request, Sampling, Steering, Term, Where, open_engine
-from affectlens.engines import vllm
+from affectlens.engines import vllm_rows
 from affectlens.engines.changes import Plan, Tokens
 from affectlens.engines.decode import Part
 from affectlens.engines.rows import Row
@@ -40,7 +40,7 @@ def layout(n: int = 6, n_prompt: int = 4) -> Layout:
 
 def order(steering: Steering, key: str = "1.0", **given: Any) -> Order:
     request = Request("abcd", steering=steering, **given)
-    return vllm._order(key, Row(1, request, layout()))
+    return vllm_rows.order_of(key, Row(1, request, layout()))
 
 
 def test_orders_travel() -> None:
@@ -96,19 +96,19 @@ def test_findings_travel() -> None:
 
 
 def test_salts_keep_apart_what_is_steered_differently() -> None:
-    assert vllm.salt(order(Steering())) is None and vllm.salt(order(push(strength=0.0))) is None
-    everywhere = vllm.salt(order(push()))
-    assert everywhere and everywhere == vllm.salt(order(push(), "9.0"))
-    shorter = vllm._order("2.0", Row(2, Request("ab", steering=push()), layout(2, 2)))
-    assert vllm.salt(shorter) == everywhere, "what is steered everywhere shares its beginning with other prompts"
+    assert vllm_rows.salt(order(Steering())) is None and vllm_rows.salt(order(push(strength=0.0))) is None
+    everywhere = vllm_rows.salt(order(push()))
+    assert everywhere and everywhere == vllm_rows.salt(order(push(), "9.0"))
+    shorter = vllm_rows.order_of("2.0", Row(2, Request("ab", steering=push()), layout(2, 2)))
+    assert vllm_rows.salt(shorter) == everywhere, "what is steered everywhere shares its beginning with other prompts"
     wheres = [Where("prompt"), Where("response"), Where("prompt", last=1), Where(text="ab"), Where(after=1)]
-    salts = {vllm.salt(order(push(where=where))) for where in wheres}
+    salts = {vllm_rows.salt(order(push(where=where))) for where in wheres}
     assert len(salts) == len(wheres) and None not in salts and everywhere not in salts
     last = push(where=Where("prompt", last=1))
-    longer = vllm._order("3.0", Row(3, Request("abcde", steering=last), layout(6, 5)))
-    assert vllm.salt(longer) != vllm.salt(order(last)), "the same tokens are steered in one of them"
-    assert vllm.salt(order(push().ramp(3))) != vllm.salt(order(push().ramp(4)))
-    assert vllm.salt(order(push(strength=0.5))) != everywhere != vllm.salt(order(push(1)))
+    longer = vllm_rows.order_of("3.0", Row(3, Request("abcde", steering=last), layout(6, 5)))
+    assert vllm_rows.salt(longer) != vllm_rows.salt(order(last)), "the same tokens are steered in one of them"
+    assert vllm_rows.salt(order(push().ramp(3))) != vllm_rows.salt(order(push().ramp(4)))
+    assert vllm_rows.salt(order(push(strength=0.5))) != everywhere != vllm_rows.salt(order(push(1)))
 
 
 @pytest.mark.parametrize("pool", ["none", "mean", "last", "norm"])
@@ -133,13 +133,13 @@ def test_parts_of_a_prompt_add_up(pool: Any, directions: bool) -> None:
         }[pool]
         return Part(np.arange(begin, end), *values)
 
-    whole = vllm._joined(readout, [seen(0, 9)], WIDTH)
-    parts = vllm._joined(readout, [seen(0, 2), seen(2, 3), seen(3, 9)], WIDTH)
+    whole = vllm_rows._joined(readout, [seen(0, 9)], WIDTH)
+    parts = vllm_rows._joined(readout, [seen(0, 2), seen(2, 3), seen(3, 9)], WIDTH)
     assert isinstance(whole, Reading)
     np.testing.assert_array_equal(whole.positions, parts.positions)
     np.testing.assert_allclose(parts.values, whole.values, atol=1e-5)
     np.testing.assert_allclose(parts.norms, whole.norms, atol=1e-5)
-    assert np.isnan(vllm._joined(readout, [], WIDTH).values).all()
+    assert np.isnan(vllm_rows._joined(readout, [], WIDTH).values).all()
 
 
 # ── the tables of replayed steps ──

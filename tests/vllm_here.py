@@ -11,12 +11,11 @@ from typing import Any
 DEMO = "smollm2-135m"
 STEP = 64
 
-# vLLM's attention on a processor has heads of 32 numbers at least. Blocks that return the stream in two parts and in one, heads
-# with norms, experts; and one that is compiled.
+# vLLM's attention on a processor has heads of 32 numbers at least. Blocks that return the stream in two parts, in one, and with
+# experts; and one that is compiled.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 32},
     "gpt2": {"num_attention_heads": 1},
-    "qwen3": {"head_dim": 32},
     "mixtral": {"head_dim": 32, "sliding_window": None},
     "compiled llama": {"head_dim": 32},
 }
@@ -39,5 +38,7 @@ def opened(name: str = DEMO, folder: Path | None = None, *, step: int = STEP) ->
             assert folder is not None
             family = name.rpartition(" ")[2]
             where = str(families.save(family, folder / family, **SETTINGS[name]))
-        _open[name] = VLLMEngine.load(where, dtype="float32", step=step, compiled=compiled, replay=name.startswith("replayed "))
+        _open[name] = VLLMEngine.load(
+            where, dtype="float32", step=step, compiled=compiled, replay=name.startswith("replayed "), cache=2**29
+        )
     return _open[name]

@@ -1,6 +1,6 @@
 """Emotion dials and readings for ``vllm serve``: an ASGI middleware that vLLM loads by its name.
 
-    AFFECTLENS_VECTORS=runs/first/vectors vllm serve MODEL \\
+    AFFECTLENS_VECTORS=runs/first/vectors VLLM_USE_V2_MODEL_RUNNER=0 vllm serve MODEL \\
         --worker-cls affectlens.engines.vllm_worker.Worker --middleware affectlens.vllm_serve.Emotions
 
 Requests to ``/v1/chat/completions`` and ``/v1/completions`` may then carry ``emotion_bias`` and ``readings`` in ``vllm_xargs``
@@ -182,7 +182,13 @@ class Emotions:
         """Refuse vectors of another model before anything is done with them."""
         if self._checked:
             return
-        from affectlens.engines.vllm import fingerprint_of
+        try:
+            await client.collective_rpc("affectlens_take")
+        except Exception:  # what vLLM raises for a method that its workers do not have differs
+            raise EngineError(
+                "vLLM's workers cannot steer: start it with --worker-cls affectlens.engines.vllm_worker.Worker"
+            ) from None
+        from affectlens.engines.vllm_checkpoint import fingerprint_of
 
         name = client.model_config.model
         found = await asyncio.get_running_loop().run_in_executor(None, fingerprint_of, name)
