@@ -9,7 +9,7 @@ A worker that dies is replaced, and what it had not given is done again by the o
 counted and left out when it is done again: none is given twice.
 
 What travels is data (:mod:`affectlens.engines.wire`). Directions that many requests share are put into Ray's object store once,
-and each machine fetches them once. What Ray pickles is the name of :class:`Worker`, bytes, numbers and those arrays.
+and each machine fetches them once. What Ray pickles is the class :class:`Worker`, bytes, numbers and those arrays.
 """
 
 from __future__ import annotations
