@@ -361,12 +361,13 @@ def tables(result: dict[str, Any]) -> str:
         "",
         f"What {result['workers']} workers would need, computed. Of {result['model']} a worker is one thread of this machine, "
         f"and its seconds and bytes are measured. Of {result['large']['name']} it is one {card['name']}: bytes are counted on "
-        f"results of its shape, seconds computed from its operations at {card['share']:.0%} of {card['peak'] / 1e12:,.0f} TFLOP/s.",
+        f"results of its shape, seconds computed from its operations at {card['share']:.0%} of {card['peak'] / 1e12:,.0f} "
+        "TFLOP/s.",
         "",
     ]
     heads = (
-        "task", "model", "items/s of all", "into the head, MB/s", "out of it, MB/s", "cores of the head", "memory of the head, GB",
-        "most workers of one head", "GB stored per million", "hours per million",
+        "task", "model", "items/s of all", "into the head, MB/s", "out of it, MB/s", "cores of the head",
+        "memory of the head, GB", "most workers of one head", "GB stored per million", "hours per million",
     )  # fmt: skip
     rows = [
         [

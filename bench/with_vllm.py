@@ -1,6 +1,6 @@
 """How fast are stories, replies and readings with vLLM, in process, and with the model's own ``generate``?
 
-python bench/with_vllm.py                results/with_vllm.json; run it with the Python of the environment that has vLLM (.venv-vllm)
+    python bench/with_vllm.py        writes results/with_vllm.json; with the Python of the environment that has vLLM (.venv-vllm)
 
 Each way is a process of its own that loads the model once and then answers when it is asked, one way at a time, in another order
 each round. All get the same prompts, greedy, and as many threads.
