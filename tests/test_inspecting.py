@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -442,17 +442,27 @@ def test_replies_of_all_samples_share_steps_and_models_share_the_engine(
     assert {each for each in threading.enumerate() if each.name == "affectlens engine"} <= threads
 
 
-def test_a_sample_that_is_given_up_leaves_the_model(folder: Path, tmp_path: Path) -> None:
-    asked = model(folder)
+def test_a_sample_that_is_given_up_leaves_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, step, go_on = model(folder), Session.step, threading.Event()
     assert isinstance(asked.api, AffectlensAPI)
+    engine, steps = asked.api._engine, list[int]()
+    monkeypatch.setattr(Session, "step", lambda self: (go_on.wait(), steps.append(self.live), step(self))[2])
+
+    async def until(done: Callable[[], bool]) -> None:
+        with anyio.fail_after(60):
+            while not done():
+                await anyio.sleep(0.01)
 
     async def give_up() -> None:
-        with anyio.move_on_after(0.3) as scope:
-            await asked.generate("the old door", config=GenerateConfig(max_tokens=2000))
-        assert scope.cancelled_caught
+        async with anyio.create_task_group() as group:
+            group.start_soon(lambda: asked.generate("the old door", config=GenerateConfig(max_tokens=2000)))
+            await until(lambda: engine.depth != (0, 0))  # it waits there: not a token has come
+            group.cancel_scope.cancel()
+        go_on.set()
+        await until(lambda: engine.depth == (0, 0))
 
     anyio.run(give_up)
-    assert asked.api._engine.depth == (0, 0)
+    assert len(steps) < 5, "it is let go before the next token, or soon after"
     assert ask(asked).completion == ask(model()).completion
 
 
