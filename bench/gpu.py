@@ -230,7 +230,7 @@ def read(engine: Any, shape: Shape, plan: Plan, device: Device, peak: float) -> 
         "texts": len(texts),
         "tokens": sum(lengths),
         "bound": peak * 1e12 / (shape.flops(lengths) / sum(lengths)),
-        "layouts": min(device.seconds(lambda: engine._layouts([Request(text) for text in texts])) for _ in range(3)),
+        "layouts": min(device.seconds(lambda: engine.layouts.of_all([Request(text) for text in texts])) for _ in range(3)),
         "ways": {},
     }
     means = {}

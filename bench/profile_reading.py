@@ -75,7 +75,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         plain = [_seconds(read) for _ in range(1 if args.short else TIMES)]
         with _timed_hooks() as hooks, profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True) as profiled:
             total = _seconds(read)
-        layouts = min(_seconds(lambda: engine._layouts([Request(text) for text in texts])) for _ in range(3))
+        layouts = min(_seconds(lambda: engine.layouts.of_all([Request(text) for text in texts])) for _ in range(3))
         tops = peak(1, width=shapes.width, hidden=shapes.hidden, short=args.short)[args.dtype]["seconds"]
     finally:
         torch.set_num_threads(threads)
