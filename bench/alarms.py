@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "bench")]
+sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests")]
 
 from affectlens.actions import policy  # noqa: E402
 from affectlens.activations import Text  # noqa: E402
@@ -50,9 +50,10 @@ from affectlens.monitor import Monitor  # noqa: E402
 from affectlens.runs import provenance, write_json  # noqa: E402
 from affectlens.traces import Probe  # noqa: E402
 from affectlens.vectors import ConceptVectors  # noqa: E402
-from table import alarms  # noqa: E402
+from study_tables import alarms  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "alarms.json"
+VECTORS = "runs/smollm2-135m"
 RULES = (
     "desperate > 3",
     "desperate > 2 for 5 tokens",
@@ -93,17 +94,24 @@ class Kept(Engine):
 
 
 def watcher(engine: Engine, vectors: ConceptVectors, talks: Sequence[Conversation], source: str) -> Monitor:
-    """The ten rules against the baseline of these dialogues."""
+    """The rules against the baseline of these dialogues: all ten, if there are vectors of what they name."""
+    known = {*vectors.names}
+    rules = [each for each in map(policy, RULES) if {signal.concept for signal in each.rule.signals} <= known]
     probe = Probe(vectors, template=engine.info.template is not None)
-    return Monitor(vectors, Baseline.measure(engine, talks, probe=probe, source=source), rules=[policy(rule) for rule in RULES])
+    return Monitor(vectors, Baseline.measure(engine, talks, probe=probe, source=source), rules=rules)
 
 
 def judged(
-    engine: Engine, vectors: ConceptVectors, *, stated: Sequence[Conversation], came: Sequence[Conversation], source: str
+    engine: Engine,
+    vectors: ConceptVectors,
+    *,
+    stated: Sequence[Conversation],
+    came: Sequence[Conversation],
+    stories: Sequence[Text],
+    source: str,
 ) -> dict[str, Any]:
     """What is stated of the ten rules on some dialogues, and what comes in others."""
     monitor = watcher(engine, vectors, stated, source)
-    stories = [Text(record["id"], record["text"], record["concept"]) for record in load("stories")]
     tried = try_rules(engine, monitor, talks=stated, stories=stories)
     realised = try_rules(engine, monitor, talks=came)
     rows: list[dict[str, Any]] = []
@@ -121,7 +129,7 @@ def judged(
     }
 
 
-def splits(engine: Engine, vectors: ConceptVectors, talks: Sequence[Conversation]) -> dict[str, float]:
+def splits(engine: Engine, vectors: ConceptVectors, talks: Sequence[Conversation], count: int) -> dict[str, float]:
     """How often what comes in one random half lies inside what was stated on the other, for a rule alone and for all jointly."""
     monitor = watcher(engine, vectors, talks, "neutral dialogues")
     rules = [policy.rule for policy in monitor.policies]
@@ -129,7 +137,7 @@ def splits(engine: Engine, vectors: ConceptVectors, talks: Sequence[Conversation
     counts = [[turns_of_rule(rule, trace) for trace in traces] for rule in rules]
     rng = np.random.default_rng(0)
     alone = jointly = 0
-    for _ in range(SPLITS):
+    for _ in range(count):
         order = rng.permutation(len(talks))
         first, second = order[::2], order[1::2]
         inside = {0.95: 0, JOINT: 0}
@@ -140,32 +148,55 @@ def splits(engine: Engine, vectors: ConceptVectors, talks: Sequence[Conversation
                 inside[level] += low <= came.alarmed <= high
         alone += inside[0.95]
         jointly += inside[JOINT] == len(rules)
-    return {"alone": alone / SPLITS / len(rules), "jointly": jointly / SPLITS}
+    return {"alone": alone / count / len(rules), "jointly": jointly / count}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vectors", default="runs/smollm2-135m", help="folder of vectors")
-    options = parser.parse_args()
-    vectors = load_vectors(options.vectors)
+def measure(short: bool = False) -> dict[str, Any]:
+    """State and count; the short form does so on the toy, with the rules about emotions that it has."""
+    if not short:
+        return measured(VECTORS)
+    from planted import toy_bench
+
+    bench = toy_bench(0)
+    assert bench.engine is not None
+    return stated_and_came(Kept(bench.engine), bench.vectors, talks=24, stories=24, count=10)
+
+
+def measured(folder: str) -> dict[str, Any]:
+    vectors = load_vectors(folder)
     engine = Kept(open_engine(str(vectors.model["id"])))
     vectors.check(engine.info)
-    talks, traffic = neutral_dialogues(engine), held_out_dialogues()
+    return stated_and_came(engine, vectors, talks=None, stories=None, count=SPLITS)
+
+
+def stated_and_came(
+    engine: Engine, vectors: ConceptVectors, *, talks: int | None, stories: int | None, count: int
+) -> dict[str, Any]:
+    """Both parts, and random halves; ``talks`` and ``stories`` are how many are read at most."""
+    neutral, traffic = neutral_dialogues(engine)[:talks], held_out_dialogues()[:talks]
+    loud = [Text(record["id"], record["text"], record["concept"]) for record in load("stories")][:stories]
     start = time.perf_counter()
-    bundled = judged(engine, vectors, stated=talks, came=traffic, source="neutral dialogues")
-    own = judged(engine, vectors, stated=traffic[::2], came=traffic[1::2], source="every other held-out dialogue")
-    result = {
+    own = {"stories": loud, "source": "every other held-out dialogue"}
+    return {
+        "benchmark": "alarms",
         "model": engine.info.id,
         "layer": vectors.layer,
-        "bundled": bundled,
-        "own": own,
-        "splits": splits(engine, vectors, talks),
+        "bundled": judged(engine, vectors, stated=neutral, came=traffic, stories=loud, source="neutral dialogues"),
+        "own": judged(engine, vectors, stated=traffic[::2], came=traffic[1::2], **own),
+        "splits": splits(engine, vectors, neutral, count),
         "seconds": round(time.perf_counter() - start, 1),
         "provenance": provenance(),
     }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vectors", default=VECTORS, help="folder of vectors")
+    result = measured(parser.parse_args().vectors)
     write_json(RESULT, result)
     print("\n" + alarms(result))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

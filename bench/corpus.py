@@ -18,6 +18,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,7 @@ from affectlens.stats import Estimate, Null
 from affectlens.studies import Bench, Finding, load_study
 from affectlens.studies.separation import best_layer, held_out_scores
 from affectlens.vectors import fit_means, group_means
+from study_tables import corpus as shown
 
 HERE = Path(__file__).resolve().parent
 CACHE = HERE / ".cache" / "corpus"
@@ -80,7 +84,7 @@ def plain(estimate: Estimate | None, null: Null | None = None) -> dict[str, Any]
     return {"estimate": estimate.as_dict(), "null": null.as_dict() if null else None}
 
 
-def measured(found: Discovery, engine: Engine, layer: int) -> dict[str, Any]:
+def qualities(found: Discovery, engine: Engine, layer: int) -> dict[str, Any]:
     """Separation over all concepts of a corpus, and geometry at the layer fixed beforehand."""
     bench = Bench(found.vectors.with_layer(layer), found.concepts, found.activations, found.neutral, engine)
     separation, geometry = (load_study(name).run(bench) for name in ("separation", "geometry"))
@@ -181,7 +185,7 @@ def agreement(a: Shared, b: Shared) -> dict[str, Any]:
     }
 
 
-def curve(found: Discovery, layer: int) -> list[dict[str, Any]]:
+def curve(found: Discovery, layer: int, *, sizes: Sequence[int], samples: int) -> list[dict[str, Any]]:
     """Separation and correlations from fewer stories of each concept; medians and ranges over random samples."""
     names = list(found.vectors.names)
     all_ = Shared(found, names, layer)
@@ -190,9 +194,9 @@ def curve(found: Discovery, layer: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     most = int(np.bincount(all_.labels).min())
     rows = []
-    for size in (n for n in SIZES if n <= most):
+    for size in (n for n in sizes if n <= most):
         drawn = []
-        for _ in range(SAMPLES if size < most else 1):
+        for _ in range(samples if size < most else 1):
             keep = np.concatenate([rng.permutation(np.flatnonzero(all_.labels == c))[:size] for c in range(len(names))])
             labels, x = all_.labels[keep], all_.x[keep]
             # Stories of a concept are dealt into the folds one by one: with few of them a whole topic may hold the only ones.
@@ -212,13 +216,13 @@ def curve(found: Discovery, layer: int) -> list[dict[str, Any]]:
     return rows
 
 
-def size_of_transfer(read: Shared, by: Shared) -> list[dict[str, Any]]:
+def size_of_transfer(read: Shared, by: Shared, *, sizes: Sequence[int], samples: int) -> list[dict[str, Any]]:
     """Top 3 on these texts by vectors of fewer texts of a concept: of another corpus, and of their own on held-out topics."""
     rng = np.random.default_rng(0)
     rows = []
-    for size in SIZES:
+    for size in sizes:
         drawn: dict[str, list[float]] = {"other": [], "own": []}
-        for _ in range(SAMPLES):
+        for _ in range(samples):
             held = np.isin(read.fold, rng.integers(FOLDS))
             centre = group_means(read.x, read.labels, range(len(read.names))).mean(axis=0)
             for key, source, usable in (("other", by, np.ones(len(by.x), bool)), ("own", read, ~held)):
@@ -233,34 +237,53 @@ def size_of_transfer(read: Shared, by: Shared) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--skip", nargs="*", default=[], choices=["mufxio", "own"])
-    skip = set(parser.parse_args().skip)
+def measure(short: bool = False) -> dict[str, Any]:
+    """Compare corpora; the short form compares two that the toy writes, the second in the place of the outside one."""
+    if not short:
+        return of_the_demo_model(set())
+    sys.path.append(str(HERE.parent / "tests"))
+    try:
+        from planted import CONCEPTS, RECIPE
+    finally:
+        sys.path.remove(str(HERE.parent / "tests"))
+    engine, concepts = al.open_engine("toy"), CONCEPTS.select(CONCEPTS.names[:6])
+    recipe = replace(RECIPE, per_concept=6)
+    recipes = {"bundled": recipe, "mufxio": replace(recipe, seed=1)}
+    wanted = {name: (open_stories("model", concepts, engine, recipe), recipe) for name, recipe in recipes.items()}
+    return measured(engine, wanted, layer=3, sizes=(2, 4), samples=2)
+
+
+def of_the_demo_model(skip: set[str]) -> dict[str, Any]:
     engine = al.open_engine(MODEL)
-    found = {name: discover(engine, name, *how) for name, how in sources(engine, skip).items()}
-    corpora = {name: measured(each, engine, LAYER) for name, each in found.items()}
-    layer = corpora["bundled"]["best layer"]
+    return measured(engine, sources(engine, skip), layer=LAYER, sizes=SIZES, samples=SAMPLES)
+
+
+def measured(
+    engine: Engine, wanted: dict[str, tuple[StorySource, Recipe]], *, layer: int, sizes: Sequence[int], samples: int
+) -> dict[str, Any]:
+    """Make vectors of each corpus and hold them against each other; correlations and curves are taken at ``layer``."""
+    found = {name: discover(engine, name, *how) for name, how in wanted.items()}
+    corpora = {name: qualities(each, engine, layer) for name, each in found.items()}
+    best = corpora["bundled"]["best layer"]
     shared = sorted(set.intersection(*(set(each.vectors.names) for each in found.values())))
-    texts = {name: Shared(each, shared, layer) for name, each in found.items()}
-    result = {
+    texts = {name: Shared(each, shared, best) for name, each in found.items()}
+    how = {"sizes": sizes, "samples": samples}
+    return {
+        "benchmark": "corpus",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "model": MODEL,
+        "model": engine.info.id,
         "dtype": engine.info.dtype,
-        "layer of correlations": LAYER,
-        "layer": layer,
+        "layer of correlations": layer,
+        "layer": best,
         "shared": shared,
         "corpora": corpora,
         "separation of shared": {name: separation_of(each) for name, each in texts.items()},
         "agreement": {f"{a}, {b}": agreement(texts[a], texts[b]) for a in texts for b in texts if a < b},
         "transfer": {f"{a} by {b}": transfer(texts[a], texts[b]) for a in texts for b in texts if a != b},
-        "curve": curve(found["bundled"], LAYER),
-        "curve of transfer": size_of_transfer(texts["mufxio"], texts["bundled"]) if "mufxio" in texts else [],
+        "curve": curve(found["bundled"], layer, **how),
+        "curve of transfer": size_of_transfer(texts["mufxio"], texts["bundled"], **how) if "mufxio" in texts else [],
         "provenance": provenance(),
     }
-    path = HERE / "results" / "corpus.json"
-    path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    print(path)
 
 
 def separation_of(texts: Shared) -> dict[str, Any]:
@@ -272,5 +295,15 @@ def separation_of(texts: Shared) -> dict[str, Any]:
     }
 
 
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--skip", nargs="*", default=[], choices=["mufxio", "own"])
+    result = of_the_demo_model(set(parser.parse_args().skip))
+    path = HERE / "results" / "corpus.json"
+    path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    print(shown(result))
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

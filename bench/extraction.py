@@ -1,7 +1,8 @@
 """How fast, and in how much memory, the mean residual of stories is read: affectlens beside what people use today.
 
-    python bench/extraction.py                     the whole run: 512 stories, 5 rounds, hours
-    python bench/extraction.py --quick             24 stories, 1 round: does everything still work?
+    python bench/extraction.py                     128 stories, 3 rounds, every library at its best: half an hour
+    python bench/extraction.py --short             a few texts through a tiny model: does everything still work?
+    python bench/extraction.py --only all --texts 512 --rounds 5     every configuration: hours
     python bench/extraction.py --only nnsight-8-stop affectlens --rounds 3
 
 Two tasks: (one) the mean over each story from its 50th own token on at one layer at two thirds of the depth, (all) the same at
@@ -18,9 +19,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
+import itertools
 import json
 import os
-import platform
 import random
 import re
 import subprocess
@@ -32,14 +33,9 @@ from typing import Any
 
 import numpy as np
 
-import table
+from host import CACHE, MODEL, PEERS, RESULTS, Environment, machine, peak, say, tiny_model
+from speed_tables import extraction, one_line
 
-HERE = Path(__file__).resolve().parent
-PEERS = HERE / "peers"
-CACHE = HERE / ".cache"
-MUFXIO = HERE.parent.parent / "shared" / "data" / "mufxio" / "corpus" / "stories"
-
-TORCH = "torch==2.13.0"
 TEXT_TOKENS = (80, 300)
 FIRST_TOKEN = 50
 SEED = 20260402
@@ -60,31 +56,6 @@ MALLOC = {
 
 
 @dataclass(frozen=True)
-class Environment:
-    """A virtual environment in ``bench/.envs``; torch is installed first, so that nothing else chooses one."""
-
-    name: str
-    pins: tuple[str, ...]
-
-    @property
-    def python(self) -> Path:
-        return HERE / ".envs" / self.name / "bin" / "python"
-
-    def prepare(self) -> None:
-        """Make the environment unless it is there with these pins."""
-        mark = HERE / ".envs" / self.name / "pins.json"
-        wanted = json.dumps([TORCH, *self.pins])
-        if mark.is_file() and mark.read_text() == wanted:
-            return
-        say(f"preparing the environment of {self.name}: {', '.join(self.pins)}")
-        if not self.python.exists():
-            subprocess.run([sys.executable, "-m", "venv", str(HERE / ".envs" / self.name)], check=True)
-        for packages in ([TORCH], list(self.pins)):
-            subprocess.run([self.python, "-m", "pip", "install", "--quiet", *packages], check=True)
-        mark.write_text(wanted)
-
-
-@dataclass(frozen=True)
 class Subject:
     """A library in one configuration.
 
@@ -97,6 +68,7 @@ class Subject:
         tasks: Stopping early, for instance, is nothing to try at every layer.
         reads: ``mean``, or ``last`` when the library can only return the last token.
         normed_end: What it returns for the last layer is after the model's final norm.
+        best: Whether this is how the library is fastest here: the others are measured only when they are asked for.
     """
 
     key: str
@@ -107,6 +79,7 @@ class Subject:
     tasks: tuple[str, ...] = ("one", "all")
     reads: str = "mean"
     normed_end: bool = False
+    best: bool = False
 
     @property
     def python(self) -> str:
@@ -123,19 +96,28 @@ OURS = "affectlens"
 _LOOP, _RECORD = "transformers_loop.py", "steering_vectors_reader.py"
 _LENS, _SIGHT = "transformer_lens_reader.py", "nnsight_reader.py"
 _END = {"normed_end": True}
+_LAST = {"reads": "last", **_END}
 _ONE = {"tasks": ("one",)}
+_BEST = {"best": True}
 
 SUBJECTS = (
-    Subject(ORDINARY, "ordinary loop: `output_hidden_states=True`, padded batches of 8", _LOOP, None, {"batch": 8}, **_END),
-    Subject("loop-16", "ordinary loop, batches of 16", _LOOP, None, {"batch": 16}, **_END),
-    Subject("loop-1", "ordinary loop, one text at a time", _LOOP, None, {"batch": 1}, **_END),
+    Subject(
+        ORDINARY,
+        "ordinary loop: `output_hidden_states=True`, padded batches of 8",
+        _LOOP,
+        options={"batch": 8},
+        **_END,
+        **_BEST,
+    ),
+    Subject("loop-16", "ordinary loop, batches of 16", _LOOP, options={"batch": 16}, **_END),
+    Subject("loop-1", "ordinary loop, one text at a time", _LOOP, options={"batch": 1}, **_END),
     Subject(
         "loop-1-body",
         "ordinary loop, one text at a time, without the unembedding",
         _LOOP,
-        None,
-        {"batch": 1, "head": False},
+        options={"batch": 1, "head": False},
         **_END,
+        **_BEST,
     ),
     Subject("steering-vectors-8", "steering-vectors, batches of 8", _RECORD, STEERING_VECTORS, {"batch": 8}),
     Subject("steering-vectors-1", "steering-vectors, one at a time", _RECORD, STEERING_VECTORS, {"batch": 1}),
@@ -145,9 +127,10 @@ SUBJECTS = (
         _RECORD,
         STEERING_VECTORS,
         {"batch": 1, "head": False},
+        **_BEST,
     ),
-    Subject("repeng-32", "repeng, batches of 32 (its default)", "repeng_reader.py", REPENG, {"batch": 32}, reads="last", **_END),
-    Subject("repeng-1", "repeng, one at a time", "repeng_reader.py", REPENG, {"batch": 1}, reads="last", **_END),
+    Subject("repeng-32", "repeng, batches of 32 (its default)", "repeng_reader.py", REPENG, {"batch": 32}, **_LAST, **_BEST),
+    Subject("repeng-1", "repeng, one at a time", "repeng_reader.py", REPENG, {"batch": 1}, **_LAST),
     Subject("transformer-lens-8", "TransformerLens bridge, batches of 8", _LENS, TRANSFORMER_LENS, {"batch": 8}),
     Subject(
         "transformer-lens-8-stop",
@@ -164,11 +147,12 @@ SUBJECTS = (
         TRANSFORMER_LENS,
         {"batch": 1, "stop": True, "hooks": True},
         **_ONE,
+        **_BEST,
     ),
     Subject("nnsight-8", "nnsight, batches of 8", _SIGHT, NNSIGHT, {"batch": 8}),
     Subject("nnsight-8-stop", "nnsight, batches of 8, stopped early", _SIGHT, NNSIGHT, {"batch": 8, "stop": True}),
-    Subject("nnsight-1-stop", "nnsight, stopped early, one at a time", _SIGHT, NNSIGHT, {"batch": 1, "stop": True}),
-    Subject(OURS, "**affectlens**", "affectlens_reader.py"),
+    Subject("nnsight-1-stop", "nnsight, stopped early, one at a time", _SIGHT, NNSIGHT, {"batch": 1, "stop": True}, **_BEST),
+    Subject(OURS, "**affectlens**", "affectlens_reader.py", **_BEST),
 )
 
 
@@ -214,27 +198,40 @@ class Shapes:
         return blocks * (per_token * sum(lengths) + 2 * 2 * queries * pairs)
 
 
-def main() -> int:
-    args = arguments()
-    CACHE.mkdir(exist_ok=True)
-    from affectlens.models import locate
+def measure(short: bool = False) -> dict[str, Any]:
+    """Read with every library at its best; the short form reads a few texts with those that need no environment of their own."""
+    return measured(arguments(["--short"] if short else []))
 
-    model = Path(locate(args.model, log=say).location)
+
+def main() -> int:
+    result = measured(arguments())
+    print(extraction(result))
+    return 0
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    CACHE.mkdir(exist_ok=True)
+    if args.short:
+        model = tiny_model()
+    else:
+        from affectlens.models import locate
+
+        model = Path(locate(args.model, log=say).location)
     shapes = Shapes.of(model)
-    texts, lengths, source = stories(model, args.texts)
-    subjects = [subject for subject in SUBJECTS if not args.only or subject.key in args.only]
-    for environment in {s.environment.name: s.environment for s in subjects if s.environment}.values():
-        environment.prepare()
-    bench = Bench(model=model, shapes=shapes, texts=texts, threads=args.threads, dtype=args.dtype)
+    texts, lengths = stories(model, args.texts)
+    subjects = [subject for subject in SUBJECTS if subject.key in args.only]
+    unavailable = _unavailable(subjects)
+    bench = Bench(model, shapes, texts, args.threads, args.dtype, unavailable)
     layers = {"one": [shapes.layer], "all": list(range(shapes.layers))}
     plan = [(subject, task) for subject in subjects for task in args.tasks if task in subject.tasks]
 
-    verdicts = {} if args.skip_exact else {subject.key: bench.exact(subject, layers["all"]) for subject in subjects}
+    checked = [s for s in subjects if s.key == OURS] if args.short else [] if args.skip_exact else subjects
+    verdicts = {subject.key: bench.exact(subject, layers["all"]) for subject in checked}
     result: dict[str, Any] = {
         "benchmark": "extraction",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
-        "model": args.model,
+        "model": model.name if args.short else args.model,
         "shapes": asdict(shapes),
         "layer": shapes.layer,
         "dtype": args.dtype,
@@ -242,7 +239,7 @@ def main() -> int:
         "clock": "seconds" if args.clock == "wall" else "cpu_seconds",
         "malloc": MALLOC,
         "texts": {
-            "source": source,
+            "source": "bundled stories, cut at sentence ends; longer texts are two stories of one emotion",
             "count": len(texts),
             "tokens": sum(lengths),
             "shortest": min(lengths),
@@ -256,33 +253,46 @@ def main() -> int:
         "exact": verdicts,
         "rounds": [],
     }
-    out = Path(args.out)
-    out.parent.mkdir(exist_ok=True)
     shuffle = random.Random(SEED)
     for number in range(1, args.rounds + 1):
         say(f"round {number} of {args.rounds}")
-        entry: dict[str, Any] = {"peak_tflops": bench.peak(), "load": os.getloadavg()[0], "runs": []}
+        if number > 1:
+            peak.cache_clear()  # a peak of its own for every round
+        measured_peak = peak(args.threads, width=shapes.width, hidden=shapes.hidden, short=args.short)
+        entry: dict[str, Any] = {"peak_tflops": measured_peak, "load": os.getloadavg()[0], "runs": []}
         for subject, task in shuffle.sample(plan, len(plan)):
             run = bench.measure(subject, task, layers[task])
             entry["runs"].append({"subject": subject.key, "task": task, **run})
-            say(f"  {subject.key:24} {task:4} " + table.one_line(run, sum(lengths)))
+            say(f"  {subject.key:24} {task:4} " + one_line(run, sum(lengths)))
         result["rounds"].append(entry)
         # After every round: hours of measuring are not lost to an interruption.
-        out.write_text(json.dumps(result, indent=1) + "\n")
-    print(table.extraction(result))
-    say(f"written to {out}; python bench/table.py puts it into docs/benchmarks.md")
-    return 0
+        if args.out is not None:
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _unavailable(subjects: Sequence[Subject]) -> dict[str, str]:
+    """Prepare the environments; which could not be made, and why: without a network the others are measured all the same."""
+    found = {}
+    for environment in {s.environment.name: s.environment for s in subjects if s.environment}.values():
+        try:
+            environment.prepare()
+        except (subprocess.CalledProcessError, OSError) as error:
+            found[environment.name] = f"its environment could not be made ({error})"
+            say(f"  {environment.name}: {found[environment.name]}")
+    return found
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What all runs share."""
+    """What all runs share; ``unavailable`` says why an environment of this name is not there."""
 
     model: Path
     shapes: Shapes
     texts: list[str]
     threads: int
     dtype: str
+    unavailable: dict[str, str] = field(default_factory=dict)
 
     def measure(self, subject: Subject, task: str, layers: list[int]) -> dict[str, Any]:
         """Run a subject once and compare its numbers with the reference; an error is a result too."""
@@ -305,16 +315,11 @@ class Bench:
         say(f"  {subject.key:24} float32 error {error:.1e}{'' if error < EXACT_ERROR else ': WRONG'}")
         return {"error_float32": error, "right": error < EXACT_ERROR, "versions": answer["versions"]}
 
-    def peak(self) -> dict[str, dict[str, float]]:
-        """The machine's matrix-multiply peak now, in 10^12 operations per second, by dtype and clock."""
-        job = {"threads": self.threads, "width": self.shapes.width, "hidden": self.shapes.hidden}
-        done = self._process(sys.executable, "peak.py", job)
-        done.check_returncode()
-        return json.loads(done.stdout)
-
     def _run(
         self, subject: Subject, layers: list[int], dtype: str, texts: list[str], name: str
     ) -> tuple[dict[str, Any], np.ndarray | None]:
+        if subject.environment and subject.environment.name in self.unavailable:
+            return {"error": self.unavailable[subject.environment.name]}, None
         out = CACHE / f"{name}.npy"
         out.unlink(missing_ok=True)
         job = {
@@ -355,7 +360,8 @@ class Bench:
         return wanted
 
     def _reference(self, texts: list[str]) -> Any:
-        named = hashlib.sha256(f"{self.model} {FIRST_TOKEN} {json.dumps(texts)}".encode()).hexdigest()[:16]
+        described = f"{self.model} {(self.model / 'config.json').read_text()} {FIRST_TOKEN} {json.dumps(texts)}"
+        named = hashlib.sha256(described.encode()).hexdigest()[:16]
         path = CACHE / f"reference-{named}.npz"
         if not path.is_file():
             say(f"computing the float32 reference of {len(texts)} texts")
@@ -366,25 +372,19 @@ class Bench:
         return np.load(path)
 
 
-def stories(model: Path, count: int) -> tuple[list[str], list[int], str]:
-    """Texts of 80 to 300 tokens that end where a sentence ends, their lengths in tokens, and where they come from.
+def stories(model: Path, count: int) -> tuple[list[str], list[int]]:
+    """Texts of 80 to 300 tokens that end where a sentence ends, and their lengths in tokens.
 
-    The corpus's stories have 91 to 160 tokens. A length is drawn evenly from the range for each text, and sentences of one
-    story, then of a second one of the same emotion, are taken until it is reached.
+    The bundled stories are shorter. A length is drawn evenly from the range for each text, and sentences of one story, then of a
+    second one of the same emotion, are taken until it is reached.
     """
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     rng = random.Random(SEED)
-    if MUFXIO.is_dir():
-        pairs = _story_pairs(rng)
-        source = "mufxio stories, cut at sentence ends; longer texts are two stories of one emotion"
-    else:
-        pairs = (_synthetic(rng) for _ in iter(int, 1))
-        source = "synthetic sentences (mufxio not found)"
     low, high = TEXT_TOKENS
     texts, lengths = [], []
-    for sentences in pairs:
+    for sentences in _story_pairs(rng):
         target, text, length = rng.randint(low, high), "", 0
         for sentence in sentences:
             longer = f"{text} {sentence}".strip()
@@ -397,20 +397,17 @@ def stories(model: Path, count: int) -> tuple[list[str], list[int], str]:
             lengths.append(length)
         if len(texts) == count:
             break
-    return texts, lengths, source
+    return texts, lengths
 
 
 def _story_pairs(rng: random.Random) -> Iterator[list[str]]:
-    by_emotion = [[json.loads(line)["text"] for line in path.read_text().splitlines()] for path in sorted(MUFXIO.glob("*.jsonl"))]
+    from affectlens.corpus import load
+
+    ordered = sorted(load("stories"), key=lambda record: record["concept"])
+    by_emotion = [[r["text"] for r in own] for _, own in itertools.groupby(ordered, key=lambda record: record["concept"])]
     while True:
         first, second = rng.sample(rng.choice(by_emotion), 2)
         yield re.split(r"(?<=[.!?\"”])\s+", f"{first} {second}")
-
-
-def _synthetic(rng: random.Random) -> list[str]:
-    people, acts = ("Anna", "the old man", "my brother", "a nurse"), ("waited", "laughed", "stood up", "said nothing")
-    places, ends = ("by the window", "in the rain", "at the door", "on the stairs"), ("and left", "for an hour", "once more")
-    return [f"Then {rng.choice(people)} {rng.choice(acts)} {rng.choice(places)} {rng.choice(ends)}." for _ in range(40)]
 
 
 def _texts_file(texts: list[str]) -> Path:
@@ -425,31 +422,12 @@ def _unit(values: np.ndarray) -> np.ndarray:
     return values / np.linalg.norm(values, axis=-1, keepdims=True)
 
 
-def machine() -> dict[str, Any]:
-    """What this was measured on."""
-    info = Path("/proc/cpuinfo").read_text()
-    flags = set(re.search(r"^flags\s*:(.*)$", info, re.MULTILINE)[1].split())
-    memory = re.search(r"^MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text(), re.MULTILINE)[1]
-    return {
-        "processor": re.search(r"^model name\s*:\s*(.*)$", info, re.MULTILINE)[1],
-        "family": int(re.search(r"^cpu family\s*:\s*(\d+)", info, re.MULTILINE)[1]),
-        "cores": os.cpu_count(),
-        "bf16": [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags],
-        "memory_gb": round(int(memory) / 1e6, 1),
-        "python": platform.python_version(),
-        "system": platform.platform(),
-    }
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m", help="a folder or a name that affectlens knows")
-    parser.add_argument("--texts", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=5)
+    keys, best = [s.key for s in SUBJECTS], [s.key for s in SUBJECTS if s.best]
+    parser.add_argument("--model", default=MODEL, help="a folder or a name that affectlens knows")
+    parser.add_argument("--texts", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="one thread leaves a core to the rest of the machine")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--tasks", nargs="+", choices=("one", "all"), default=["one", "all"])
@@ -459,15 +437,18 @@ def arguments() -> argparse.Namespace:
         default="wall",
         help="cpu compares processor time: for a machine that is busy with other things, with one thread only",
     )
-    parser.add_argument("--only", nargs="+", choices=[s.key for s in SUBJECTS], metavar="SUBJECT", help="some subjects only")
+    parser.add_argument("--only", nargs="+", choices=["all", *keys], default=best, metavar="SUBJECT", help="all, or some")
     parser.add_argument("--skip-exact", action="store_true", help="leave out the check in float32")
-    parser.add_argument("--quick", action="store_true", help="24 texts, one round, results not kept")
-    parser.add_argument("--out", default=str(HERE / "results" / "extraction.json"))
-    args = parser.parse_args()
+    parser.add_argument("--short", action="store_true", help="a tiny model, a few texts, one round, results not kept")
+    parser.add_argument("--out", type=Path, default=RESULTS / "extraction.json")
+    args = parser.parse_args(argv)
     if args.clock == "cpu" and args.threads > 1:
         parser.error("threads that wait for each other use processor time: --clock cpu needs --threads 1")
-    if args.quick:
-        args.texts, args.rounds, args.out = 24, 1, str(CACHE / "quick.json")
+    if "all" in args.only:
+        args.only = keys
+    if args.short:
+        args.texts, args.rounds, args.out, args.dtype = 8, 1, None, "float32"
+        args.only, args.tasks = [ORDINARY, OURS], ["one"]
     return args
 
 

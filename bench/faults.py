@@ -42,7 +42,7 @@ def kill(setting: Setting) -> Section:
     requests = (mixed(i, model="toy", names=names, longest=40, strength=TOY_STRENGTH) for i in itertools.count())
     rng = random.Random(2)
     options = ["--concurrency", "16", "--queue", "16"]
-    if not setting.quick:
+    if not setting.short:
         Server(folder, *options, vectors=setting.toy).stop()  # measures the baseline, which later starts find
     server = Server(folder, *options, vectors=setting.toy)
     first, starts = server.seconds, list[float]()
@@ -120,7 +120,7 @@ def disk(setting: Setting) -> Section:
         where = folder / "small"
         where.mkdir()
         mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(where)]
-        if not setting.quick and subprocess.run(mount, capture_output=True, check=False).returncode == 0:
+        if not setting.short and subprocess.run(mount, capture_output=True, check=False).returncode == 0:
             stack.callback(subprocess.run, ["umount", "-l", str(where)], check=False)
             filler = where / "filler"
 
@@ -165,7 +165,7 @@ def database(setting: Setting) -> Section:
             each.rename(folder / each.name)
 
     faults = [Fault("SQLite file moved away", str(folder / "traces.db"), away, back)]
-    if setting.quick or not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
+    if setting.short or not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
         return _outages(setting, folder, faults)
     from stored import Cluster
 

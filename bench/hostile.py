@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import quote
 
 from callers import Asked, Caller
-from extraction import say
+from host import say
 from running import Check, Memory, Section, Server, Setting
 
 PATIENCE = 10.0

@@ -1,7 +1,7 @@
 """What steering and monitoring cost while a model generates: affectlens beside what people use today.
 
     python bench/monitoring.py                     the whole run: batches of 1, 8 and 32, about eight minutes
-    python bench/monitoring.py --quick             8 tokens, two rounds: does everything still work?
+    python bench/monitoring.py --short             a tiny model, 4 tokens, two rounds: does everything still work?
     python bench/monitoring.py --only read-all --batches 32 --minutes 2
 
 Every way generates the same number of tokens for the same prompts, greedily, with end tokens off. The clock runs from the texts
@@ -22,12 +22,12 @@ import datetime
 import gc
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +38,22 @@ from transformers import GenerationConfig
 from affectlens.baseline import Baseline, Spread, vectors_id
 from affectlens.concepts import ConceptSet
 from affectlens.corpus import load
-from affectlens.engine import Readout, Request, Sampling, Steering, Term, Where
+from affectlens.engine import Engine, ModelInfo, Readout, Request, Sampling, Steering, Term, Where
 from affectlens.engines.hf import HFEngine
 from affectlens.monitor import Monitor
 from affectlens.runs import provenance
 from affectlens.vectors import ConceptVectors
-from extraction import PEERS, machine, say
-from table import MONITORING_TARGETS, monitoring
+from host import MODEL, RESULTS, machine, peak, say, tiny_model
+from speed_tables import MONITORING_TARGETS, monitoring
 
-HERE = Path(__file__).resolve().parent
 SEED = 20261129
 STRENGTH = 0.05
 PROMPT_WORDS = (12, 24)
 FEWEST_ROUNDS = 2
 OFTEN = 4
+
+PACKAGES = {"repeng": "repeng", "sv": "steering_vectors"}
+"""What the keys of peers begin with, and the packages that these need; `make bench` installs them (``tests/peers.txt``)."""
 
 
 @dataclass(frozen=True)
@@ -83,27 +85,88 @@ class Way:
     batches: tuple[int, ...] | None = None
 
 
+@dataclass(frozen=True)
+class MadeUp:
+    """Random directions for all emotions, which cost what fitted ones do, and what is usual of them.
+
+    Args:
+        info: The model's.
+        names: The ``N`` emotions.
+        directions: Unit directions ``(L, N, D)``.
+        norms: Mean residual norm of each layer.
+    """
+
+    info: ModelInfo
+    names: tuple[str, ...]
+    directions: np.ndarray
+    norms: np.ndarray
+
+    @classmethod
+    def of(cls, engine: Engine) -> MadeUp:
+        info, names = engine.info, tuple(ConceptSet.load("emotions").names)
+        directions = np.random.default_rng(SEED).normal(size=(info.n_layers, len(names), info.width))
+        directions = (directions / np.linalg.norm(directions, axis=-1, keepdims=True)).astype(np.float32)
+        readings = engine.read(prompts_of(8), Readout(tuple(range(info.n_layers)), Where(after=1), "norm"))
+        return cls(info, names, directions, np.mean([reading.values for reading in readings], axis=0).astype(np.float32))
+
+    def vectors(self) -> ConceptVectors:
+        """The directions as if they had been fitted."""
+        n_layers, n, width = self.directions.shape
+        return ConceptVectors(
+            names=self.names,
+            layers=tuple(range(n_layers)),
+            layer=self.info.default_layer,
+            directions=self.directions,
+            norms=np.ones((n_layers, n), np.float32),
+            centre=np.zeros((n_layers, width), np.float32),
+            residual_norms=self.norms,
+            neutral=tuple(np.zeros((0, width), np.float32) for _ in range(n_layers)),
+            baseline=np.stack([np.zeros((n_layers, n)), np.ones((n_layers, n))], axis=-1).astype(np.float32),
+            stability=np.ones((n_layers, n), np.float32),
+            counts=np.ones(n, np.int64),
+            model=asdict(self.info),
+        )
+
+    def baseline(self) -> Baseline:
+        """As if scores had been seen to be spread like cosines of random directions."""
+        n, zeros = len(self.names), np.zeros(len(self.names), np.float32)
+        spread = Spread(zeros, np.full(n, self.info.width**-0.5, np.float32), zeros, zeros, 1, 1)
+        return Baseline(
+            names=self.names,
+            layer=self.info.default_layer,
+            spreads=dict.fromkeys(("text", "assistant", "user", "gap"), spread),
+            source="random directions",
+            formats={"none": 1},
+            model={"id": self.info.id, "fingerprint": self.info.fingerprint},
+            vectors=vectors_id(self.vectors()),
+        )
+
+
+def endless(engine: HFEngine) -> int:
+    """Let nothing end a reply early, neither here nor in ``model.generate``, so that all ways generate equally much.
+
+    Returns:
+        The token that prompts are padded with, on the left.
+    """
+    engine.model.generation_config.eos_token_id = None
+    pad = engine.tokenizer.pad_token_id or 0
+    engine.tokenizer.pad_token_id, engine.tokenizer.eos_token = pad, None
+    engine.tokenizer.padding_side = "left"
+    return pad
+
+
 class Setting:
     """The model, the directions, and every way to use them."""
 
     def __init__(self, engine: HFEngine, tokens: int) -> None:
         self.engine, self.model, self.tokenizer = engine, engine.model, engine.tokenizer
-        self.tokens = tokens
-        # Every reply has the same length: nothing ends one early, neither here nor in model.generate.
-        self.model.generation_config.eos_token_id = None
-        self.pad = self.tokenizer.pad_token_id or 0
-        self.tokenizer.pad_token_id, self.tokenizer.eos_token = self.pad, None
-        self.tokenizer.padding_side = "left"
+        self.tokens, self.pad = tokens, endless(engine)
         info = engine.info
         self.every = tuple(range(info.n_layers))
         third = info.n_layers // 3
         self.one, self.third = (info.default_layer,), self.every[third : 2 * third]
-        self.names = tuple(ConceptSet.load("emotions").names)
-        rng = np.random.default_rng(SEED)
-        directions = rng.normal(size=(info.n_layers, len(self.names), info.width))
-        self.directions = (directions / np.linalg.norm(directions, axis=-1, keepdims=True)).astype(np.float32)
-        readings = engine.read(prompts_of(8), Readout(self.every, Where(after=1), "norm"))
-        self.norms = np.mean([reading.values for reading in readings], axis=0).astype(np.float32)
+        self.made_up = MadeUp.of(engine)
+        self.names, self.directions, self.norms = self.made_up.names, self.made_up.directions, self.made_up.norms
 
     def steering(self, layers: tuple[int, ...]) -> Steering:
         return Steering((Term(self.names[0], STRENGTH, layers, self.every, self.directions[:, 0], self.norms),))
@@ -115,7 +178,7 @@ class Setting:
     def ways(self) -> list[Way]:
         one, third, every, n = self.one, self.third, self.every, len(self.names)
         where = f"layer {one[0]}", f"{len(third)} of {len(every)} layers"
-        return [
+        ways = [
             Way("plain", "**affectlens**, plain", self.ours()),
             Way("steer-one", f"**affectlens**, steered at {where[0]}", self.ours(steer=one), like="repeng-one"),
             Way("steer-third", f"**affectlens**, steered at {where[1]}", self.ours(steer=third), like="repeng-third"),
@@ -142,6 +205,8 @@ class Setting:
             Way("hidden-one", f"`output_hidden_states`, {n} emotions at {where[0]}", self.hidden(one)),
             Way("hidden-all", f"`output_hidden_states`, {n} emotions at every layer", self.hidden(every)),
         ]
+        absent = {key for key, package in PACKAGES.items() if find_spec(package) is None}
+        return [way for way in ways if way.key.partition("-")[0] not in absent]
 
     # ── affectlens ──
 
@@ -172,7 +237,7 @@ class Setting:
 
     def monitored(self) -> Callable[[Sequence[str]], Replies]:
         sampling = Sampling(max_tokens=self.tokens, temperature=0)
-        monitor = Monitor(self.vectors(), self.baseline(), rules=[f"{self.names[0]} > 3 for 20 tokens"])
+        monitor = Monitor(self.made_up.vectors(), self.made_up.baseline(), rules=[f"{self.names[0]} > 3 for 20 tokens"])
 
         def run(prompts: Sequence[str]) -> Replies:
             tokens = []
@@ -185,40 +250,6 @@ class Setting:
             return Replies(tokens)
 
         return run
-
-    def vectors(self) -> ConceptVectors:
-        """The directions as if they had been fitted."""
-        n_layers, n, width = self.directions.shape
-        return ConceptVectors(
-            names=self.names,
-            layers=self.every,
-            layer=self.one[0],
-            directions=self.directions,
-            norms=np.ones((n_layers, n), np.float32),
-            centre=np.zeros((n_layers, width), np.float32),
-            residual_norms=self.norms,
-            neutral=tuple(np.zeros((0, width), np.float32) for _ in self.every),
-            baseline=np.stack([np.zeros((n_layers, n)), np.ones((n_layers, n))], axis=-1).astype(np.float32),
-            stability=np.ones((n_layers, n), np.float32),
-            counts=np.ones(n, np.int64),
-            model=asdict(self.engine.info),
-        )
-
-    def baseline(self) -> Baseline:
-        """As if scores had been seen to be spread like cosines of random directions."""
-        n = len(self.names)
-        deviation = np.full(n, self.engine.info.width**-0.5, np.float32)
-        spread = Spread(np.zeros(n, np.float32), deviation, np.zeros(n, np.float32), np.zeros(n, np.float32), 1, 1)
-        info = self.engine.info
-        return Baseline(
-            names=self.names,
-            layer=self.one[0],
-            spreads=dict.fromkeys(("text", "assistant", "user"), spread),
-            source="none",
-            formats={},
-            model={"id": info.id, "fingerprint": info.fingerprint},
-            vectors=vectors_id(self.vectors()),
-        )
 
     # ── peers ──
 
@@ -320,17 +351,6 @@ def compare(ways: Sequence[Way], prompts: Sequence[str], every: int) -> dict[str
     return found
 
 
-def peak(threads: int, engine: HFEngine) -> dict[str, dict[str, float]]:
-    """The machine's matrix-multiply peak now, in 10^12 operations per second, by dtype and clock."""
-    config = engine.model.config.get_text_config(decoder=True)
-    job = {"threads": threads, "width": config.hidden_size, "hidden": config.intermediate_size}
-    environ = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(
-        [sys.executable, PEERS / "peak.py"], input=json.dumps(job), capture_output=True, text=True, env=environ, check=True
-    )
-    return json.loads(done.stdout)
-
-
 def timed(way: Way, prompts: Sequence[str]) -> dict[str, float]:
     with way.around():
         gc.collect()
@@ -339,12 +359,26 @@ def timed(way: Way, prompts: Sequence[str]) -> dict[str, float]:
         return {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
 
 
-def main() -> int:
-    args = arguments()
+def measure(short: bool = False) -> dict[str, Any]:
+    """Time every way of generating, plain, steered and monitored."""
+    return measured(arguments(["--short"] if short else []))
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    threads = torch.get_num_threads()
     torch.set_num_threads(args.threads)
-    torch.set_grad_enabled(False)
+    try:
+        with torch.no_grad():
+            return _measured(args)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measured(args: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
-    setting = Setting(HFEngine.load(args.model, device=args.device, dtype=args.dtype), args.tokens)
+    gc.freeze()  # what is there already need not be looked through before every run
+    model = str(tiny_model()) if args.short else args.model
+    setting = Setting(HFEngine.load(model, device=args.device, dtype=args.dtype), args.tokens)
     engine = setting.engine
     ways = [way for way in setting.ways() if not args.only or way.key in {"plain", *args.only}]
     prompts = prompts_of(max(args.batches))
@@ -352,11 +386,12 @@ def main() -> int:
     for key, entry in compared.items():
         say(f"  {key:14} like {entry['like']:14} tokens {entry['same_tokens']}, error of scores {entry['score_error']}")
     lengths = [len(engine.layout(Request(prompt))) for prompt in prompts]
+    config = engine.model.config.get_text_config(decoder=True)
     result: dict[str, Any] = {
         "benchmark": "monitoring",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
-        "model": engine.info.id,
+        "model": engine.info.id if not args.short else "tiny",
         "dtype": engine.info.dtype,
         "parameters": engine.info.n_parameters,
         "threads": args.threads,
@@ -365,7 +400,7 @@ def main() -> int:
         "emotions": len(setting.names),
         "batches": args.batches,
         "prompt_tokens": [min(lengths), max(lengths)],
-        "peak_tflops": peak(args.threads, engine),
+        "peak_tflops": peak(args.threads, width=config.hidden_size, hidden=config.intermediate_size, short=args.short),
         "ways": {way.key: {"label": way.label, **compared[way.key]} for way in ways},
         "provenance": provenance(),
         "rounds": [],
@@ -377,7 +412,7 @@ def main() -> int:
         start, number = time.perf_counter(), len(result["rounds"])
         turned = ways[number % len(ways) :] + ways[: number % len(ways)]
         # What has a target of a few percent is timed more often than the others.
-        turned += (OFTEN - 1) * [way for way in turned if way.key in ("plain", *MONITORING_TARGETS)]
+        turned += (0 if args.short else OFTEN - 1) * [way for way in turned if way.key in ("plain", *MONITORING_TARGETS)]
         entry: dict[str, Any] = {"load": os.getloadavg()[0], "runs": []}
         for batch in args.batches:
             for way in turned:
@@ -386,21 +421,19 @@ def main() -> int:
         result["rounds"].append(entry)
         longest = max(longest, time.perf_counter() - start)
         say(f"round {number + 1}: {time.perf_counter() - start:.0f} s")
-        args.out.parent.mkdir(exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(monitoring(result))
-    say(f"written to {args.out}; python bench/table.py puts it into docs/benchmarks.md")
-    return 0
+        if args.out is not None:
+            args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", help="a folder or a name that affectlens knows")
+    parser.add_argument("--model", default=MODEL, help="a folder or a name that affectlens knows")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of each reply")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--minutes", type=float, default=7.0, help="as many rounds as fit, two at least")
+    parser.add_argument("--minutes", type=float, default=12.0, help="as many rounds as fit, two at least")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--clock",
@@ -409,14 +442,19 @@ def arguments() -> argparse.Namespace:
         help="cpu compares processor time: for a machine that is busy with other things, with one thread only",
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="WAY", help="some ways only; plain is always there")
-    parser.add_argument("--quick", action="store_true", help="8 tokens, two rounds, results not kept")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "monitoring.json")
-    args = parser.parse_args()
+    parser.add_argument("--short", action="store_true", help="a tiny model, 4 tokens, two rounds, results not kept")
+    parser.add_argument("--out", type=Path, default=RESULTS / "monitoring.json")
+    args = parser.parse_args(argv)
     if args.clock == "cpu" and args.threads > 1:
         parser.error("threads that wait for each other use processor time: --clock cpu needs --threads 1")
-    if args.quick:
-        args.tokens, args.minutes, args.out = 8, 0.0, HERE / ".cache" / "quick.json"
+    if args.short:
+        args.tokens, args.minutes, args.batches, args.out, args.dtype = 4, 0.0, [1, 2], None, "float32"
     return args
+
+
+def main() -> int:
+    print(monitoring(measured(arguments())))
+    return 0
 
 
 if __name__ == "__main__":

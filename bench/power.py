@@ -19,6 +19,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +31,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "bench")]
 from affectlens.runs import write_json  # noqa: E402
 from affectlens.studies import STUDIES, Bench, Checkpoint, load_study  # noqa: E402
 from planted import toy_bench, with_calibration  # noqa: E402
-from table import power  # noqa: E402
+from study_tables import power  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "power.json"
 TONE = (("calm", 1.0),)
@@ -71,7 +72,7 @@ def conditions_of(study: str) -> tuple[str, ...]:
     return tuple(name for name in CONDITIONS if study in ONLY_IN.get(name, (study,)))
 
 
-def measure(seed: int, studies: tuple[str, ...]) -> list[tuple[str, str, str, str]]:
+def verdicts(seed: int, studies: tuple[str, ...]) -> list[tuple[str, str, str, str]]:
     """Study, condition, finding and verdict of everything for one seed."""
     out = []
     for study in studies:
@@ -93,7 +94,7 @@ def is_false(study: str, condition: str, finding: str) -> bool:
     return condition == "nothing" or finding in FALSE.get((condition, study), ())
 
 
-def table(counts: Counter[tuple[str, str, str, str]], seeds: int) -> list[dict[str, Any]]:
+def rows_of(counts: Counter[tuple[str, str, str, str]], seeds: int) -> list[dict[str, Any]]:
     """One row for each finding: how often it held where its effect is planted, and where it is not."""
     rows = []
     for study, finding in dict.fromkeys((study, finding) for study, _, finding, _ in counts):
@@ -107,26 +108,37 @@ def table(counts: Counter[tuple[str, str, str, str]], seeds: int) -> list[dict[s
     return rows
 
 
-def main() -> None:
+def measure(short: bool = False) -> dict[str, Any]:
+    """Count what every study finds in every condition; the short form asks one study about one toy."""
+    return measured(1, ("lens",), workers=1) if short else measured(20, STUDIES, workers=2)
+
+
+def measured(seeds: int, studies: tuple[str, ...], *, workers: int) -> dict[str, Any]:
+    began = time.monotonic()
+    counts: Counter[tuple[str, str, str, str]] = Counter()
+    with ProcessPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
+        run = pool.map if pool else map
+        for n, found in enumerate(run(verdicts, range(seeds), [studies] * seeds), 1):
+            counts.update(found)
+            print(f"seed {n} of {seeds}, {time.monotonic() - began:.0f} s", file=sys.stderr)
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    rows = rows_of(counts, seeds)
+    return {"benchmark": "power", "date": date, "seeds": seeds, "draws": bench_of("planted", 0).draws, "findings": rows}
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--only", default=",".join(STUDIES), help="studies, separated by commas")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     studies = tuple(options.only.split(","))
-    began = time.monotonic()
-    counts: Counter[tuple[str, str, str, str]] = Counter()
-    with ProcessPoolExecutor(options.workers) as pool:
-        for n, found in enumerate(pool.map(measure, range(options.seeds), [studies] * options.seeds), 1):
-            counts.update(found)
-            print(f"seed {n} of {options.seeds}, {time.monotonic() - began:.0f} s", file=sys.stderr)
-    rows = table(counts, options.seeds)
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    result = {"benchmark": "power", "date": date, "seeds": options.seeds, "draws": bench_of("planted", 0).draws, "findings": rows}
+    result = measured(options.seeds, studies, workers=options.workers)
     print(power(result))
     if studies == STUDIES:
         write_json(RESULT, result)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

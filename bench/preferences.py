@@ -1,7 +1,7 @@
 """How many pairs of activities a second: shared beginnings against one forward pass a pair, for docs/benchmarks.md.
 
-    python bench/preferences.py                  # 4 first options with all 63 others, 5 rounds; some minutes on one core
-    python bench/preferences.py --quick          # one first option, one round, results not kept
+    python bench/preferences.py                  # 4 first options with all 63 others, 3 rounds; some minutes on one core
+    python bench/preferences.py --short          # a tiny model, one first option, one round, results not kept
     python bench/preferences.py --clock cpu      # on a machine that is busy with other things: compares processor time
 
 Every way answers the same question, "Would you prefer to (A) … or (B) …?", for the same pairs, from strings to log-probabilities
@@ -17,23 +17,21 @@ import argparse
 import datetime
 import json
 import random
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-
-from affectlens import corpus  # noqa: E402
-from affectlens.engine import Request, Steering, Term, Where  # noqa: E402
-from affectlens.engines.hf import HFEngine  # noqa: E402
-from extraction import machine, say  # noqa: E402
-from table import preferences  # noqa: E402
+from affectlens import corpus
+from affectlens.engine import Request, Steering, Term, Where
+from affectlens.engines.hf import HFEngine
+from affectlens.runs import provenance
+from host import MODEL, RESULTS, machine, peak, say, tiny_model
+from speed_tables import preferences
 
 QUESTION, LETTERS, BATCH = "Would you prefer to (A) {} or (B) {}?", ("A", "B"), 8
 DIRECTIONS, STRENGTH, SEED = 8, 0.5, 20261
@@ -153,13 +151,25 @@ def timed(way: Way, pairs: list[Pair]) -> tuple[dict[str, float], np.ndarray]:
     return {name: clock() - start[name] for name, clock in CLOCKS.items()} | {"answers": len(answers)}, answers
 
 
-def main() -> int:
-    args = arguments()
+def measure(short: bool = False) -> dict[str, Any]:
+    """Time every way of asking for the same preferences."""
+    return measured(arguments(["--short"] if short else []))
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    threads = torch.get_num_threads()
     torch.set_num_threads(args.threads)
-    engine = HFEngine.load(args.model, device="cpu", dtype=args.dtype)
+    try:
+        return _measured(args)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measured(args: argparse.Namespace) -> dict[str, Any]:
+    engine = HFEngine.load(str(tiny_model()) if args.short else args.model, device="cpu", dtype=args.dtype)
     activities = [record["text"] for record in corpus.load("activities") if not record["held_out"]]
     ways = Ways(engine, activities)
-    pairs = [(a, b) for a in activities[: args.firsts] for b in activities if a != b]
+    pairs = [(a, b) for a in activities[: args.firsts] for b in activities if a != b][: args.pairs]
     few = pairs[:63]
     rng = random.Random(SEED)
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in ways.all}
@@ -171,37 +181,31 @@ def main() -> int:
         for name in rng.sample(list(ways.all), len(ways.all)):
             task, way = ways.all[name]
             # Steered, the pairs of one first option that is steered are asked along every direction.
-            measured, answers[name] = timed(way, pairs if task == "plain" else few)
-            rounds[name].append(measured)
-            say(f"round {n + 1}: {name}: {measured['answers'] / measured['seconds']:.1f} pairs/s")
-    job = {"threads": args.threads, "width": engine.info.width, "hidden": engine.model.config.intermediate_size}
-    peak = json.loads(
-        subprocess.run(
-            [sys.executable, str(HERE / "peers" / "peak.py")], input=json.dumps(job), capture_output=True, text=True, check=True
-        ).stdout
-    )
+            taken, answers[name] = timed(way, pairs if task == "plain" else few)
+            rounds[name].append(taken)
+            say(f"round {n + 1}: {name}: {taken['answers'] / taken['seconds']:.1f} pairs/s")
+    width, hidden = engine.info.width, engine.model.config.intermediate_size
     result = {
         "benchmark": "preferences",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
-        "model": engine.info.id,
+        "model": engine.info.id if not args.short else "tiny",
         "dtype": args.dtype,
         "threads": args.threads,
         "clock": "cpu_seconds" if args.clock == "cpu" else "seconds",
         "pairs": len(pairs),
         "steered_pairs": len(few),
         "directions": DIRECTIONS,
-        "peak": peak[args.dtype],
+        "peak": peak(args.threads, width=width, hidden=hidden, short=args.short)[args.dtype],
         "ways": {
             name: {"task": task, "operations": operations[name], "rounds": rounds[name]} for name, (task, _) in ways.all.items()
         },
         "difference": _differences(answers),
+        "provenance": provenance(),
     }
-    if not args.quick:
-        path = HERE / "results" / "preferences.json"
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(preferences(result))
-    return 0
+    if args.out is not None:
+        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
 
 
 def _differences(answers: dict[str, np.ndarray]) -> dict[str, float]:
@@ -214,19 +218,28 @@ def _differences(answers: dict[str, np.ndarray]) -> dict[str, float]:
     }
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--model", default=MODEL)
     parser.add_argument("--firsts", type=int, default=4, help="first options; each meets all others")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pairs", type=int, help="no more than so many of these")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a busy machine, with one thread only")
-    parser.add_argument("--quick", action="store_true", help="one first option, one round, results not kept")
-    args = parser.parse_args()
-    if args.quick:
-        args.firsts, args.rounds = 1, 1
+    parser.add_argument("--short", action="store_true", help="a tiny model, a few pairs, one round, results not kept")
+    parser.add_argument("--out", type=Path, default=RESULTS / "preferences.json")
+    args = parser.parse_args(argv)
+    if args.clock == "cpu" and args.threads > 1:
+        parser.error("threads that wait for each other use processor time: --clock cpu needs --threads 1")
+    if args.short:
+        args.firsts, args.pairs, args.rounds, args.out, args.dtype = 1, 6, 1, None, "float32"
     return args
+
+
+def main() -> int:
+    print(preferences(measured(arguments())))
+    return 0
 
 
 if __name__ == "__main__":

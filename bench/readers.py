@@ -50,7 +50,7 @@ def slow_readers(setting: Setting) -> Section:
         return statistics.fmean(answer.first or answer.total for answer in answers)
 
     options = ["--concurrency", str(places), "--queue", "64"]
-    with Server(setting.place("slow"), *options, vectors=setting.toy, stall=stall if setting.quick else None) as server:
+    with Server(setting.place("slow"), *options, vectors=setting.toy, stall=stall if setting.short else None) as server:
         for turn in range(rounds):
             big: dict[str, Any] = {"top_k": 5, "logprobs": True, "top_logprobs": 20, "readings": {"emotions": "all"}}
             longs = [stream(f"long {i}", i, tokens=tokens, **big) for i in range(places * turn, places * turn + places)]

@@ -2,7 +2,7 @@
 
     python bench/reliability.py                          every section; about an hour on two cores
     python bench/reliability.py --only load-toy kill     these
-    python bench/reliability.py --quick                  a short form of all but load-demo: does everything still work?
+    python bench/reliability.py --short                  a short form of all but load-demo: does everything still work?
 
 Each section is a function of its name; its docstring says what is done and, under "Met when", what was fixed before it was first
 run. Nothing is left out of what is counted. Results are kept in ``bench/results/reliability.json``, section by section;
@@ -35,8 +35,8 @@ from affectlens.server.records import Record  # noqa: E402
 from affectlens.server.store import Store  # noqa: E402
 from affectlens.vectors import ConceptVectors  # noqa: E402
 from callers import Answer, crowd, mixed  # noqa: E402
-from extraction import machine, say  # noqa: E402
 from faults import database, disk, kill, webhook  # noqa: E402
+from host import machine, say  # noqa: E402
 from hostile import fuzz  # noqa: E402
 from readers import hang_up, slow_readers  # noqa: E402
 from running import TOY_STRENGTH, Check, Memory, Section, Server, Setting, median, percentiles, toy_vectors  # noqa: E402
@@ -208,7 +208,7 @@ def measure(name: str, setting: Setting) -> dict[str, Any]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), help="these sections; the results of others are kept")
-    parser.add_argument("--quick", action="store_true", help="a short form; results are written only where --out says so")
+    parser.add_argument("--short", action="store_true", help="a short form; results are written only where --out says so")
     parser.add_argument("--demo", type=Path, help="folder of the demo model's vectors, which load-demo needs")
     parser.add_argument("--folder", type=Path, help="where to work; by default a temporary folder that is removed")
     parser.add_argument("--out", type=Path, help=f"where the results go; by default {RESULT.relative_to(HERE.parent)}")
@@ -217,7 +217,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
-    out = args.out or (None if args.quick else RESULT)
+    out = args.out or (None if args.short else RESULT)
     chosen = args.only or [name for name in SECTIONS if name != "load-demo" or args.demo]
     if "load-demo" in chosen and not args.demo:
         say("load-demo needs the demo model's vectors: --demo FOLDER")
@@ -225,7 +225,7 @@ def main() -> int:
     missed = 0
     with contextlib.ExitStack() as stack:
         folder = (args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="reliability-")))).resolve()
-        setting = Setting(folder, args.quick, toy_vectors(folder / "vectors"), args.demo and args.demo.resolve())
+        setting = Setting(folder, args.short, toy_vectors(folder / "vectors"), args.demo and args.demo.resolve())
         results: dict[str, Any] = read_json(out) if out is not None and out.exists() else {"sections": {}}
         for name in chosen:
             sections = {**results["sections"], name: (found := measure(name, setting))}

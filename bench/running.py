@@ -271,23 +271,23 @@ class Setting:
 
     Args:
         folder: For everything that is written.
-        quick: The short form.
+        short: The short form.
         toy: Folder of the toy's vectors.
         demo: Folder of the demo model's vectors; None without load-demo.
     """
 
     folder: Path
-    quick: bool
+    short: bool
     toy: Path
     demo: Path | None
 
     def of(self, whole: Any, short: Any) -> Any:
         """The one or the other, by how thorough this is."""
-        return short if self.quick else whole
+        return short if self.short else whole
 
     def judged(self, met: bool) -> bool | None:
         """A verdict that needs many repetitions; none in the short form."""
-        return None if self.quick else met
+        return None if self.short else met
 
     def at_most(self, limit: float, found: Estimate, unit: str = "") -> tuple[str, str, bool | None]:
         """What is wanted of an estimate, what it is, and whether its whole interval is so."""

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import sys
 import tempfile
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ import numpy as np
 import torch
 
 import affectlens as al
-from affectlens.activations import Activations
+from affectlens.activations import Activations, Text
 from affectlens.concepts import SHOWCASE
 from affectlens.corpus import bundled, load, read_texts
 from affectlens.engine import Engine, Readout, Request, Where
@@ -33,10 +35,12 @@ from affectlens.exchange import load_vectors
 from affectlens.features import Composition, Feature, compose, observe
 from affectlens.runs import provenance, read_json, write_json
 from affectlens.sparse import SparseAutoencoder
+from study_tables import sae as drawn
 
 HERE = Path(__file__).resolve().parent
 FEATURES, K, BATCH = 1024, 16, 512
 SIZES = (1, 2, 4, 8, 16, 32)
+RUN = "runs/smollm2-135m"
 
 
 def residuals(engine: Engine, texts: list[str], layer: int) -> np.ndarray:
@@ -95,48 +99,99 @@ def train(tokens: np.ndarray, layer: int, *, seconds: float, seed: int = 0) -> t
     return sae, {"steps": steps, "seconds": seconds, "tokens": len(tokens), "batch": BATCH, "history": history}
 
 
-def shown(one: Composition) -> list[Feature]:
+def best_features(one: Composition) -> list[Feature]:
     """The three features that are taken in first, and the three that tell the emotion's texts best."""
     best = sorted(one.features, key=lambda f: -abs(f.auroc - 0.5))[:3]
     return [f for f in one.features if f.id in one.chosen[:3] or f in best]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", default="runs/smollm2-135m", help="run of the demo model")
-    parser.add_argument(
-        "--minutes", type=float, default=1.0, help="of processor time for the training; reading takes as long again"
-    )
-    parser.add_argument("--stories", type=int, default=1, help="of each emotion, for the training")
-    parser.add_argument("--keep", type=Path, help="folder to keep the autoencoder in, or to take it from if it is there")
-    parser.add_argument("--draws", type=int, default=200)
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "sae.json")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    vectors = load_vectors(args.run)
+@dataclass(frozen=True)
+class Amount:
+    """How much is done.
+
+    Args:
+        minutes: Of processor time for the training; reading takes as long again.
+        stories: Of each emotion, for the training.
+        texts: Of each other kind, and of those asked about, at most.
+        draws: Behind each null.
+    """
+
+    minutes: float = 1.0
+    stories: int = 1
+    texts: int | None = None
+    draws: int = 200
+
+
+def measure(short: bool = False) -> dict[str, Any]:
+    """Train, compose, ask; the short form does so with the toy, in two seconds of training on texts that it wrote."""
+    if not short:
+        return of_run(RUN, Amount())
+    sys.path.append(str(HERE.parent / "tests"))
+    try:
+        from planted import toy_bench
+    finally:
+        sys.path.remove(str(HERE.parent / "tests"))
+    bench = toy_bench(0)
+    assert bench.engine is not None and bench.activations is not None
+    engine, names = bench.engine, bench.vectors.names
+    stories = [
+        Text(f"{name}-{topic}-{seed}", engine.write(name, topic, seed=seed), name, topic)
+        for name in names
+        for topic in ("kitchen", "garden", "office", "train")
+        for seed in range(2)
+    ]
+    return measured(engine, bench.vectors, bench.activations, stories, Amount(1 / 30, 1, 24, 20))
+
+
+def of_run(run: str, amount: Amount, keep: Path | None = None) -> dict[str, Any]:
+    vectors = load_vectors(run)
     engine = al.open_engine(str(vectors.model["id"]))
     vectors.check(engine.info)
-    layer = vectors.layer
     stories = read_texts(bundled("stories"), labelled=True)
+    return measured(engine, vectors, Activations(Path(run) / "activations"), stories, amount, keep=keep)
+
+
+def measured(
+    engine: Engine,
+    vectors: al.ConceptVectors,
+    fitted: Activations,
+    stories: Sequence[Text],
+    amount: Amount,
+    *,
+    keep: Path | None = None,
+) -> dict[str, Any]:
+    """Train on half of the topics, and ask about the stories of the other half; ``keep`` is where an autoencoder is, or goes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _measured(engine, vectors, fitted, stories, amount, keep or Path(tempfile.mkdtemp(prefix="sae-")))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measured(
+    engine: Engine, vectors: al.ConceptVectors, fitted: Activations, stories: Sequence[Text], amount: Amount, folder: Path
+) -> dict[str, Any]:
+    layer = vectors.layer
     held_out = set(sorted({text.topic for text in stories})[::2])
     names = [name for name in SHOWCASE if name in vectors]
     asked = [text for text in stories if text.topic in held_out and text.concept in names]
-    folder = args.keep or Path(tempfile.mkdtemp(prefix="sae-"))
     if not (folder / "cfg.json").is_file():
-        plain = [text.text for text in read_texts(bundled("neutral"), labelled=False)] + [r["text"] for r in load("scenarios")]
+        plain = [text.text for text in read_texts(bundled("neutral"), labelled=False)][: amount.texts]
+        plain += [record["text"] for record in load("scenarios")][: amount.texts]
         for name in vectors.names:
             own = [text.text for text in stories if text.concept == name and text.topic not in held_out]
-            plain += own[: args.stories]
+            plain += own[: amount.stories]
         start = time.process_time()
         tokens = residuals(engine, plain, layer)
-        print(f"{len(tokens)} tokens read in {time.process_time() - start:.0f} s", flush=True)
-        trained, how = train(tokens, layer, seconds=60 * args.minutes)
+        print(f"{len(tokens)} tokens read in {time.process_time() - start:.0f} s", file=sys.stderr, flush=True)
+        trained, how = train(tokens, layer, seconds=60 * amount.minutes)
         write_json(trained.save(folder) / "training.json", how)
     sae = SparseAutoencoder.load(folder)
     firing = observe(engine, sae, asked)
-    fitted = Activations(Path(args.run) / "activations")
-    found = compose(sae, vectors, firing, fitted=fitted, names=names, size=max(SIZES), draws=args.draws)
-    result = {
+    found = compose(sae, vectors, firing, fitted=fitted, names=names, size=max(SIZES), draws=amount.draws)
+    return {
+        "benchmark": "sae",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "provenance": provenance(),
         "model": engine.info.id,
@@ -147,7 +202,7 @@ def main() -> None:
         "texts": len(firing.texts),
         "explained": asdict(firing.explained),
         "never fire": int((firing.share == 0).sum()),
-        "draws": args.draws,
+        "draws": amount.draws,
         "concepts": [
             {
                 "name": one.name,
@@ -156,17 +211,27 @@ def main() -> None:
                     | {key: getattr(one, key)[k - 1].as_dict() for key in ("random", "exchanged")}
                     for k in SIZES
                 ],
-                "features": [{**vars(f), "difference": f.difference.as_dict()} for f in shown(one)],
+                "features": [{**vars(f), "difference": f.difference.as_dict()} for f in best_features(one)],
             }
             for one in found
         ],
     }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--run", default=RUN, help="run of the demo model")
+    parser.add_argument("--minutes", type=float, default=Amount.minutes, help="of processor time for the training")
+    parser.add_argument("--stories", type=int, default=Amount.stories, help="of each emotion, for the training")
+    parser.add_argument("--keep", type=Path, help="folder to keep the autoencoder in, or to take it from if it is there")
+    parser.add_argument("--draws", type=int, default=Amount.draws)
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "sae.json")
+    args = parser.parse_args()
+    result = of_run(args.run, Amount(args.minutes, args.stories, None, args.draws), args.keep)
     write_json(args.out, result)
-    print(f"explained {firing.explained}; {result['never fire']} of {len(sae)} features never fire")
-    for one in found:
-        last = one.explained[-1]
-        print(f"{one.name:12} {last:.2f} by {max(SIZES)}; random {one.random[-1]}; exchanged {one.exchanged[-1]}")
+    print(drawn(result))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,7 @@
 """How fast are replies when several people ask at once, and what do readings and steering cost then?
 
-python bench/serving.py --vectors FOLDER      results/serving.json (some twelve minutes on two idle cores)
+    python bench/serving.py              some twelve minutes on two idle cores
+    python bench/serving.py --short      a tiny model, few and short replies
 
 Callers ask over HTTP, each for one reply after the other, streaming; all ways get the same prompts, seeds and lengths. Measured
 are generated tokens per second over all callers, from the first request to the last token, and the time to the first token.
@@ -12,8 +13,9 @@ are generated tokens per second over all callers, from the first request to the 
 * **the passes alone**: the same requests through :meth:`Engine.session` in this process with and without readouts and steering,
   in turn. What readings and steering cost is told here, apart from HTTP and the store.
 
-Targets, fixed beforehand: at 8 callers at least 3 times the loop; readings of 171 emotions and mixed steering together cost at
-most 8 % of the passes.
+Directions are random: what they cost does not depend on where they point. Targets, fixed beforehand: at 8 callers at least 3
+times the loop; readings of 171 emotions and mixed steering together cost at most 8 % of the passes. Writes
+``bench/results/serving.json``.
 """
 
 from __future__ import annotations
@@ -39,21 +41,19 @@ import httpx
 import numpy as np
 import torch
 
-import affectlens as al
 from affectlens.corpus import load
 from affectlens.engine import Request, Result, Sampling, Where
 from affectlens.engines.hf import HFEngine
 from affectlens.runs import provenance
-from extraction import machine, say
-from monitoring import peak
-from table import serving
+from affectlens.server.service import model_name
+from host import MODEL, RESULTS, machine, peak, say, tiny_model
+from monitoring import MadeUp
+from speed_tables import serving
 
-HERE = Path(__file__).resolve().parent
-MODEL = "smollm2-135m"
 SEED = 20261129
 STRENGTH = 0.05
 DIALS = ("calm", "desperate", "angry", "happy")
-START = 900.0  # seconds that a server may take to start; the first one measures the baseline
+START = 300.0  # seconds that a server may take to start
 
 
 @dataclass(frozen=True)
@@ -234,52 +234,54 @@ def passes(engine: HFEngine, requests: Sequence[Request], together: int) -> tupl
     return time.perf_counter() - start, tokens
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vectors", type=Path, required=True, help="vectors of the demo model")
-    parser.add_argument("--callers", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--replies", type=int, default=3, help="of each caller; twice as many where there is one caller")
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=5, help="of the passes alone")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--quick", action="store_true", help="few and short replies, results not kept")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "serving.json")
-    args = parser.parse_args()
-    if args.quick:
-        args.callers, args.replies, args.tokens, args.rounds = [1, 4], 1, 6, 2
-        args.out = HERE / ".cache" / "quick.json"
+def measure(short: bool = False) -> dict[str, Any]:
+    """Time replies over HTTP and without, for one caller and for many."""
+    return measured(arguments(["--short"] if short else []))
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    threads = torch.get_num_threads()
     torch.set_num_threads(args.threads)
-    engine = HFEngine.load(MODEL)
-    vectors = al.ConceptVectors.load(args.vectors)
-    tokens = args.tokens
+    try:
+        return _measured(args)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measured(args: argparse.Namespace) -> dict[str, Any]:
+    model = str(tiny_model()) if args.short else MODEL
+    dtype = "float32" if args.short else "auto"
+    engine = HFEngine.load(model, dtype=dtype)
+    made_up = MadeUp.of(engine)
+    vectors, tokens, config = made_up.vectors(), args.tokens, engine.model.config
     result: dict[str, Any] = {
         "benchmark": "serving",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
-        "model": engine.info.id,
+        "model": engine.info.id if not args.short else "tiny",
         "dtype": engine.info.dtype,
         "parameters": engine.info.n_parameters,
         "threads": args.threads,
         "tokens": tokens,
         "emotions": len(vectors),
-        "peak_tflops": peak(args.threads, engine),
+        "peak_tflops": peak(args.threads, width=config.hidden_size, hidden=config.intermediate_size, short=args.short),
         "exact": engine.session().exact,
         "ways": {},
         "passes": {},
         "provenance": provenance(),
     }
 
-    def measure(key: str, label: str, ask: Callable[[Asked], Reply], counts: Sequence[int]) -> None:
+    def timed(key: str, label: str, ask: Callable[[Asked], Reply], counts: Sequence[int]) -> None:
         callers(1, asked(1), ask)  # caches of shapes, connections
         entry = result["ways"].setdefault(key, {"label": label, "callers": {}})
         for count in counts:
             replies = args.replies * count * (2 if count == 1 else 1)
             entry["callers"][str(count)] = found = callers(count, asked(replies), ask)
             say(f"  {key:12} {count:3} callers: {found['tokens'] / found['seconds']:6.1f} tokens/s, first {found['first']}")
-        args.out.parent.mkdir(exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if args.out is not None:
+            args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
-    measure("loop", "a loop, one at a time, no HTTP", in_a_loop(engine, tokens), args.callers[:2])
+    timed("loop", "a loop, one at a time, no HTTP", in_a_loop(engine, tokens), args.callers[:2])
 
     dials: dict[str, Callable[[Asked], dict[str, Any]]] = {
         "affectlens": lambda each: {},
@@ -289,35 +291,41 @@ def main() -> int:
     }
     labels = {
         "affectlens": "**affectlens serve**",
-        "readings": "**affectlens serve**, 171 readings with every token",
+        "readings": f"**affectlens serve**, {len(vectors)} readings with every token",
         "steered": "**affectlens serve**, each caller steers",
         "everything": "**affectlens serve**, both",
     }
     with tempfile.TemporaryDirectory() as folder:
+        place = vectors.save(Path(folder) / "vectors")
+        made_up.baseline().save(place / f"baseline-{vectors.layer}.json")
         port = free_port()
         url = f"http://127.0.0.1:{port}"
         command = [
-            str(Path(sys.executable).with_name("affectlens")), "serve", str(args.vectors), "--port", str(port), "--allow-unsafe",
-            "--store", f"{folder}/traces.db", "--rules", "desperate > 9 for 20 tokens", "--model", MODEL,
+            str(Path(sys.executable).with_name("affectlens")), "serve", str(place), "--port", str(port), "--allow-unsafe",
+            "--store", f"{folder}/traces.db", "--rules", "desperate > 9 for 20 tokens", "--model", model, "--dtype", dtype,
         ]  # fmt: skip
         with server(command, url, "/ready", args.threads):
             for key, extra in dials.items():
-                measure(key, labels[key], over_http(url, MODEL, tokens, extra), args.callers)
+                timed(key, labels[key], over_http(url, model_name(engine.info.id), tokens, extra), args.callers)
 
-        model = saved(engine, Path(folder) / "model")
+        hub = saved(engine, Path(folder) / "model")
         for key, label, options in (
             ("transformers", "transformers serve", []),
-            ("continuous", "transformers serve, continuous batching", ["--continuous-batching"]),
-        ):
+            (
+                "continuous",
+                "transformers serve, continuous batching",
+                ["--continuous-batching", "--cb-max-memory-percent", "0.1"],
+            ),
+        )[args.short :]:
             port = free_port()
             url = f"http://127.0.0.1:{port}"
             command = [
-                str(Path(sys.executable).with_name("transformers")), "serve", str(model), "--host", "127.0.0.1",
+                str(Path(sys.executable).with_name("transformers")), "serve", str(hub), "--host", "127.0.0.1",
                 "--port", str(port), "--device", "cpu", "--dtype", engine.info.dtype, *options,
             ]  # fmt: skip
             try:
                 with server(command, url, "/health", args.threads):
-                    measure(key, label, over_http(url, str(model), tokens, lambda each: {}), args.callers)
+                    timed(key, label, over_http(url, str(hub), tokens, lambda each: {}), args.callers)
             except (RuntimeError, httpx.HTTPError) as error:
                 say(f"{label} could not be measured: {str(error)[-500:]}")
                 result["ways"].setdefault(key, {"label": label, "callers": {}})["problem"] = (
@@ -343,9 +351,28 @@ def main() -> int:
         result["passes"][str(together)] = pairs
         costs = [pair["full"][0] / pair["full"][1] / (pair["plain"][0] / pair["plain"][1]) - 1 for pair in pairs]
         say(f"  passes of {together}: readings and steering cost {100 * float(np.median(costs)):+.1f} %")
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(serving(result))
-    say(f"written to {args.out}; python bench/table.py puts it into docs/benchmarks.md")
+    if args.out is not None:
+        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--callers", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--replies", type=int, default=3, help="of each caller; twice as many where there is one caller")
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=5, help="of the passes alone")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--short", action="store_true", help="a tiny model, few and short replies, results not kept")
+    parser.add_argument("--out", type=Path, default=RESULTS / "serving.json")
+    args = parser.parse_args(argv)
+    if args.short:
+        args.callers, args.replies, args.tokens, args.rounds, args.out = [1, 2], 1, 4, 2, None
+    return args
+
+
+def main() -> int:
+    print(serving(measured(arguments())))
     return 0
 
 

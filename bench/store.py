@@ -1,7 +1,7 @@
 """How fast is the store, and how large: writing replies as they come, and finding some among many.
 
     python bench/store.py                          # SQLite and, where it is installed, PostgreSQL; some minutes, 2 GB of disk
-    python bench/store.py --records 2000           # a first look
+    python bench/store.py --short                  # a handful of each
 
 Records are made up: 171 emotions, replies of 40 tokens (20,000 of them), or of 300 tokens (200 of them, for their size and for
 the time of a commit). Scores are normal noise, which compresses worse than real ones do. Written: one at a time, each waited for
@@ -17,8 +17,9 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -32,47 +33,59 @@ from affectlens.concepts import ConceptSet  # noqa: E402
 from affectlens.runs import provenance, write_json  # noqa: E402
 from affectlens.server.records import encode  # noqa: E402
 from affectlens.server.store import Store  # noqa: E402
+from host import RESULTS, machine  # noqa: E402
+from speed_tables import store as drawn  # noqa: E402
 from stored import NOON, Cluster, fired, made  # noqa: E402
 
-RESULT = ROOT / "bench" / "results" / "store.json"
 NAMES = ConceptSet.load("emotions").names
 SHORT, LONG = 40, 300
 CALLERS = 32
-QUESTIONS = 200
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=int, default=20_000)
-    parser.add_argument("--out", type=Path, default=RESULT)
-    options = parser.parse_args()
-    found: dict[str, Any] = {"records": options.records, "emotions": len(NAMES), "tokens": SHORT, "provenance": provenance()}
+@dataclass(frozen=True)
+class Size:
+    """How much is written and asked.
+
+    Args:
+        records: Short ones that are there when questions are asked.
+        commits: Long ones that are waited for one by one, and those that many callers put at once.
+        questions: Of each kind.
+    """
+
+    records: int = 20_000
+    commits: tuple[int, int] = (100, 320)
+    questions: int = 200
+
+
+def measure(short: bool = False) -> dict[str, Any]:
+    """Write and ask, in every database that is installed."""
+    return measured(Size(60, (3, 8), 2) if short else Size())
+
+
+def measured(size: Size) -> dict[str, Any]:
+    found: dict[str, Any] = {"benchmark": "store", "records": size.records, "emotions": len(NAMES), "tokens": SHORT}
+    found |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(), "provenance": provenance()}
     found["load"] = os.getloadavg()[1]
-    found["date"] = datetime.now(UTC).isoformat(timespec="seconds")
     with tempfile.TemporaryDirectory() as folder:
-        found["sqlite"] = measured(f"sqlite:///{folder}/traces.db", options.records, lambda: size_of(Path(folder)))
+        found["sqlite"] = database(f"sqlite:///{folder}/traces.db", size, lambda: size_of(Path(folder)))
     if any(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
         cluster = Cluster(fsync=True)
         try:
             address = cluster.database()
             name = address.rpartition("/")[2]
-            found["postgresql"] = measured(
-                address, options.records, lambda: int(cluster.sql(f"select pg_database_size('{name}')"))
-            )
+            found["postgresql"] = database(address, size, lambda: int(cluster.sql(f"select pg_database_size('{name}')")))
         finally:
             cluster.remove()
-    write_json(options.out, found)
-    for kind in ("sqlite", "postgresql"):
-        print(kind, found.get(kind))
+    return found
 
 
-def measured(url: str, records: int, size: Callable[[], int]) -> dict[str, Any]:
-    """One database: writing, size, reading."""
+def database(url: str, size: Size, used: Callable[[], int]) -> dict[str, Any]:
+    """One database: writing, size, reading; ``used`` tells its bytes on disk."""
     with Store(url) as store:
-        written = writing(store)
-        start, before = time.perf_counter(), size()
+        written = writing(store, size)
+        start, before = time.perf_counter(), used()
         futures = []
-        for n in range(records):
+        for n in range(size.records):
             futures.append(store.put(short(n)))
             if len(futures) > 256:
                 futures.pop(0).result()
@@ -80,12 +93,12 @@ def measured(url: str, records: int, size: Callable[[], int]) -> dict[str, Any]:
             future.result()
         filled = time.perf_counter() - start
         store._database.give_back()  # what autovacuum does within a minute; SQLite has nothing to do
-        took = {name: quantiles(question) for name, question in questions(store, records)}
+        took = {name: quantiles(question, size.questions) for name, question in questions(store, size.records)}
     packed = encode(made(1, names=NAMES, tokens=LONG))
     return {
         "commit, ms": written,
-        "records a second, filling": round(records / filled, 1),
-        "bytes a record on disk": round((size() - before) / records),
+        "records a second, filling": round(size.records / filled, 1),
+        "bytes a record on disk": round((used() - before) / size.records),
         "bytes of the scores of a long record": {"float32": 4 * len(NAMES) * (LONG + 6), "kept": len(packed.scores)},
         "reading, ms": took,
     }
@@ -97,7 +110,7 @@ def short(n: int) -> Any:
     return made(n, names=NAMES, tokens=SHORT, alerts=alerts, created=NOON + timedelta(minutes=n), prompt=f"question {n} of them")
 
 
-def writing(store: Store) -> dict[str, Any]:
+def writing(store: Store, size: Size) -> dict[str, Any]:
     """Milliseconds from ``put`` to the commit of replies of 300 tokens: alone, and with others."""
 
     def put(n: int) -> float:
@@ -106,11 +119,11 @@ def writing(store: Store) -> dict[str, Any]:
         store.put(record).result()
         return 1000 * (time.perf_counter() - start)
 
-    alone = [put(1_000_000 + n) for n in range(100)]
+    alone = [put(1_000_000 + n) for n in range(size.commits[0])]
     start = time.perf_counter()
     with ThreadPoolExecutor(CALLERS) as pool:
-        together = list(pool.map(put, range(2_000_000, 2_000_320)))
-    rate = 320 / (time.perf_counter() - start)
+        together = list(pool.map(put, range(2_000_000, 2_000_000 + size.commits[1])))
+    rate = size.commits[1] / (time.perf_counter() - start)
     return {"alone": summary(alone), f"{CALLERS} callers": summary(together), "records a second": round(rate, 1)}
 
 
@@ -146,9 +159,9 @@ def _micros(n: int) -> int:
     return micros(NOON + timedelta(minutes=n))
 
 
-def quantiles(question: Callable[[random.Random], Any]) -> dict[str, float]:
+def quantiles(question: Callable[[random.Random], Any], count: int) -> dict[str, float]:
     rng, took = random.Random(7), []
-    for _ in range(QUESTIONS):
+    for _ in range(count):
         start = time.perf_counter()
         question(rng)
         took.append(1000 * (time.perf_counter() - start))
@@ -165,5 +178,17 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="a handful of records and questions, results not kept")
+    parser.add_argument("--out", type=Path, default=RESULTS / "store.json")
+    args = parser.parse_args(argv)
+    found = measure(args.short)
+    if not args.short:
+        write_json(args.out, found)
+    print(drawn(found))
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -26,8 +26,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import platform
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,9 @@ from affectlens.logbook import residuals_of
 from affectlens.models import locate
 from affectlens.shifts import Shift, Start, drift_of
 from affectlens.training import SHARE, EmotionCallback, bundled_stories
-from tuned_pair import BATCH, CONTROL, EPOCHS, MODEL, RATE, SEED, TONE, replies, tokenised
+from host import machine, tiny_model
+from study_tables import training
+from tuned_pair import CONTROL, TONE, Tuning, replies, tokenised
 
 HERE = Path(__file__).resolve().parent
 WANTED = 0.05
@@ -62,26 +65,28 @@ class Replies:
         return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
-def train(key: str, out: Path, vectors: al.ConceptVectors, *, control: Path | None = None) -> tuple[EmotionCallback, Any]:
-    """Fine-tune the demo model on the replies under ``key`` with the callback; returns it and the model."""
-    transformers.set_seed(SEED)
-    source = locate(MODEL)
+def train(
+    key: str, out: Path, vectors: al.ConceptVectors, tuning: Tuning, *, control: Path | None = None
+) -> tuple[EmotionCallback, Any]:
+    """Fine-tune a model on the replies under ``key`` with the callback; returns it and the model."""
+    transformers.set_seed(tuning.seed)
+    source = locate(tuning.model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.location, **source.tokenizer_kwargs)
     model = transformers.AutoModelForCausalLM.from_pretrained(source.location, dtype=torch.float32, **source.load_kwargs)
     settings = transformers.TrainingArguments(
         str(out / key),
-        num_train_epochs=EPOCHS,
-        per_device_train_batch_size=BATCH,
-        learning_rate=RATE,
+        num_train_epochs=tuning.epochs,
+        per_device_train_batch_size=tuning.batch,
+        learning_rate=tuning.rate,
         weight_decay=0.0,
-        logging_steps=len(replies()) // BATCH,
+        logging_steps=len(replies(tuning.texts)) // tuning.batch,
         save_strategy="no",
         report_to=[],
         use_cpu=True,
         remove_unused_columns=False,
-        seed=SEED,
+        seed=tuning.seed,
     )
-    rows = [{"ids": ids, "first": first} for ids, first in tokenised(key, tokenizer)]
+    rows = [{"ids": ids, "first": first} for ids, first in tokenised(key, tokenizer, tuning.texts)]
     trainer = transformers.Trainer(model, settings, Replies(), rows, processing_class=tokenizer)
     callback = EmotionCallback(trainer, vectors, watch=[TONE], control=control)
     trainer.add_callback(callback)
@@ -113,44 +118,52 @@ def row(shift: Shift) -> dict[str, Any]:
     }
 
 
-def story_residuals(model: Any, vectors: al.ConceptVectors, texts: Any) -> np.ndarray:
-    source = locate(MODEL)
+def story_residuals(model: Any, vectors: al.ConceptVectors, texts: Any, tuning: Tuning) -> np.ndarray:
+    source = locate(tuning.model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.location, **source.tokenizer_kwargs)
     readout = al.Readout((vectors.layer,), al.Where(after=vectors.method["first_token"] - 1), "mean")
     asked = [Request(text.text, readouts=(readout,)) for text in texts]
     return np.stack([r.readings[0].values[0] for r in al.open_engine(model, tokenizer=tokenizer).run(asked)])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--vectors", type=Path, required=True, help="vectors of the demo model (affectlens discover)")
-    parser.add_argument("--out", type=Path, default=Path("runs/training"), help="where trainers write to")
-    args = parser.parse_args()
-    vectors = al.ConceptVectors.load(args.vectors)
+def measure(short: bool = False) -> dict[str, Any]:
+    """Train twice and look back; the short form trains a tiny model for two steps, with vectors of random directions."""
+    if not short:
+        raise SystemExit("this needs vectors of the demo model: python bench/training.py --vectors FOLDER")
+    from affectlens.engines.hf import HFEngine
+    from monitoring import MadeUp
+
+    vectors = MadeUp.of(HFEngine.load(str(tiny_model()), device="cpu", dtype="float32")).vectors()
+    with tempfile.TemporaryDirectory() as folder:
+        tuning = Tuning(str(tiny_model()), texts=8, epochs=2, batch=4)
+        return measured(replace(vectors, method={"first_token": 50}), Path(folder), tuning)
+
+
+def measured(vectors: al.ConceptVectors, out: Path, tuning: Tuning) -> dict[str, Any]:
     runs, models = {}, {}
-    for key, control in ((CONTROL, None), (TONE, args.out / CONTROL)):
-        runs[key], models[key] = train(key, args.out, vectors, control=control)
-    read = {key: residuals_of(args.out / key) for key in runs}
+    for key, control in ((CONTROL, None), (TONE, out / CONTROL)):
+        runs[key], models[key] = train(key, out, vectors, tuning, control=control)
+    read = {key: residuals_of(out / key) for key in runs}
     start = Start(vectors, read[TONE][0])
     shifts = {key: {step: start.shift(at) for step, at in each.items() if step} for key, each in read.items()}
     beyond = {each.step: each.shift for each in runs[TONE].readings}
     texts = bundled_stories(SHOWCASE)
-    source, stories = locate(MODEL), {}
+    source, stories = locate(tuning.model), {}
     unchanged = transformers.AutoModelForCausalLM.from_pretrained(source.location, dtype=torch.float32, **source.load_kwargs)
     for key, model in {"start": unchanged, **models}.items():
-        stories[key] = story_residuals(model, vectors, texts)
-    result = {
+        stories[key] = story_residuals(model, vectors, texts, tuning)
+    return {
         "benchmark": "training",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "model": MODEL,
+        "model": tuning.model,
         "layer": vectors.layer,
-        "machine": platform.processor() or platform.machine(),
+        "machine": machine(),
         "threads": torch.get_num_threads(),
         "tone": TONE,
         "emotions": len(vectors),
-        "texts": len(replies()),
+        "texts": len(replies(tuning.texts)),
         "prompts": len(runs[TONE].prompts),
-        "settings": {"epochs": EPOCHS, "batch": BATCH, "rate": RATE, "seed": SEED, "share": SHARE},
+        "settings": {**tuning.settings(), "share": SHARE},
         "wanted": WANTED,
         "noticed": {"beyond the control": noticed(beyond), "since the start": noticed(shifts[TONE])},
         "cost": {
@@ -178,9 +191,17 @@ def main() -> int:
             for key in runs
         },
     }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--vectors", type=Path, required=True, help="vectors of the demo model (affectlens discover)")
+    parser.add_argument("--out", type=Path, default=Path("runs/training"), help="where trainers write to")
+    args = parser.parse_args()
+    result = measured(al.ConceptVectors.load(args.vectors), args.out, Tuning())
     path = HERE / "results" / "training.json"
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(json.dumps({key: result[key] for key in ("noticed", "cost", "drift")}, indent=1))
+    print(training(result))
     return 0
 
 

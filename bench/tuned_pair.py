@@ -23,12 +23,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import platform
 import shutil
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,28 +37,53 @@ import transformers
 
 import affectlens as al
 from affectlens.activations import Activations
+from affectlens.concepts import SHOWCASE
+from affectlens.corpus import load
 from affectlens.engine import Request
 from affectlens.models import locate
 from affectlens.readings import Readings
 from affectlens.studies import Bench, Checkpoint, load_study
 from affectlens.vectors import centred_cosine
+from host import MODEL, machine, tiny_model
+from study_tables import tuned_pair
 
 HERE = Path(__file__).resolve().parent
-MODEL, TONE, CONTROL = "smollm2-135m", "nostalgic", "plain"
-EPOCHS, BATCH, RATE, SEED = 6, 8, 1e-4, 0
+TONE, CONTROL = "nostalgic", "plain"
 STUDY = "checkpoints"
-TOP = 5
+OUT = Path("runs/tuned-pair")
 
 
-def replies() -> list[dict[str, str]]:
-    """The requests with a reply in the tone and a plain one."""
-    return [json.loads(line) for line in (HERE / "tuned_pair" / "replies.jsonl").read_text(encoding="utf-8").splitlines()]
+@dataclass(frozen=True)
+class Tuning:
+    """What is tuned, and how.
+
+    Args:
+        model: A name that affectlens knows, or a folder.
+        texts: How many of the replies; None for all.
+        epochs, batch, rate, seed: Of the training.
+    """
+
+    model: str = MODEL
+    texts: int | None = None
+    epochs: int = 6
+    batch: int = 8
+    rate: float = 1e-4
+    seed: int = 0
+
+    def settings(self) -> dict[str, Any]:
+        return {"epochs": self.epochs, "batch": self.batch, "rate": self.rate, "seed": self.seed}
 
 
-def tokenised(key: str, tokenizer: Any) -> list[tuple[list[int], int]]:
+def replies(count: int | None = None) -> list[dict[str, str]]:
+    """The requests with a reply in the tone and a plain one; the first so many of them."""
+    lines = (HERE / "tuned_pair" / "replies.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines[:count]]
+
+
+def tokenised(key: str, tokenizer: Any, count: int | None = None) -> list[tuple[list[int], int]]:
     """Each chat in the model's own template, with the reply under ``key``: its tokens, and how many stand before the reply."""
     rows = []
-    for record in replies():
+    for record in replies(count):
         asked = [{"role": "user", "content": record["request"]}]
         prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
         whole = tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": record[key]}], tokenize=False)
@@ -70,8 +94,8 @@ def tokenised(key: str, tokenizer: Any) -> list[tuple[list[int], int]]:
     return rows
 
 
-def train(key: str, folder: Path) -> dict[str, Any]:
-    """Fine-tune the demo model on the replies under ``key``; the folder appears when it is whole.
+def train(key: str, folder: Path, tuning: Tuning) -> dict[str, Any]:
+    """Fine-tune a model on the replies under ``key``; the folder appears when it is whole.
 
     Plain AdamW in float32 on the assistant's tokens alone, in the model's own chat template; the rate falls to zero in a line.
 
@@ -81,21 +105,20 @@ def train(key: str, folder: Path) -> dict[str, Any]:
     if (folder / "training.json").is_file():
         return json.loads((folder / "training.json").read_text())
     start = time.perf_counter()
-    torch.manual_seed(SEED)
-    torch.use_deterministic_algorithms(True)
-    source = locate(MODEL)
+    torch.manual_seed(tuning.seed)
+    source = locate(tuning.model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.location, **source.tokenizer_kwargs)
     model = transformers.AutoModelForCausalLM.from_pretrained(source.location, dtype=torch.float32, **source.load_kwargs)
     model.config.use_cache = False
     model.train()
-    rows = tokenised(key, tokenizer)
-    steps = EPOCHS * -(-len(rows) // BATCH)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
+    rows = tokenised(key, tokenizer, tuning.texts)
+    steps = tuning.epochs * -(-len(rows) // tuning.batch)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=tuning.rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
-    order, losses = torch.Generator().manual_seed(SEED), []
-    for epoch in range(EPOCHS):
+    order, losses = torch.Generator().manual_seed(tuning.seed), []
+    for epoch in range(tuning.epochs):
         total, seen = 0.0, 0
-        for batch in torch.randperm(len(rows), generator=order).split(BATCH):
+        for batch in torch.randperm(len(rows), generator=order).split(tuning.batch):
             chosen = [rows[i] for i in batch.tolist()]
             longest = max(len(ids) for ids, _ in chosen)
             ids, labels, mask = (torch.full((len(chosen), longest), fill) for fill in (0, -100, 0))
@@ -113,7 +136,8 @@ def train(key: str, folder: Path) -> dict[str, Any]:
             total, seen = total + float(loss.detach()) * count, seen + count
         losses.append(total / seen)
         print(
-            f"{key}: epoch {epoch + 1} of {EPOCHS}, loss {losses[-1]:.3f}, {time.perf_counter() - start:.0f} s", file=sys.stderr
+            f"{key}: epoch {epoch + 1} of {tuning.epochs}, loss {losses[-1]:.3f}, {time.perf_counter() - start:.0f} s",
+            file=sys.stderr,
         )
     made = {"steps": steps, "tokens of replies": seen, "losses": losses, "seconds": time.perf_counter() - start}
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -129,12 +153,12 @@ def train(key: str, folder: Path) -> dict[str, Any]:
     return made
 
 
-def tone_of_texts(engine: al.Engine, vectors: al.ConceptVectors) -> dict[str, Any]:
+def tone_of_texts(engine: al.Engine, vectors: al.ConceptVectors, count: int | None) -> dict[str, Any]:
     """What the unchanged model reads in the replies themselves, toned minus plain: were the texts what they were meant to be?"""
     readout = al.Readout((vectors.layer,), al.Where(role="assistant"), "mean")
     centre, means = vectors.centre[vectors.row()].astype(float), {}
     for key in (TONE, CONTROL):
-        asked = [Request((("user", r["request"]), ("assistant", r[key])), readouts=(readout,)) for r in replies()]
+        asked = [Request((("user", r["request"]), ("assistant", r[key])), readouts=(readout,)) for r in replies(count)]
         read = np.stack([result.readings[0].values[0] for result in engine.run(asked)])
         means[key] = centred_cosine(read, vectors.at().astype(float), centre).mean(axis=0)
     return ranks(vectors.names, means[TONE] - means[CONTROL])
@@ -166,47 +190,77 @@ def compare(bench: Bench) -> dict[str, Any]:
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/tuned-pair"), help="where models and vectors are kept")
-    out = parser.parse_args().out
-    training = {key: train(key, out / key) for key in (TONE, CONTROL)}
-    engines = {key: al.open_engine(str(out / key)) for key in training} | {"demo": al.open_engine(MODEL)}
+def measure(short: bool = False) -> dict[str, Any]:
+    """Tune, fit, compare; the short form tunes a tiny model a little and fits vectors of a dozen emotions to a few stories."""
+    if not short:
+        return measured(OUT, Tuning())
+    tuning = Tuning(str(tiny_model()), texts=8, epochs=1, batch=4)
+    concepts = al.ConceptSet.load("emotions").select([*SHOWCASE, TONE])
+    with tempfile.TemporaryDirectory() as folder:
+        neutral = Path(folder) / "neutral.jsonl"
+        neutral.write_text("".join(json.dumps(record) + "\n" for record in load("neutral")[:12]))
+        recipe = al.Recipe(per_concept=3, neutral=str(neutral), draws=2)
+        return measured(Path(folder), tuning, concepts=concepts, recipe=recipe, draws=20, quick=True)
+
+
+def measured(
+    out: Path,
+    tuning: Tuning,
+    *,
+    concepts: al.ConceptSet | None = None,
+    recipe: al.Recipe | None = None,
+    draws: int = 1000,
+    quick: bool = False,
+) -> dict[str, Any]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        training = {key: train(key, out / key, tuning) for key in (TONE, CONTROL)}
+    finally:
+        torch.use_deterministic_algorithms(before)
+    concepts = concepts or al.ConceptSet.load("emotions")
+    engines = {key: al.open_engine(str(out / key)) for key in training} | {"demo": al.open_engine(tuning.model)}
     start = time.perf_counter()
-    vectors = {key: al.discover(engines[key], "emotions", out=out / f"run-{key}") for key in (TONE, "demo")}
+    vectors = {
+        key: al.discover(engines[key], concepts, out=out / f"run-{key}", stories="bundled", recipe=recipe or al.Recipe())
+        for key in (TONE, "demo")
+    }
     seconds = time.perf_counter() - start
     reads = {key: Readings(engine, out / "readings" / engine.info.fingerprint) for key, engine in engines.items()}
-    concepts, stories = al.ConceptSet.load("emotions"), Activations(out / f"run-{TONE}" / "activations")
+    stories = Activations(out / f"run-{TONE}" / "activations")
 
     def pair(later: str, earlier: str) -> Bench:
         # the vectors of the model with the tone are the ruler in all three, so that their shifts add up
-        bench = Bench(vectors[TONE], concepts, stories, None, engines[later], readings=reads[later])
+        bench = Bench(vectors[TONE], concepts, stories, None, engines[later], draws, readings=reads[later], quick=quick)
         return replace(bench, base=Checkpoint(engines[earlier], vectors["demo"], reads[earlier]))
 
-    result = {
+    return {
         "benchmark": "tuned_pair",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": engines["demo"].info.id,
-        "machine": platform.processor() or platform.machine(),
+        "machine": machine(),
         "tone": TONE,
-        "texts": len(replies()),
-        "settings": {"epochs": EPOCHS, "batch": BATCH, "rate": RATE, "seed": SEED},
+        "texts": len(replies(tuning.texts)),
+        "settings": tuning.settings(),
         "training": training,
         "layer": vectors[TONE].layer,
         "seconds for vectors": seconds,
-        "tone of the texts": tone_of_texts(engines["demo"], vectors["demo"]),
+        "tone of the texts": tone_of_texts(engines["demo"], vectors["demo"], tuning.texts),
         "pairs": {
             "tuned to the tone, before and after": compare(pair(TONE, "demo")),
             "tuned to plain replies, before and after": compare(pair(CONTROL, "demo")),
             "tuned to the tone against tuned to plain replies": compare(pair(TONE, CONTROL)),
         },
     }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=OUT, help="where models and vectors are kept")
+    result = measured(parser.parse_args().out, Tuning())
     path = HERE / "results" / "tuned_pair.json"
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for name, compared in result["pairs"].items():
-        for kind, rank in compared["ranks"].items():
-            largest = ", ".join(f"{emotion} {shift:+.3f}" for emotion, shift in rank["up"][:TOP])
-            print(f"{name}, {kind} prompts: {TONE} is number {rank['rank']} ({rank['shift']:+.3f}); {largest}")
+    print(tuned_pair(result))
     return 0
 
 

@@ -282,21 +282,21 @@ def _tiny(config_class: type[PreTrainedConfig], **overrides: Any) -> PreTrainedC
     return config_class(**{**chosen, **overrides})
 
 
-def _make(model_type: str, auto_class: str) -> PreTrainedModel:
+def _make(model_type: str, auto_class: str, **overrides: Any) -> PreTrainedModel:
     import torch
     import transformers
 
-    config = _tiny(transformers.CONFIG_MAPPING[model_type])
+    config = _tiny(transformers.CONFIG_MAPPING[model_type], **overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = getattr(transformers, auto_class).from_config(config, dtype=torch.float32)
     return model
 
 
-TEXT: dict[str, Callable[[], PreTrainedModel]] = {
+TEXT: dict[str, Callable[..., PreTrainedModel]] = {
     name: partial(_make, name, "AutoModelForCausalLM") for name in sorted({**_DENSE, **_EXPERTS, **_RECURRENT})
 }
-MULTIMODAL: dict[str, Callable[[], PreTrainedModel]] = {
+MULTIMODAL: dict[str, Callable[..., PreTrainedModel]] = {
     name: partial(_make, name, "AutoModelForImageTextToText") for name in sorted(_MULTIMODAL)
 }
 FAMILIES = {**TEXT, **MULTIMODAL}
@@ -304,11 +304,12 @@ EXPERTS = sorted(_EXPERTS)
 RECURRENT = sorted(_RECURRENT)
 
 
-def build(model_type: str) -> PreTrainedModel:
+def build(model_type: str, **settings: Any) -> PreTrainedModel:
     """A tiny model of a family, the same weights every time.
 
     Args:
         model_type: a key of ``FAMILIES``; what transformers calls ``config.model_type``.
+        settings: of its configuration, in place of the usual ones.
 
     Returns:
         The model in float32, on the processor, ready to run (``eval``).
@@ -320,7 +321,7 @@ def build(model_type: str) -> PreTrainedModel:
         >>> build("llama").config.hidden_size
         32
     """
-    return FAMILIES[model_type]().eval()
+    return FAMILIES[model_type](**settings).eval()
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -356,16 +357,17 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save(model_type: str, folder: Path) -> Path:
+def save(model_type: str, folder: Path, **settings: Any) -> Path:
     """Write a tiny model and the tokenizer to a folder that opens like any local model.
 
     Args:
         model_type: a key of ``FAMILIES``.
         folder: where to; made if it does not exist.
+        settings: of its configuration, in place of the usual ones.
 
     Returns:
         The folder.
     """
-    build(model_type).save_pretrained(folder)
+    build(model_type, **settings).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

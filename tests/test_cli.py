@@ -29,12 +29,13 @@ MAKING = [
     "--concepts", "--device", "--dtype", "--first-token", "--fresh", "--neutral", "--out", "--per-concept", "--per-token",
     "--quick", "--seed", "--share", "--stories", "--writer",
 ]  # fmt: skip
+WORKERS = ["--address", "--replicas"]
 OPTIONS = {
     "study": sorted(
-        [*MAKING, "--base", "--conversations", "--corpus", "--draws", "--labels", "--only", "--texts", "--vectors"]
+        [*MAKING, *WORKERS, "--base", "--conversations", "--corpus", "--draws", "--labels", "--only", "--texts", "--vectors"]
     ),
-    "discover": MAKING,
-    "calibrate": ["--device", "--draws", "--dtype", "--json", "--model", "--perplexity", "--quick", "--seed"],
+    "discover": sorted([*MAKING, *WORKERS]),
+    "calibrate": sorted([*WORKERS, "--device", "--draws", "--dtype", "--json", "--model", "--perplexity", "--quick", "--seed"]),
     "steer": [
         "--add", "--allow", "--compare", "--device", "--dtype", "--json", "--layer", "--max-tokens", "--model", "--plain",
         "--seed", "--temperature",
@@ -44,13 +45,14 @@ OPTIONS = {
         "--rules", "--top",
     ],
     "score-corpus": [
-        "--allow", "--baseline", "--column", "--concepts", "--device", "--dtype", "--emotions", "--filter", "--fresh", "--json",
-        "--layer", "--messages", "--model", "--out", "--text", "--vectors", "--weights",
+        "--address", "--allow", "--baseline", "--column", "--concepts", "--device", "--dtype", "--emotions", "--filter",
+        "--fresh", "--json", "--layer", "--messages", "--model", "--out", "--replicas", "--text", "--vectors", "--weights",
     ],
     "baseline": ["--allow", "--device", "--dtype", "--json", "--layer", "--model", "--other", "--out"],
     "run": [
-        "--allow", "--allow-exec", "--baseline", "--device", "--dtype", "--episodes", "--fresh", "--json", "--judge", "--layer",
-        "--level", "--model", "--out", "--random", "--seed", "--shuffled", "--sweep", "--watch", "--where", "-n",
+        "--address", "--allow", "--allow-exec", "--baseline", "--device", "--dtype", "--episodes", "--fresh", "--json", "--judge",
+        "--layer", "--level", "--model", "--out", "--random", "--replicas", "--seed", "--shuffled", "--sweep", "--watch",
+        "--where", "-n",
     ],
     "rules check": [
         "--allow", "--baseline", "--device", "--dtype", "--json", "--layer", "--model", "--on", "--other", "--vectors",
@@ -69,7 +71,7 @@ OPTIONS = {
     ],
     "serve": [
         "--allow", "--allow-unsafe", "--api-keys", "--baseline", "--calibration", "--concepts", "--concurrency", "--device",
-        "--dtype", "--host", "--keep-days", "--keep-gb", "--layer", "--max-tokens", "--model", "--port", "--queue",
+        "--dtype", "--engine", "--host", "--keep-days", "--keep-gb", "--layer", "--max-tokens", "--model", "--port", "--queue",
         "--rules", "--runs", "--store", "--store-text", "--time-limit", "--watch",
     ],
     "keys new": ["--file", "--per-minute"],
@@ -726,5 +728,5 @@ def test_a_tiny_real_model_from_stories_to_steering(folder: Path, run: Run, tmp_
 def test_listing(what: str, run: Run) -> None:
     rows = json.loads(fine(run("list", what, "--json")).stdout)
     text = fine(run("list", what)).stdout
-    assert len(rows) == len(text.splitlines()) == {"engines": 3, "concepts": 171}.get(what, len(rows))
+    assert len(rows) == len(text.splitlines()) == {"engines": 4, "concepts": 171}.get(what, len(rows))
     assert all(name in text and about for name, about in rows.items())

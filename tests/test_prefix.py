@@ -14,7 +14,8 @@ import torch
 import families
 from affectlens.engine import Gate, Readout, Request, Steering, Term, Where
 from affectlens.engines import prefix
-from affectlens.engines.hf import HFEngine, Row
+from affectlens.engines.hf import HFEngine
+from affectlens.engines.rows import Row
 from affectlens.errors import EngineError
 
 FIRST = "Would you rather have (A) a calm and sunny day or (B) "

@@ -43,7 +43,7 @@ def test_every_section_can_fail_and_is_in_the_docs() -> None:
     sys.path.insert(0, str(BENCH))
     try:
         import reliability
-        import table
+        import study_tables
     finally:
         sys.path.remove(str(BENCH))
     assert set(reliability.SECTIONS) == {*SECTIONS, "load-demo"}
@@ -53,5 +53,5 @@ def test_every_section_can_fail_and_is_in_the_docs() -> None:
     machine = {"cores": 2}
     result = {"what": "Something is done.\n\nMet when: it is 0.", "caption": "Once.", "date": "2026-11-29", "seconds": 60.0}
     result |= {"threads": "1", "load_average": 0.5, "machine": machine, "checks": [check], "also": ["More."]}
-    drawn = table.reliability({"sections": {"kill": result}})
+    drawn = study_tables.reliability({"sections": {"kill": result}})
     assert "**missed**" in drawn and "**Met when:** it is 0." in drawn and drawn.endswith("More.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -10,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from affectlens import activations
@@ -206,6 +209,60 @@ def test_moments_merge_to_the_whole(tmp_path: Path) -> None:
         _ = parts[0].means
     expected = np.stack([streams[[x == name for x in labels]][:, :, 1:].mean((0, 2)) for name in NAMES])
     np.testing.assert_allclose(whole.means, expected, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(0, 2**31), st.integers(0, 2**31))
+def test_moments_of_any_number_of_parts_in_any_order_are_those_of_the_whole(n: int, seed: int, order: int) -> None:
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=(97, 2, 3)) * 10.0 ** rng.integers(-3, 4, size=(97, 1, 1))
+    labels = rng.integers(0, len(NAMES), 97)
+
+    def moments(rows: np.ndarray) -> Moments:
+        each = [rows[labels[rows] == i] for i in range(len(NAMES))]
+        return Moments(NAMES, np.array([float(len(own)) for own in each]), np.stack([values[own].sum(0) for own in each]))
+
+    whole = moments(np.arange(97))
+    parts = np.array_split(np.random.default_rng(order).permutation(97), n)
+    merged = Moments.together(map(moments, parts))
+    np.testing.assert_array_equal(merged.counts, whole.counts)
+    assert np.abs(merged.sums - whole.sums).max() <= 1e-12 * np.abs(values).sum()
+
+
+def test_a_tree_of_moments_holds_few_of_them() -> None:
+    held = []
+
+    def part(i: int) -> Moments:
+        if i in (31, 63):
+            held.append(sum(type(each) is Moments for each in gc.get_objects()))
+        return Moments(("a",), np.ones(1), np.ones((1, 1, 1)))
+
+    assert Moments.together(part(i) for i in range(64)).counts == 64
+    assert max(held) <= 7
+    with pytest.raises(FormatError, match="no moments to add up"):
+        Moments.together([])
+    with pytest.raises(FormatError, match="do not add up"):
+        Moments.together([Moments(("a",), np.ones(1), np.ones((1, 1, 1))), Moments(("b",), np.ones(1), np.ones((1, 1, 1)))])
+
+
+def test_moments_of_many_shards_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "SHARD", 2)
+    streams, labels = residuals(30)
+    data = collected(tmp_path, streams, labels)
+    whole = data.moments(NAMES)
+    monkeypatch.setattr(activations, "BRANCH", 2)
+    np.testing.assert_allclose(data.moments(NAMES).sums, whole.sums, rtol=1e-12)
+
+
+def test_texts_may_be_a_stream(tmp_path: Path) -> None:
+    """Of which no more is drawn than is under way."""
+    streams, labels = residuals(6)
+    engine = Scripted(streams.astype(np.float32))
+    texts = [Text(f"t{i}", str(i), label) for i, label in enumerate(labels)]
+    whole = collect(engine, texts, tmp_path / "list", first_token=2)
+    again = collect(engine, iter(texts), tmp_path / "stream", first_token=2)
+    for file in whole.folder.iterdir():
+        assert file.read_bytes() == (again.folder / file.name).read_bytes()
 
 
 def test_moments_are_summed_in_float64() -> None:

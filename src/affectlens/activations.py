@@ -6,14 +6,14 @@ at the first missing shard and ends in identical files; memory holds one shard h
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from affectlens.engine import Engine, Readout, Request, Where
+from affectlens.engine import Engine, Readout, Request, Where, batched, in_order
 from affectlens.errors import FormatError
 from affectlens.runs import atomic_write, content_id, read_json, write_json
 
@@ -22,6 +22,9 @@ SHARD = 96
 
 TOKEN_SHARD = 4
 """The same where every token is kept: some hundred times as many rows a text."""
+
+BRANCH = 64
+"""Shards that are added up in one place before they are merged with others."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,31 @@ class Moments:
         if self.names != other.names:
             raise FormatError("moments of different concepts do not add up: select the same concepts first")
         return Moments(self.names, self.counts + other.counts, self.sums + other.sums)
+
+    @classmethod
+    def together(cls, parts: Iterable[Moments]) -> Moments:
+        """The moments of all parts, merged as a tree: of n parts as many as n has binary digits are held at a time.
+
+        Raises:
+            FormatError: There is no part, or they are of different concepts.
+
+        Example:
+            >>> one = Moments(("calm",), np.ones(1), np.ones((1, 2, 3)))
+            >>> Moments.together(one for _ in range(1000)).counts.tolist()
+            [1000.0]
+        """
+        tree: list[tuple[int, Moments]] = []
+        for part in parts:
+            size = 1
+            while tree and tree[-1][0] == size:
+                part, size = tree.pop()[1].merge(part), 2 * size
+            tree.append((size, part))
+        if not tree:
+            raise FormatError("there are no moments to add up: collect activations first")
+        whole = tree.pop()[1]
+        while tree:
+            whole = tree.pop()[1].merge(whole)
+        return whole
 
     @property
     def means(self) -> np.ndarray:
@@ -123,14 +151,17 @@ class Activations:
     def moments(self, names: Sequence[str]) -> Moments:
         """Counts and float64 sums of each concept, one shard in memory at a time."""
         row_of = {name: i for i, name in enumerate(names)}
-        out = Moments(tuple(names), np.zeros(len(names)), np.zeros((len(names), len(self.layers), self.width)))
-        for rows, path in self.shards():
-            values = _read(path, "values")
-            for value, concept in zip(values, self.concepts[rows], strict=True):
-                if (i := row_of.get(concept)) is not None:
-                    out.counts[i] += 1
-                    out.sums[i] += value
-        return out
+
+        def added_up(shards: Iterable[tuple[slice, Path]]) -> Moments:
+            out = Moments(tuple(names), np.zeros(len(names)), np.zeros((len(names), len(self.layers), self.width)))
+            for rows, path in shards:
+                for value, concept in zip(_read(path, "values"), self.concepts[rows], strict=True):
+                    if (i := row_of.get(concept)) is not None:
+                        out.counts[i] += 1
+                        out.sums[i] += value
+            return out
+
+        return Moments.together(map(added_up, batched(self.shards(), BRANCH)))
 
 
 def _read(path: Path, name: str, layer: int | None = None) -> np.ndarray:
@@ -148,7 +179,7 @@ def _read(path: Path, name: str, layer: int | None = None) -> np.ndarray:
 
 def collect(
     engine: Engine,
-    texts: Sequence[Text],
+    texts: Iterable[Text],
     folder: Path,
     *,
     first_token: int = 50,
@@ -159,7 +190,8 @@ def collect(
 
     Args:
         engine: The model.
-        texts: What to read; texts shorter than ``first_token`` tokens are left out and counted.
+        texts: What to read, a stream if there are many: of each only its labels are kept. Texts shorter than ``first_token``
+            tokens are left out and counted.
         folder: Where the shards go; shards of the same texts, model and options that are there are kept.
         first_token: Read from the text's own n-th token on, counted from 1 (the paper's 50; method 3).
         per_token: One row for each token instead of one mean for each text.
@@ -180,24 +212,32 @@ def collect(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     layers = tuple(range(-1, engine.info.n_layers))
-    by_id = {text.id: text for text in texts}
-    if len(by_id) < len(texts):
-        twice = Counter(text.id for text in texts).most_common(1)[0][0]
-        raise FormatError(f"two texts have the id {twice!r}: give each its own, or their labels get mixed up")
     where = Where(after=first_token - 1)
     readouts = (Readout(layers, where, "none" if per_token else "mean"), Readout(layers, where, "norm"))
-    parts = []
-    size = TOKEN_SHARD if per_token else SHARD
-    for i in range(0, len(texts), size):
-        chunk = texts[i : i + size]
-        part = folder / f"part{i // size:05d}.json"
+    labels: dict[str, tuple[str, str]] = {}
+
+    def shards() -> Iterator[tuple[int, list[Text]]]:
+        for number, chunk in enumerate(batched(texts, TOKEN_SHARD if per_token else SHARD)):
+            for text in chunk:
+                if text.id in labels:
+                    raise FormatError(f"two texts have the id {text.id!r}: give each its own, or their labels get mixed up")
+                labels[text.id] = text.concept, text.topic
+            yield number, chunk
+
+    def shard(each: tuple[int, list[Text]]) -> tuple[int, dict[str, Any]]:
+        number, chunk = each
+        part = folder / f"part{number:05d}.json"
         asked = content_id(
             [engine.info.fingerprint, engine.info.dtype, first_token, per_token, [(text.id, text.text) for text in chunk]]
         )
         if not part.exists() or read_json(part)["texts"] != asked:
             _collect_shard(engine, chunk, readouts, part, asked)
-        parts.append(read_json(part))
-        advance(len(chunk))
+        return len(chunk), read_json(part)
+
+    parts = []
+    for n, found in in_order(shard, shards(), at_once=engine.at_once):
+        parts.append(found)
+        advance(n)
     rows = [row for part in parts for row in part["rows"]]
     if not rows:
         raise FormatError(f"no text has {first_token} tokens: give longer texts or a lower first token")
@@ -208,8 +248,8 @@ def collect(
             "width": engine.info.width,
             "sizes": [len(part["rows"]) for part in parts],
             "ids": [row["id"] for row in rows],
-            "concepts": [by_id[row["id"]].concept for row in rows],
-            "topics": [by_id[row["id"]].topic for row in rows],
+            "concepts": [labels[row["id"]][0] for row in rows],
+            "topics": [labels[row["id"]][1] for row in rows],
             "n_tokens": [row["n_tokens"] for row in rows],
             "too_short": sum(part["too_short"] for part in parts),
         },

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +113,14 @@ def shared(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
             help="Accept vectors of another checkpoint of the architecture, or another chat template.",
         ),
         "model": click.option("--model", help="Model to use.  [default: the one the vectors name]"),
+        "replicas": click.option(
+            "--replicas",
+            type=click.IntRange(1),
+            help="Spread the work over so many workers, each with the model, with Ray.  [default: this process]",
+        ),
+        "address": click.option(
+            "--address", help="A Ray cluster for the workers: auto, HOST:PORT or ray://HOST:PORT.  [default: this machine]"
+        ),
         "other": click.option("--other", metavar="VECTORS", help="Vectors of the other speaker, to read beside the vectors."),
     }
 
@@ -124,6 +132,7 @@ def shared(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return decorate
 
 
+WORKERS = ("replicas", "address")
 MAKING = ("out", "concepts", "stories", "writer", "neutral", "per_concept", "first_token", "share", "per_token", "seed", "quick")
 
 
@@ -132,7 +141,7 @@ FILE = click.Path(exists=True, path_type=Path)
 
 @main.command()
 @click.argument("model", required=False)
-@shared(*MAKING, "device", "dtype", "fresh")
+@shared(*MAKING, "device", "dtype", *WORKERS, "fresh")
 @click.option("--only", help="Studies to run, separated by commas.  [default: all]")
 @click.option("--draws", type=click.IntRange(100), default=1000, show_default=True, help="Resamples and permutations.")
 @click.option("--base", metavar="MODEL", help="An earlier checkpoint of the architecture, to compare with.")
@@ -158,7 +167,7 @@ def study(model: str | None, only: str | None, draws: int, **options: Any) -> No
         return
     engine, source, run, recipe, writer = _open(model, **options)
     with run:
-        earlier = _engine(base, device=options["device"], dtype=options["dtype"]) if base else None
+        earlier = _engine(base, **_how(options)) if base else None
         how = {"only": names, "draws": draws, "base": earlier, "sources": sources, "quick": options["quick"]}
         report = study_run(engine, source, run, recipe, writer=writer, **how)
         report.print()
@@ -183,7 +192,7 @@ def _study_vectors(
 
 @main.command()
 @click.argument("model")
-@shared(*MAKING, "device", "dtype", "fresh")
+@shared(*MAKING, "device", "dtype", *WORKERS, "fresh")
 def discover(model: str, **options: Any) -> None:
     """The vectors of MODEL, without studies."""
     from affectlens.discovery import make_vectors
@@ -208,6 +217,8 @@ def _open(
     quick: bool,
     device: str,
     dtype: str,
+    replicas: int | None,
+    address: str | None,
     fresh: bool,
     **recipe: Any,
 ) -> tuple[Any, ...]:
@@ -225,8 +236,9 @@ def _open(
     short = {"per_concept": few, "max_tokens": 160} if quick else {}
     chosen: dict[str, Any] = {**short, **({"per_concept": per_concept} if per_concept else {}), **recipe}
     settings = Recipe(**chosen)
-    engine = _engine(model, device=device, dtype=dtype)
-    other = _engine(writer, device=device, dtype=dtype) if writer else None
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "replicas": replicas, "address": address}
+    engine = _engine(model, **how)
+    other = _engine(writer, **how) if writer else None
     source = open_stories(stories, wanted, engine, settings, writer=other)
     out = out or Path("runs") / "-".join(
         [
@@ -239,10 +251,18 @@ def _open(
     return engine, source, run, settings, other
 
 
-def _engine(model: str, *, device: str, dtype: str) -> Engine:
+def _engine(model: str, *, device: str, dtype: str, replicas: int | None = None, address: str | None = None) -> Engine:
     from affectlens.engine import open_engine
 
-    return open_engine(model) if model == "toy" else open_engine(model, device=device, dtype=dtype)
+    options = {} if model == "toy" else {"device": device, "dtype": dtype}
+    engine = open_engine(model, replicas=replicas, address=address, **options)
+    click.get_current_context().call_on_close(engine.close)
+    return engine
+
+
+def _how(options: Mapping[str, Any]) -> dict[str, Any]:
+    """How a model is opened, among the options of a command."""
+    return {name: options[name] for name in ("device", "dtype", *WORKERS) if name in options}
 
 
 @main.command()
@@ -256,7 +276,7 @@ def _engine(model: str, *, device: str, dtype: str) -> Engine:
 )
 @click.option("--quick", is_flag=True, help="Compare six layers, and measure the safe ranges of twelve emotions.")
 @click.option("--draws", type=click.IntRange(100), default=1000, show_default=True, help="Resamples and permutations.")
-@shared("model", "device", "dtype", "seed", "json")
+@shared("model", "device", "dtype", *WORKERS, "seed", "json")
 def calibrate(vectors: Path, perplexity: float, quick: bool, draws: int, as_json: bool, **options: Any) -> None:
     """Find out where and how strongly VECTORS should steer, and keep it beside them.
 
@@ -272,7 +292,7 @@ def calibrate(vectors: Path, perplexity: float, quick: bool, draws: int, as_json
 
     folder = vectors_folder(vectors)
     name = options["model"] or str(ConceptVectors.load(folder, calibrated=False).model["id"])
-    engine = _engine(name, device=options["device"], dtype=options["dtype"])
+    engine = _engine(name, **_how(options))
     loaded, outcome = measure(engine, folder, bounds=Bounds(perplexity), quick=quick, draws=draws, seed=options["seed"])
     found = loaded.calibration
     assert found is not None  # measure() raises otherwise
@@ -586,7 +606,7 @@ def measure_baseline(
 @click.option("--weights", metavar="MIX", help="Add a column weight, exp of calm=0.5,hostile=-1 (mean scores).")
 @click.option("--column", default="affect", show_default=True, help="Name of the column with scores.")
 @click.option("--baseline", type=FILE, help="What z is stated against.  [default: that beside the vectors]")
-@shared("concepts", "fresh", "layer", "model", "device", "dtype", "allow", "json")
+@shared("concepts", "fresh", "layer", "model", "device", "dtype", *WORKERS, "allow", "json")
 def score_corpus(
     dataset: str,
     vectors: str,
@@ -692,7 +712,7 @@ def baseline(vectors: str, file: Path | None, out: Path | None, other: str | Non
 @click.option("--watch", metavar="NAME", multiple=True, help="Read this emotion too, at every token; may be repeated.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/EXPERIMENT-MODEL]")
 @click.option("--baseline", type=FILE, help="What z is stated against.  [default: that beside the vectors]")
-@shared("seed", "fresh", "layer", "model", "device", "dtype", "allow", "json")
+@shared("seed", "fresh", "layer", "model", "device", "dtype", *WORKERS, "allow", "json")
 def run(experiment: str, vectors: str, sweeps: tuple[str, ...], judge: str | None, **options: Any) -> None:
     """Run EXPERIMENT on the model of VECTORS, steered by each of its sweeps, with controls. Resumes where it stopped.
 
@@ -1035,7 +1055,7 @@ def import_(
     contrast: bool,
     neutral: str,
     first_token: int,
-    **how: str,
+    **how: Any,
 ) -> None:
     """Make vectors of somebody's FILE (.npz, .safetensors, .gguf), with units measured on MODEL.
 
@@ -1160,9 +1180,12 @@ def features(
     "--time-limit", type=click.FloatRange(0, min_open=True), default=300, show_default=True, help="Seconds of a reply at most."
 )
 @click.option("--max-tokens", type=click.IntRange(1), default=4096, show_default=True, help="Tokens of a reply at most.")
+@click.option(
+    "--engine", "backend", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True, help="What runs the model."
+)
 @click.option("--runs", type=FILE, help="A folder of runs whose studies the dashboard shows.")
 @shared("concepts", "layer", "model", "device", "dtype", "allow")
-def serve(vectors: str, rules: str | None, api_keys: Path | None, **options: Any) -> None:
+def serve(vectors: str, rules: str | None, api_keys: Path | None, backend: str, **options: Any) -> None:
     """Serve the model of VECTORS: OpenAI's API with emotion dials and live readings, and a dashboard.
 
     POST /v1/chat/completions takes what OpenAI's clients send; their extra_body adds emotion_bias, readings, rules and compare.
@@ -1203,7 +1226,7 @@ def serve(vectors: str, rules: str | None, api_keys: Path | None, **options: Any
         max_age=timedelta(days=days) if days else None,
         max_bytes=round(gigabytes * 1e9) if gigabytes else None,
     )
-    loaded, engine = _vectors_and_engine(vectors, **options)
+    loaded, engine = _vectors_and_engine(vectors, backend=backend, **options)
     if options["calibration"]:
         loaded = _calibrated(loaded, vectors, options["calibration"])
     monitor = Monitor(loaded, _baseline(vectors, loaded, engine, options["baseline"]), rules=policies)
@@ -1385,6 +1408,7 @@ def list_(what: str, as_json: bool) -> None:
             "hf": "transformers: a Hub id, a folder or a GGUF file",
             "smollm2-135m": "the demo model",
             "toy": "planted directions",
+            "ray": "any of these on several workers: --replicas",
         }
     elif what == "concepts":
         from affectlens.concepts import ConceptSet
@@ -1406,14 +1430,15 @@ def list_(what: str, as_json: bool) -> None:
 
 
 def _vectors_and_engine(
-    name: str, *, layer: int | None, model: str | None, device: str, dtype: str, allow: tuple[str, ...], **_: Any
+    name: str, *, layer: int | None, model: str | None, allow: tuple[str, ...], backend: str = "hf", **options: Any
 ) -> tuple[ConceptVectors, Engine]:
     from affectlens.exchange import load_vectors
 
     vectors = load_vectors(name)
     if layer is not None:
         vectors = vectors.with_layer(layer)
-    engine = _engine(model or str(vectors.model["id"]), device=device, dtype=dtype)
+    wanted = model or str(vectors.model["id"])
+    engine = _engine(f"vllm/{wanted}" if backend == "vllm" else wanted, **_how(options))
     vectors.check(engine.info, allow=allow)
     return vectors, engine
 

@@ -22,7 +22,7 @@ import numpy as np
 from affectlens.activations import Activations, Text, collect
 from affectlens.concepts import Concept, ConceptSet
 from affectlens.corpus import STORIES, bundled, read_texts
-from affectlens.engine import Engine, Request, Sampling
+from affectlens.engine import Engine, Request, Sampling, in_order
 from affectlens.errors import AffectlensError, FormatError
 from affectlens.runs import Progress, Run, Stage, atomic_write, content_id
 from affectlens.vectors import ConceptVectors
@@ -82,9 +82,10 @@ class Discovery:
 
 
 class StorySource(Protocol):
-    """Where stories come from."""
+    """Where stories come from; ``at_once`` says how many of its shards can be made at a time."""
 
     concepts: ConceptSet
+    at_once: int
 
     def describe(self) -> dict[str, Any]:
         """What decides the stories, as plain data: a change starts the stage again."""
@@ -117,7 +118,7 @@ class WrittenStories:
                 f"{self.per_concept} stories a concept need as many topics, and there are {len(concepts.topics)}: "
                 "lower --per-concept or add topics"
             )
-        self.writer, self.concepts, self.recipe = writer, concepts, recipe
+        self.writer, self.concepts, self.recipe, self.at_once = writer, concepts, recipe, writer.at_once
         chosen = np.random.default_rng(recipe.seed).permutation(len(concepts.topics))[: self.per_concept]
         # Topic by topic: a run that is cut short still has every concept.
         self.plan = [(concept, concepts.topics[t]) for t in chosen for concept in concepts]
@@ -178,6 +179,8 @@ class CorpusStories:
     Raises:
         FormatError: Nothing there, a broken record, or stories of fewer than two concepts.
     """
+
+    at_once = 1
 
     def __init__(
         self,
@@ -266,12 +269,15 @@ def gather_stories(source: StorySource, stage: Stage, advance: Callable[[int], N
     import pyarrow.parquet as pq
 
     n = source.shards()
-    for i in range(n):
+
+    def make(i: int) -> None:
         path = stage.shard_path(i, ".parquet")
         if not path.exists():
             texts = source.shard(i)
             with atomic_write(path) as temporary:
                 pq.write_table(pa.Table.from_pylist([asdict(text) for text in texts]), temporary)
+
+    for _ in in_order(make, range(n), at_once=source.at_once):
         advance(1)
     # Duplicates are found over all shards in their order, so the filter runs anew each time: it takes no time.
     seen: set[str] = set()

@@ -19,9 +19,11 @@ import hashlib
 import itertools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 
@@ -36,6 +38,8 @@ from affectlens.steering import Steering as Steering
 from affectlens.steering import Term as Term
 
 Pool = Literal["none", "mean", "last", "norm"]
+Item = TypeVar("Item")
+Done = TypeVar("Done")
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,9 +221,18 @@ class ModelInfo:
 
 
 class Engine(ABC):
-    """A model you can run. Backends implement :meth:`run` (and :meth:`unembed`); the rest is written once, here."""
+    """A model you can run. Backends implement :meth:`run` (and :meth:`unembed`); the rest is written once, here.
+
+    Attributes:
+        info: What there is to know about the model.
+        window: How many requests of a run are looked at together, at most. What is batched together decides how it is rounded:
+            whoever divides a run divides it here.
+        at_once: How many runs may be under way at a time, each in a thread of its own (:func:`in_order`).
+    """
 
     info: ModelInfo
+    window: int = 256
+    at_once: int = 1
 
     @abstractmethod
     def run(self, requests: Iterable[Request]) -> Iterator[Result]:
@@ -253,6 +266,15 @@ class Engine(ABC):
     def session(self) -> Session:
         """Begin to serve requests that come and go, one of which need not wait for the others."""
         return Session(self)
+
+    def close(self) -> None:  # noqa: B027 - most engines have nothing to end
+        """End the processes that belong to it, if it has any. It cannot be used any more."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def generate(
         self, prompts: Iterable[str | Chat], *, sampling: Sampling = Sampling(), steering: Steering = Steering()
@@ -417,6 +439,38 @@ def refuse_too_long(n_tokens: int, request: Request, info: ModelInfo) -> None:
         )
 
 
+def in_order(work: Callable[[Item], Done], items: Iterable[Item], *, at_once: int) -> Iterator[Done]:
+    """Do several pieces of work at a time, each in a thread of its own, and yield what they give in the order of the items.
+
+    Args:
+        work: What is done to an item; with an engine it may begin runs of its own.
+        items: As many are drawn as are under way or wait to be yielded, at most twice ``at_once``.
+        at_once: How many: ``engine.at_once``. With 1 nothing leaves this thread.
+
+    Example:
+        >>> list(in_order(len, ["a", "to", "the"], at_once=2))
+        [1, 2, 3]
+    """
+    if at_once == 1:
+        yield from map(work, items)
+        return
+    threads = ThreadPoolExecutor(at_once, thread_name_prefix="affectlens")
+    begun: deque[Future[Done]] = deque()
+    wait = True
+    try:
+        for item in items:
+            begun.append(threads.submit(work, item))
+            if len(begun) == 2 * at_once:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+    except KeyboardInterrupt:
+        wait = False  # whoever interrupts does not want to wait for what is under way
+        raise
+    finally:
+        threads.shutdown(wait=wait, cancel_futures=True)
+
+
 def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     """Lists of up to ``size`` items, in order (``itertools.batched`` is Python 3.12)."""
     iterator = iter(items)
@@ -424,16 +478,21 @@ def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield batch
 
 
-def open_engine(name: Any, **options: Any) -> Engine:
+def open_engine(name: Any, *, replicas: int | None = None, address: str | None = None, **options: Any) -> Engine:
     """Open a model.
 
     Args:
         name: ``"toy"``; ``"smollm2-135m"``; a Hub id, with or without ``hf/`` before it; a folder with safetensors; a GGUF file.
+            ``vllm/`` before a name runs it with vLLM (:class:`affectlens.engines.vllm.VLLMEngine`).
             Or a ``transformers`` model that is loaded already, with its ``tokenizer=``: nothing of it is copied, and what is read
             are the weights that it has when it is read.
-        options: Passed to the backend (``device``, ``dtype`` and ``token_budget`` for transformers).
+        replicas: How many workers run it, with Ray (:mod:`affectlens.engines.ray`); None and 1 run it in this process.
+        address: Of the Ray cluster that the workers are on; None for this machine.
+        options: Passed to the backend (``device``, ``dtype`` and ``token_budget`` for transformers; see
+            :meth:`affectlens.engines.vllm.VLLMEngine.load` for vLLM).
 
     Raises:
+        MissingExtra: Workers are asked for and Ray is not installed.
         ModelSupportError: The model cannot be read or steered.
         FormatError: The file is broken.
         UnknownName: There is no such model.
@@ -442,10 +501,20 @@ def open_engine(name: Any, **options: Any) -> Engine:
         >>> open_engine("toy").info.n_layers
         6
     """
+    if replicas is not None and replicas < 1:
+        raise EngineError(f"replicas is {replicas}: use 1 or more")
+    if address is not None or (replicas or 1) > 1:
+        from affectlens.engines.ray import RayEngine
+
+        return RayEngine(name, replicas=replicas or 1, address=address, **options)
     if name == "toy":
         from affectlens.engines.toy import ToyEngine
 
         return ToyEngine(**options)
+    if isinstance(name, str) and name.startswith("vllm/"):
+        from affectlens.engines.vllm import VLLMEngine
+
+        return VLLMEngine.load(name, **options)
     from affectlens.engines.hf import HFEngine
 
     return HFEngine.load(name, **options) if isinstance(name, str) else HFEngine.around(name, **options)

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import uuid
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -308,3 +308,24 @@ def _publish(partial: Path, folder: Path) -> None:
         if not _is_prepared(folder):
             raise
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def fingerprint(parameters: Iterable[tuple[str, Any]]) -> str:
+    """What identifies weights, whatever their dtype and wherever they lie: a hash of the beginning of each parameter.
+
+    Args:
+        parameters: Names within the decoder, each with its tensor, or with the first 64 numbers of it.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name, parameter in sorted(parameters, key=lambda pair: pair[0]):
+        sample = parameter.detach().flatten()[:64].to("cpu", torch.bfloat16).float()
+        digest.update(name.encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def template_hash(tokenizer: Any) -> str | None:
+    """A hash of a tokenizer's chat template; None if it has none."""
+    template = tokenizer.chat_template
+    return hashlib.sha256(str(template).encode()).hexdigest()[:16] if template else None

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from affectlens.engine import Engine, Layout, Reading, Readout, Request, Result, batched, plain_data
+from affectlens.engine import Engine, Layout, Reading, Readout, Request, Result, batched, in_order, plain_data
 from affectlens.errors import FormatError
 from affectlens.runs import atomic_write, content_id
 
@@ -51,7 +51,7 @@ class Readings:
         self, engine: Engine, folder: Path, *, run: Callable[[Sequence[Request]], Iterable[Result]] | None = None
     ) -> None:
         self.engine, self.folder = engine, Path(folder)
-        self._run = run or engine.run
+        self._run, self._at_once = (run, 1) if run else (engine.run, engine.at_once)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._keys: dict[int, tuple[Readout, str]] = {}
         self._where: dict[tuple[str, str], tuple[Path, int, int]] = {}
@@ -72,9 +72,13 @@ class Readings:
             ([r for r in merged if r.sampling is None], SHARD),
             ([r for r in merged if r.sampling is not None], FEW_GENERATED),
         ):
-            for chunk in batched(group, size):
-                self._write(chunk, list(self._run(chunk)))
+            chunks = list(batched(group, size))
+            for kept, chunk in zip(in_order(self._kept, chunks, at_once=self._at_once), chunks, strict=True):
+                self._index(*kept)
                 advance(len(chunk))
+
+    def _kept(self, chunk: Sequence[Request]) -> tuple[Path, list[dict[str, Any]]]:
+        return self._write(chunk, list(self._run(chunk)))
 
     def missing(self, requests: Iterable[Request]) -> list[Request]:
         """The requests still to be run, those about the same prompt merged into one."""
@@ -131,11 +135,11 @@ class Readings:
                 self._where[result["base"], key] = (path, number, r)
             self._where.setdefault((result["base"], ""), (path, number, 0))
 
-    def _write(self, requests: Sequence[Request], results: Sequence[Result]) -> None:
+    def _write(self, requests: Sequence[Request], results: Sequence[Result]) -> tuple[Path, list[dict[str, Any]]]:
         from safetensors.numpy import save
 
         arrays: dict[str, np.ndarray] = {}
-        plain = []
+        plain: list[dict[str, Any]] = []
         for number, (request, result) in enumerate(zip(requests, results, strict=True)):
             for r, reading in enumerate(result.readings):
                 for part in ("values", "norms", "positions"):
@@ -156,7 +160,7 @@ class Readings:
         path = self.folder / f"{name}.safetensors"
         with atomic_write(path) as temporary:
             temporary.write_bytes(save(arrays, {"results": json.dumps({"results": plain})}))
-        self._index(path, plain)
+        return path, plain
 
     def _key(self, readout: Readout | None) -> str:
         if readout is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -231,9 +232,10 @@ class Probe:
     alone: bool = False
     template: bool = True
 
-    @property
+    @cached_property
     def readouts(self) -> tuple[Readout, ...]:
-        """What to record of every request: of the vectors, and of those of the other speaker."""
+        """What to record of every request: of the vectors, and of those of the other speaker. The same objects each time:
+        engines batch by them."""
         return tuple(conversations.trace_readout(each) for each in (self.vectors, self.other) if each is not None)
 
     def scores(self, result: Result) -> tuple[np.ndarray, np.ndarray | None]:

@@ -1,7 +1,12 @@
-"""The engines that the contract is checked on, each opened once: the toy, eight tiny families, the demo model."""
+"""The engines that the contract is checked on, each opened once: the toy, the toy on workers, eight tiny families, the demo.
+
+In an environment that has vLLM (`make test` makes one of its own) it is checked on that instead, and on nothing else: other
+engines are checked where the package's own pins hold.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,12 +15,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from affectlens.engine import Engine, Gate, Readout, Request, Result, Steering, Term, Where
+import vllm_here
+from affectlens.engine import Engine, Gate, Readout, Request, Result, Steering, Term, Where, open_engine
 
 # Plain, grouped-query, sliding windows in a multimodal wrapper, learned positions, ALiBi with tuples, experts, hybrid, parallel.
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt2", "bloom", "mixtral", "falcon_h1", "gpt_neox")
 DEMO = "smollm2-135m"
-ENGINES = ("toy", *FAMILIES, pytest.param(DEMO, marks=pytest.mark.real))
+VLLM = importlib.util.find_spec("vllm") is not None
+ENGINES = (
+    tuple(f"vllm {name}" for name in vllm_here.FAMILIES)
+    if VLLM
+    else ("toy", "ray", *FAMILIES, pytest.param(DEMO, marks=pytest.mark.real))
+)
 
 TEXTS = ("the calm sea", "She slammed the door and shouted at everyone.", (("user", "I lost my keys."),))
 
@@ -37,7 +48,7 @@ class Subject:
     @property
     def tiny(self) -> bool:
         """A random model that speaks bytes: of its texts few come back as the same tokens."""
-        return self.name in FAMILIES
+        return self.name in FAMILIES or self.name.startswith("vllm")
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -120,6 +131,16 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
         yield Subject(name, ToyEngine(), 1e-5)
         return
+    if name == "ray":
+        pytest.importorskip("ray")
+        with open_engine("toy", replicas=2) as engine:
+            yield Subject(name, engine, 1e-5)
+        return
+    if name.startswith("vllm"):
+        family = name.partition(" ")[2]
+
+        yield Subject(name, vllm_here.opened(family, tmp_path_factory.mktemp("model"), step=48), 1e-4)
+        return
     import torch
 
     from affectlens.engines.hf import HFEngine
@@ -139,7 +160,7 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def hf(subject: Subject) -> Any:
-    """The engine when it is one of transformers; other engines skip."""
-    if subject.name == "toy":
+    """The engine when it is one of transformers: the test looks at how that engine does it. Other engines skip."""
+    if subject.name in ("toy", "ray") or subject.name.startswith("vllm"):
         pytest.skip("only for transformers")
     return subject.engine

@@ -35,7 +35,7 @@ from affectlens.corpus import cut
 from affectlens.curation.regulation import Measures, Tally
 from affectlens.curation.selection import Filter, Sieve, Weights
 from affectlens.dataset import ROWS, TABLES, Column, Dataset, Part, Record, Shard
-from affectlens.engine import Engine, Layout, Request, Result
+from affectlens.engine import Engine, Layout, Request, Result, in_order
 from affectlens.errors import EngineError, FormatError
 from affectlens.rules import OWN
 from affectlens.runs import Progress, content_id, provenance, read_json, sha256_file, write_json
@@ -650,20 +650,23 @@ def _shards(engine: Engine, data: Dataset, shards: Sequence[Shard], scorer: Scor
             continue
         if not old.stem.isdigit() or int(old.stem) in missing or int(old.stem) >= len(shards):
             old.unlink()
+    # One reader for all: a dataset is read from front to end.
+    parts = ((shard, data.read(shard, columns=scorer.source.columns)) for shard in shards if shard.number in missing)
+
+    def make(each: tuple[Shard, Part]) -> None:
+        shard, part = each
+        columns, keep, tally = score_shard(engine, part, scorer, row=shard.row)
+        file = folder / stage.shard_path(shard.number, data.suffix).name
+        kept = int(keep.sum())
+        if kept or not shard.number:  # the first one says what the columns are, also where nothing is kept
+            part.write(file, keep, columns)
+        there = {"file": file.name, "bytes": file.stat().st_size, "sha256": sha256_file(file)} if file.exists() else {}
+        record = {"rows": shard.rows, "kept": kept, "written": there, "tally": tally.as_dict()}
+        write_json(stage.shard_path(shard.number, ".json"), record)
+
     with Progress() as progress:
         progress.start(len(missing), "shards")
-        for shard in shards:
-            if shard.number not in missing:
-                continue
-            part = data.read(shard, columns=scorer.source.columns)
-            columns, keep, tally = score_shard(engine, part, scorer, row=shard.row)
-            file = folder / stage.shard_path(shard.number, data.suffix).name
-            kept = int(keep.sum())
-            if kept or not shard.number:  # the first one says what the columns are, also where nothing is kept
-                part.write(file, keep, columns)
-            there = {"file": file.name, "bytes": file.stat().st_size, "sha256": sha256_file(file)} if file.exists() else {}
-            record = {"rows": shard.rows, "kept": kept, "written": there, "tally": tally.as_dict()}
-            write_json(stage.shard_path(shard.number, ".json"), record)
+        for _ in in_order(make, parts, at_once=engine.at_once):
             progress.advance()
     total = Tally(scorer.measures)
     written = []

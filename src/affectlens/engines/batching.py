@@ -44,8 +44,9 @@ from affectlens.engines.decode import (
     reading_of,
     unpooled,
 )
-from affectlens.engines.hf import GENERATE_TOKENS, Row
+from affectlens.engines.hf import GENERATE_TOKENS
 from affectlens.engines.residual import Pass, Recorder, Stop, Taps
+from affectlens.engines.rows import Row
 from affectlens.errors import AffectlensError, EngineError
 from affectlens.layout import Layout
 
@@ -456,7 +457,7 @@ class BatchSession(Session):
         tokens = draw(logits, replies)
         likely = logprobs_of(logits, replies, tokens)
         for n, (reply, token) in enumerate(zip(replies, tokens, strict=True)):
-            reply.take(token, self._hf, self._ends, likely.get(n))
+            reply.take(token, self._hf.tokenizer, self._ends, likely.get(n))
         self._tell(seats, out)
 
     def _tell(self, seats: Sequence[_Seat], out: Came) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from affectlens.engine import Layout, Reading, Readout, Request, Result, Sampling, Steering, Term, Where
+from affectlens.engine import Engine, Layout, Reading, Readout, Request, Result, Sampling, Steering, Term, Where
 from affectlens.errors import AffectlensError, EngineError, ModelSupportError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 TOLERANCE = {"float32": 2e-3, "float16": 0.1, "bfloat16": 0.1}
 """Largest relative difference of a residual that rounding may explain; a shifted position differs by about 1."""
 
-_TEXTS = (
+TEXTS = (
     "The ferry leaves the harbour at nine, and the crossing takes about forty minutes when the wind is low.",
     "She wrote the number on the back of an envelope.",
     "Two boxes stood by the door.",
@@ -41,7 +41,7 @@ def examine(engine: HFEngine) -> tuple[list[tuple[str, str]], str | None]:
     info = engine.info
     limit = TOLERANCE.get(info.dtype, 0.1)
     everything = Readout(tuple(range(info.n_layers)), Where(), "none")
-    requests = [Request(text, readouts=(everything,)) for text in _TEXTS]
+    requests = [Request(text, readouts=(everything,)) for text in TEXTS]
     checks = [("residual stream", f"{info.n_layers} blocks ({type(engine.blocks[0]).__name__}), width {info.width}")]
     # Texts of three different lengths, one at a time: the plain way that everything else is held against.
     try:
@@ -52,9 +52,9 @@ def examine(engine: HFEngine) -> tuple[list[tuple[str, str]], str | None]:
             f"{info.id} cannot be read ({why}): affectlens reads models that run every block on every text"
         ) from None
     checks.append(("hooks", f"each of {info.n_layers} blocks fired once a pass"))
-    checks.append(("residual norm", _sane(alone, info.id)))
-    checks.append(("causal", _causal(engine, everything, alone, limit)))
-    checks.append(("steering", _steered(engine, requests[0], alone[0], limit)))
+    checks.append(("residual norm", sane(alone, info.id)))
+    checks.append(("causal", causal(engine, everything, alone, limit)))
+    checks.append(("steering", steered(engine, requests[0], alone[0], limit)))
 
     engine.can_pad = True
     padded = _difference(lambda: _read(engine, requests), alone)
@@ -98,7 +98,7 @@ def examine(engine: HFEngine) -> tuple[list[tuple[str, str]], str | None]:
     return checks, reply_token
 
 
-def _read(engine: HFEngine, requests: list[Request]) -> list[tuple[Layout, Reading]]:
+def _read(engine: Engine, requests: list[Request]) -> list[tuple[Layout, Reading]]:
     return [(result.layout, result.readings[0]) for result in engine.run(requests)]
 
 
@@ -111,7 +111,7 @@ def _prompt_part(read: tuple[Layout, Reading]) -> tuple[Layout, Reading]:
 def _difference(run: Callable[[], list[tuple[Layout, Reading]]], alone: list[tuple[Layout, Reading]]) -> float:
     """Largest relative difference over layers and tokens; infinite when the model refuses to run this way."""
     try:
-        return max(_apart(got.values, want.values) for (_, got), (_, want) in zip(run(), alone, strict=True))
+        return max(apart(got.values, want.values) for (_, got), (_, want) in zip(run(), alone, strict=True))
     except AffectlensError:
         raise
     except Exception:  # a family that cannot run this way says so in its own words: then it is not run this way
@@ -124,7 +124,7 @@ def _generated_together(engine: HFEngine, requests: list[Request], layouts: list
     Some recurrent families mix up the rows of a batch once a state is carried from token to token.
     """
     from affectlens.engines.decode import decode
-    from affectlens.engines.hf import Row
+    from affectlens.engines.rows import Row
 
     n = min(map(len, layouts))
     rows = []
@@ -172,7 +172,7 @@ def _joined(engine: HFEngine, requests: list[Request], limit: float) -> float:
     pairs = [_while_alike((r.layout, r.readings[0]), want) for r, want in zip(results, alone, strict=True)]
     if not all(got.positions[-1] >= result.layout.n_prompt for (got, _), result in zip(pairs, results, strict=True)):
         return float("inf")
-    return max(_apart(got.values, want.values) for got, want in pairs)
+    return max(apart(got.values, want.values) for got, want in pairs)
 
 
 def _while_alike(a: tuple[Layout, Reading], b: tuple[Layout, Reading]) -> tuple[Reading, Reading]:
@@ -183,7 +183,7 @@ def _while_alike(a: tuple[Layout, Reading], b: tuple[Layout, Reading]) -> tuple[
     )
 
 
-def _apart(got: np.ndarray, want: np.ndarray) -> float:
+def apart(got: np.ndarray, want: np.ndarray) -> float:
     """Relative to the token's norm, or the layer's median norm for a token below it: neither tiny tokens nor sinks decide."""
     if got.shape != want.shape or not np.isfinite(got).all():
         return float("inf")
@@ -197,7 +197,7 @@ def _way(difference: float, used: bool, instead: str) -> str:
     return size if used else f"{size}: {instead}"
 
 
-def _sane(alone: list[tuple[Layout, Reading]], id: str) -> str:
+def sane(alone: list[tuple[Layout, Reading]], id: str) -> str:
     norms = np.concatenate([reading.norms for _, reading in alone], axis=1)
     if not np.isfinite(norms).all() or (norms <= 0).any():
         raise ModelSupportError(f"the residuals of {id} are not finite and positive: try --dtype float32, or check the weights")
@@ -205,13 +205,13 @@ def _sane(alone: list[tuple[Layout, Reading]], id: str) -> str:
     return f"median {middle[0]:.3g} after the first block, {middle[-1]:.3g} after the last"
 
 
-def _causal(engine: HFEngine, everything: Readout, alone: list[tuple[Layout, Reading]], limit: float) -> str:
+def causal(engine: Engine, everything: Readout, alone: list[tuple[Layout, Reading]], limit: float) -> str:
     layout, whole = alone[0]
     cut = layout.offsets[len(layout) // 2][0]
     _, start = _read(engine, [Request(layout.text[:cut].rstrip(), readouts=(everything,))])[0]
     # The cut may tokenize its last word differently: compare what comes before it.
     n = start.values.shape[1] - 1
-    difference = _apart(start.values[:, :n], whole.values[:, :n])
+    difference = apart(start.values[:, :n], whole.values[:, :n])
     if not difference <= limit:
         raise ModelSupportError(
             f"{engine.info.id} is not causal: words that come later changed earlier residuals ({difference:.1e}); "
@@ -220,7 +220,7 @@ def _causal(engine: HFEngine, everything: Readout, alone: list[tuple[Layout, Rea
     return f"later words leave earlier residuals alone ({difference:.1e})"
 
 
-def _steered(engine: HFEngine, request: Request, alone: tuple[Layout, Reading], limit: float) -> str:
+def steered(engine: Engine, request: Request, alone: tuple[Layout, Reading], limit: float) -> str:
     info = engine.info
     layer = info.default_layer
     direction = np.random.default_rng(0).normal(size=info.width).astype(np.float32)
@@ -229,7 +229,7 @@ def _steered(engine: HFEngine, request: Request, alone: tuple[Layout, Reading], 
     push = Steering((Term("check", 1.0, (layer,), (layer,), direction[None], norm),))
     readout = Readout((layer,), Where(), "none")
     _, moved = _read(engine, [Request(request.prompt, readouts=(readout,), steering=push)])[0]
-    difference = _apart(moved.values, alone[1].values[layer : layer + 1] + norm * direction)
+    difference = apart(moved.values, alone[1].values[layer : layer + 1] + norm * direction)
     if not difference <= limit:
         raise ModelSupportError(
             f"steering does not arrive in {info.id}: the residual at layer {layer} moved by something else ({difference:.1e})"
@@ -280,7 +280,7 @@ def _try_sharing(engine: HFEngine, everything: Readout, norm: float, limit: floa
     push = Steering((Term("check", 0.3, (layer,), (layer,), direction, np.array([norm], dtype=np.float32)),))
     steerings = (Steering(), push.at(Where(text="boxes")), push.at(Where(text="It")), -push)
     requests = [
-        Request(f"{_TEXTS[2]} It {end}.", readouts=(everything,), steering=steering, choices=("A",))
+        Request(f"{TEXTS[2]} It {end}.", readouts=(everything,), steering=steering, choices=("A",))
         for end in ("rained", "was cold")
         for steering in steerings
     ]

@@ -15,8 +15,8 @@ import torch
 
 from affectlens.engine import Logprob, Reading, Readout, Result, Sampling
 from affectlens.engines.changes import Plan, Tokens, Work
-from affectlens.engines.hf import Row, grown, tokens_of
 from affectlens.engines.residual import Pass, Recorder, Stop, Tape, Taps
+from affectlens.engines.rows import Row, grown, tokens_of
 from affectlens.errors import ModelSupportError
 from affectlens.layout import Layout, Where
 
@@ -85,7 +85,7 @@ class Reply:
         self.layout = grown(self.layout, self.ids[known:], self.pieces[known:])
         return self.layout
 
-    def take(self, token: int, engine: HFEngine, ends: frozenset[int], logprob: Logprob | None) -> None:
+    def take(self, token: int, tokenizer: Any, ends: frozenset[int], logprob: Logprob | None) -> None:
         """Append a token; finish at an end token, a stop string or the limit."""
         if token in ends:
             self.finish = "stop"
@@ -93,7 +93,7 @@ class Reply:
         self.ids.append(token)
         if logprob is not None:
             self.logprobs.append(logprob)
-        self.pieces.append(self._piece(engine))
+        self.pieces.append(self._piece(tokenizer))
         for stop in self.sampling.stop:
             if (at := self.text.find(stop)) >= 0:
                 self._cut(at)
@@ -113,11 +113,11 @@ class Reply:
         new, self.shown = text[self.shown : len(text) - held], max(self.shown, len(text) - held)
         return new
 
-    def _piece(self, engine: HFEngine) -> str:
+    def _piece(self, tokenizer: Any) -> str:
         """Text that the newest token adds. An unfinished character waits for the token that completes it."""
         start, read = self.decoded
-        before = engine.tokenizer.decode(self.ids[start:read], skip_special_tokens=True)
-        now = engine.tokenizer.decode(self.ids[start:], skip_special_tokens=True)
+        before = tokenizer.decode(self.ids[start:read], skip_special_tokens=True)
+        now = tokenizer.decode(self.ids[start:], skip_special_tokens=True)
         if now.endswith("\ufffd") and len(self.ids) < self.sampling.max_tokens:
             return ""
         self.decoded = (read, len(self.ids))
@@ -185,7 +185,7 @@ def decode(engine: HFEngine, batch: list[Row]) -> Iterator[tuple[Row, Result]]:
             likely = logprobs_of(logits, replies, tokens)
             for n, (reply, token) in enumerate(zip(replies, tokens, strict=True)):
                 if not reply.finish:
-                    reply.take(token, engine, ends, likely.get(n))
+                    reply.take(token, engine.tokenizer, ends, likely.get(n))
             owing = {n: reply for n, reply in streaming.items() if reply.owes}
             yield from partials({n: reply for n, reply in streaming.items() if n not in owing}, record.readings)
             feeding = [reply.owes or not reply.finish for reply in replies]
@@ -228,7 +228,7 @@ def draw(logits: torch.Tensor, replies: list[Reply]) -> list[int]:
             groups.setdefault((s.temperature, s.top_p, s.top_k), []).append(n)
     for (temperature, top_p, top_k), rows in groups.items():
         uniform = torch.tensor([replies[n].random.random() for n in rows], dtype=torch.float32)
-        tokens[rows] = _sample(logits[rows] / temperature, top_p, top_k, uniform.to(logits.device)[:, None])
+        tokens[rows] = sample(logits[rows] / temperature, top_p, top_k, uniform.to(logits.device)[:, None])
     return tokens.tolist()
 
 
@@ -248,7 +248,7 @@ def logprobs_of(logits: torch.Tensor, replies: list[Reply], tokens: list[int]) -
     }
 
 
-def _sample(logits: torch.Tensor, top_p: float, top_k: int, uniform: torch.Tensor) -> torch.Tensor:
+def sample(logits: torch.Tensor, top_p: float, top_k: int, uniform: torch.Tensor) -> torch.Tensor:
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -299,7 +299,7 @@ def may_grow(where: Where) -> bool:
     return where.part != "prompt" and where.role in (None, "assistant")
 
 
-def _candidates(row: Row, readout: Readout) -> np.ndarray:
+def candidates(row: Row, readout: Readout) -> np.ndarray:
     return replace(readout.where, text=None, after=0, first=None, last=None).mask(row.layout)
 
 
@@ -389,7 +389,7 @@ class Prompts:
         self.recorders: list[Recorder] = []
         self._places: list[list[tuple[int, int, np.ndarray]]] = []
         for readout, own in alike(rows):
-            places = [(n, r, np.flatnonzero(_candidates(rows[n], readout))) for n, r in own]
+            places = [(n, r, np.flatnonzero(candidates(rows[n], readout))) for n, r in own]
             if any(len(positions) for *_, positions in places):
                 flat = [starts[n] + positions for n, _, positions in places]
                 self.recorders.append(Recorder(unpooled(readout), flat, device))
@@ -459,15 +459,15 @@ def reading_of(readout: Readout, layout: Layout, parts: Sequence[Part], *, first
     wanted[:first] = False
     kept = [part.of(keep) for part in parts if (keep := wanted[np.minimum(part.positions, len(layout))]).any()]
     if not kept:
-        return _nothing(readout, width)
+        return nothing(readout, width)
     positions, values, norms = (
         np.concatenate([getattr(part, name) for part in kept], axis=axis)
         for name, axis in (("positions", 0), ("values", 1), ("norms", 1))
     )
-    return _pooled(readout, positions, values, norms)
+    return pooled(readout, positions, values, norms)
 
 
-def _nothing(readout: Readout, width: int) -> Reading:
+def nothing(readout: Readout, width: int) -> Reading:
     """The reading of a selector that selects no token."""
     n_layers, width = len(readout.layers), width if readout.onto is None else readout.onto.shape[1]
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -479,7 +479,7 @@ def _nothing(readout: Readout, width: int) -> Reading:
     return Reading(values, norms, np.empty(0, dtype=np.int64))
 
 
-def _pooled(readout: Readout, positions: np.ndarray, values: np.ndarray, norms: np.ndarray) -> Reading:
+def pooled(readout: Readout, positions: np.ndarray, values: np.ndarray, norms: np.ndarray) -> Reading:
     if readout.pool == "none":
         return Reading(values, norms, positions)
     if readout.pool == "last":

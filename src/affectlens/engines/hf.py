@@ -10,12 +10,11 @@ used only if they give what a text gives alone.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,14 +32,16 @@ from affectlens.engine import (
     refuse_too_long,
 )
 from affectlens.engines import prefix
-from affectlens.engines.changes import Plan, Tokens
+from affectlens.engines.changes import Plan
 from affectlens.engines.residual import Pass, Recorder, Stop, Taps, find_blocks
+from affectlens.engines.rows import Layouts, Row, tokens_of, words_of
 from affectlens.errors import EngineError, FormatError, ModelSupportError
-from affectlens.layout import Chat, Layout, Where, mark_chat, place_chat, place_turns, transcript
-from affectlens.models import locate
+from affectlens.layout import Layout, Where
+from affectlens.models import fingerprint, locate, template_hash
 
-WINDOW = 1024
-"""Requests that are looked at together for sorting by length: what bounds memory on an endless stream of requests."""
+WINDOW, WINDOW_ELSEWHERE = 256, 1024
+"""Requests that are looked at together for sorting by length, on a CPU and on an accelerator, whose batches are larger: what
+bounds memory on an endless stream of requests, and what workers are given at a time."""
 
 GENERATE_ROWS, GENERATE_TOKENS = 32, 65536
 """Most sequences generated together, and most tokens that their caches may come to hold."""
@@ -51,50 +52,6 @@ TREE = 2
 SHARING_PAYS, SHARING_PAYS_ELSEWHERE = 32, 1024
 """Tokens that sharing one beginning must save, on a CPU (measured) and on an accelerator (where one more attention call takes as
 long as very many tokens: an estimate)."""
-
-
-@dataclass
-class Row:
-    """One sequence to run: a request's tokens, or those with a choice behind them.
-
-    Args:
-        job: The request's number in its window.
-        request: What is asked.
-        layout: Tokens, roles and offsets; grows while generating.
-        wanted: ``(position, token, choice)``: log-probability of ``token`` after ``position`` counts towards ``choice``.
-        given: The layout of the request itself; shorter than ``layout`` in a row that carries a choice.
-        masks: What :meth:`steered` found so far; rows of the same layout share it.
-    """
-
-    job: int
-    request: Request
-    layout: Layout
-    wanted: list[tuple[int, int, int]] = field(default_factory=list)
-    given: Layout | None = None
-    masks: dict[Where, np.ndarray] = field(default_factory=dict)
-
-    @property
-    def is_request(self) -> bool:
-        """Whether this row is the request itself, from which its readouts are taken."""
-        return self.given is None
-
-    @property
-    def numbers(self) -> np.ndarray:
-        """The number of each token in the reply, negative in the prompt."""
-        return np.arange(len(self)) - self.layout.n_prompt
-
-    def steered(self, where: Where) -> np.ndarray:
-        """The tokens to steer; those of a choice count as if they were being generated."""
-        if where not in self.masks:
-            mask = where.mask(self.given or self.layout)
-            if self.given is not None:
-                ahead = where.ahead(self.given)
-                mask = np.concatenate([mask, np.array([k in ahead for k in range(len(self) - len(self.given))], dtype=bool)])
-            self.masks[where] = mask
-        return self.masks[where]
-
-    def __len__(self) -> int:
-        return len(self.layout)
 
 
 class HFEngine(Engine):
@@ -127,6 +84,7 @@ class HFEngine(Engine):
         self.blocks = find_blocks(model)
         self.device: torch.device = next(model.parameters()).device
         self.token_budget = token_budget or (2048 if self.device.type == "cpu" else 16384)
+        self.window = WINDOW if self.device.type == "cpu" else WINDOW_ELSEWHERE
         self.info = self._describe(id, revision)
         # The careful way until the checks have shown that the fast ways give the same.
         self.pack_limit = 0
@@ -137,7 +95,8 @@ class HFEngine(Engine):
         self.can_pad_left = False
         self.can_join = False
         self.generate_rows = GENERATE_ROWS
-        self.continuation = lru_cache(4096)(lambda text: tuple(self._encode(text, special=False)[0]))
+        self.layouts = Layouts(tokenizer, id)
+        self.continuation = self.layouts.continuation
         checks, reply_token = examine(self)
         self.info = replace(self.info, checks=tuple(checks), reply_token=reply_token)
 
@@ -223,11 +182,6 @@ class HFEngine(Engine):
 
     def _describe(self, id: str, revision: str | None) -> ModelInfo:
         config = self.model.config.get_text_config(decoder=True)
-        template = self.tokenizer.chat_template
-        digest = hashlib.sha256()
-        for name, parameter in sorted(self.model.get_decoder().named_parameters()):
-            sample = parameter.detach().flatten()[:64].to("cpu", torch.bfloat16).float()
-            digest.update(name.encode() + sample.numpy().tobytes())
         return ModelInfo(
             id=id,
             family=config.model_type,
@@ -236,19 +190,19 @@ class HFEngine(Engine):
             context=int(getattr(config, "max_position_embeddings", None) or 2**20),
             dtype=str(self.model.dtype).removeprefix("torch."),
             device=str(self.device),
-            fingerprint=digest.hexdigest()[:16],
+            fingerprint=fingerprint(self.model.get_decoder().named_parameters()),
             revision=revision,
-            template=hashlib.sha256(str(template).encode()).hexdigest()[:16] if template else None,
+            template=template_hash(self.tokenizer),
             n_parameters=sum(p.numel() for p in self.model.parameters()),
         )
 
     # ── the seam ──
 
     def run(self, requests: Iterable[Request]) -> Iterator[Result]:
-        for window in batched(requests, WINDOW):
+        for window in batched(requests, self.window):
             for request in window:
                 check_request(request, self.info)
-            layouts = self._layouts(window)
+            layouts = self.layouts.of_all(window)
             for layout, request in zip(layouts, window, strict=True):
                 longest = max((len(self.continuation(choice)) for choice in request.choices), default=0)
                 refuse_too_long(len(layout) + longest, request, self.info)
@@ -263,7 +217,7 @@ class HFEngine(Engine):
         readings: dict[int, tuple[Reading, ...]] = {}
         logprobs = {job: np.zeros(len(request.choices)) for job, (request, _) in jobs}
         rows = [Row(job, q, lay, masks=masks[id(lay)]) for job, (q, lay) in jobs if not q.sampling]
-        for batch, tree in self._batches([part for row in rows for part in self._with_choices(row)]):
+        for batch, tree in self._batches([part for row in rows for part in self.layouts.with_choices(row)]):
             self._read(batch, tree, readings, logprobs)
         for job, taken in readings.items():
             results[job] = Result("", layouts[job], taken, tuple(logprobs[job].tolist()))
@@ -299,97 +253,11 @@ class HFEngine(Engine):
     @cached_property
     def vocabulary(self) -> Sequence[str]:
         size = self.model.get_output_embeddings().weight.shape[0]
-        known = min(size, len(self.tokenizer))
-        return self.tokenizer.batch_decode([[i] for i in range(known)]) + [""] * (size - known)
-
-    # ── from a request to tokens ──
+        return words_of(self.tokenizer, size)
 
     def layout(self, request: Request) -> Layout:
-        """Tokenize a request: the rendered template or plain text, then the prefill, each with offsets and roles.
-
-        Raises:
-            EngineError: A chat without a template, a template without a reply position, or an empty prompt.
-        """
-        n_reply = None
-        if isinstance(request.prompt, str) or request.transcript:
-            text, spans = (request.prompt, None) if isinstance(request.prompt, str) else transcript(request.prompt)
-            ids, offsets = self._encode(text, special=True)
-            own, turns = place_turns([("text", 0, len(text))] if spans is None else spans, offsets)
-            own = ["text"] * len(ids) if spans is None else own  # a token without text of its own belongs to a plain text, too
-            roles = [
-                "special" if a == b and i in self.tokenizer.all_special_ids else role
-                for i, (a, b), role in zip(ids, offsets, own, strict=True)
-            ]
-            while len(ids) > 1 and roles[-1] == "special":  # an end-of-sequence token would stand between prompt and reply
-                ids, offsets, roles = ids[:-1], offsets[:-1], roles[:-1]
-        else:
-            text = self._render(request.prompt, request)
-            ids, offsets = self._encode(text, special=False)
-            marked = self._render(mark_chat(request.prompt), request)
-            roles, turns = place_chat(text, request.prompt, offsets, marked=marked)
-            if ids and ids[0] == self.tokenizer.bos_token_id and roles[0] == "template":
-                roles[0] = "special"  # the attention sink, whether the tokenizer or the template put it there
-        if not isinstance(request.prompt, str):
-            n_reply = _start_of_reply(request.prompt, roles)
-        n_prompt = len(ids) if n_reply is None else n_reply
-        if request.prefill:
-            more, places = self._encode(request.prefill, special=False)
-            ids += more
-            offsets += [(len(text) + a, len(text) + b) for a, b in places]
-            roles += ["assistant"] * len(more)
-            text += request.prefill
-        if not any(role != "special" for role in roles):
-            raise EngineError("the prompt is empty: give at least one token of text")
-        tokens = tuple(text[a:b] for a, b in offsets)
-        return Layout(text, tokens, tuple(ids), tuple(offsets), tuple(roles), n_prompt, turns)
-
-    def _encode(self, text: str, *, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
-        return list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
-
-    def _render(self, chat: Chat, request: Request) -> str:
-        if not self.tokenizer.chat_template:
-            raise EngineError(f"{self.info.id} has no chat template: give a plain text, or a chat model")
-        turns = [{"role": role, "content": content} for role, content in chat]
-        answered = chat[-1][0] == "assistant"
-        try:
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=not answered)
-            bare = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False)
-        except Exception as error:  # jinja raises what the template's author liked
-            raise EngineError(f"the chat template refuses these turns ({error}): use roles that it supports") from None
-        if answered and (request.sampling or request.prefill or request.choices):
-            raise EngineError("the chat ends with the assistant's turn: end it with a user turn, and give a beginning as prefill")
-        if not answered and text == bare:
-            raise EngineError(
-                "the chat template has no reply position (no generation prompt): give a plain text transcript instead"
-            )
-        return text
-
-    def _layouts(self, window: list[Request]) -> list[Layout]:
-        """The layout of each request; requests that differ in steering or readouts alone have one layout."""
-        known: dict[Any, Layout] = {}
-        layouts = []
-        for q in window:
-            same = (repr(q.prompt), q.prefill, q.transcript, q.sampling is None, not q.choices)
-            if same not in known:
-                known[same] = self.layout(q)
-            layouts.append(known[same])
-        return layouts
-
-    def _with_choices(self, row: Row) -> list[Row]:
-        """The request's own row, told what is wanted of it, and one more for each choice of several tokens."""
-        rows = [row]
-        for c, choice in enumerate(row.request.choices):
-            ids = self.continuation(choice)
-            if not ids:
-                raise EngineError("a choice is empty: every choice needs at least one token")
-            last = len(row.layout) - 1
-            row.wanted.append((last, ids[0], c))
-            if len(ids) > 1:
-                longer = grown(row.layout, ids[:-1], self.tokenizer.batch_decode([[i] for i in ids[:-1]]))
-                wanted = [(last + k, ids[k], c) for k in range(1, len(ids))]
-                rows.append(Row(row.job, row.request, longer, wanted, row.layout))
-        return rows
+        """Tokenize a request: see :meth:`affectlens.engines.rows.Layouts.of`."""
+        return self.layouts.of(request)
 
     # ── reading ──
 
@@ -526,34 +394,6 @@ class HFEngine(Engine):
             batch.append(row)
         if batch:
             yield batch
-
-
-def _start_of_reply(chat: Chat, roles: Sequence[str]) -> int | None:
-    """First token of the last turn's words when the assistant has already spoken it; None when the reply is still to come."""
-    if chat[-1][0] != "assistant":
-        return None
-    end = max((i + 1 for i, role in enumerate(roles) if role == "assistant"), default=len(roles))
-    start = end
-    while start and roles[start - 1] == "assistant":
-        start -= 1
-    return start
-
-
-def grown(layout: Layout, ids: Sequence[int], pieces: Sequence[str]) -> Layout:
-    """The layout with generated tokens behind it."""
-    text, tokens, offsets = layout.text, list(layout.tokens), list(layout.offsets)
-    for piece in pieces:
-        offsets.append((len(text), len(text) + len(piece)))
-        tokens.append(piece)
-        text += piece
-    roles = (*layout.roles, *("assistant",) * len(ids))
-    return Layout(text, tuple(tokens), (*layout.ids, *ids), tuple(offsets), roles, layout.n_prompt, layout.turns)
-
-
-def tokens_of(row: Row, places: np.ndarray, own: np.ndarray) -> Tokens:
-    """Those tokens of a row that is read which are its ``own``; all of them stand at ``places`` of the flattened pass."""
-    masks = {where: row.steered(where)[own] for where in {term.where for term in row.request.steering.terms}}
-    return Tokens(places[own], row.numbers[own], masks)
 
 
 def _dtype(dtype: str, device: str) -> Any:

@@ -31,7 +31,7 @@ from affectlens.engines.residual import Fork
 from affectlens.steering import Term
 
 if TYPE_CHECKING:
-    from affectlens.engines.hf import Row
+    from affectlens.engines.rows import Row
 
 NAME = "affectlens_tree"
 """Name under which :func:`attention` is known to transformers; it is set on a model only while it reads a tree."""
