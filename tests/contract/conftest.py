@@ -1,4 +1,5 @@
-"""The engines that the contract is checked on, each opened once: the toy, the toy on workers, eight tiny families, the demo.
+"""The engines that the contract is checked on, each opened once: the toy, the toy on workers, eight tiny families, one
+with compiled blocks, the demo.
 
 In an environment that has vLLM (`make test` makes one of its own) it is checked on that instead, and on nothing else: other
 engines are checked where the package's own pins hold.
@@ -20,12 +21,13 @@ from affectlens.engine import Engine, Gate, Readout, Request, Result, Steering, 
 
 # Plain, grouped-query, sliding windows in a multimodal wrapper, learned positions, ALiBi with tuples, experts, hybrid, parallel.
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt2", "bloom", "mixtral", "falcon_h1", "gpt_neox")
+COMPILED = "llama, compiled"
 DEMO = "smollm2-135m"
 VLLM = importlib.util.find_spec("vllm") is not None
 ENGINES = (
     tuple(f"vllm {name}" for name in vllm_here.FAMILIES)
     if VLLM
-    else ("toy", "ray", *FAMILIES, pytest.param(DEMO, marks=pytest.mark.real))
+    else ("toy", "ray", *FAMILIES, COMPILED, pytest.param(DEMO, marks=pytest.mark.real))
 )
 
 TEXTS = ("the calm sea", "She slammed the door and shouted at everyone.", (("user", "I lost my keys."),))
@@ -48,7 +50,7 @@ class Subject:
     @property
     def tiny(self) -> bool:
         """A random model that speaks bytes: of its texts few come back as the same tokens."""
-        return self.name in FAMILIES or self.name.startswith("vllm")
+        return self.name in (*FAMILIES, COMPILED) or self.name.startswith("vllm")
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -153,8 +155,9 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     else:
         import families
 
-        folder = families.save(name, tmp_path_factory.mktemp("model") / name)
-        yield Subject(name, HFEngine.load(str(folder), dtype="float32", device="cpu"), 1e-4)
+        family = name.partition(",")[0]
+        folder = families.save(family, tmp_path_factory.mktemp("model") / family)
+        yield Subject(name, HFEngine.load(str(folder), dtype="float32", device="cpu", compile=name == COMPILED), 1e-4)
     torch.set_num_threads(threads)
 
 

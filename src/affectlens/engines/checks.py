@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from affectlens.engine import Engine, Layout, Reading, Readout, Request, Result, Sampling, Steering, Term, Where
+from affectlens.engines.residual import compiled
 from affectlens.errors import AffectlensError, EngineError, ModelSupportError
 
 if TYPE_CHECKING:
@@ -28,15 +29,19 @@ TEXTS = (
 )
 
 
-def examine(engine: HFEngine) -> tuple[list[tuple[str, str]], str | None]:
+def examine(engine: HFEngine, *, compile: bool = False) -> tuple[list[tuple[str, str]], str | None]:
     """Try the model; switch the engine's fast ways on where they hold.
+
+    Args:
+        engine: As yet with none of them.
+        compile: Whether its blocks are to be compiled: that is done or refused.
 
     Returns:
         ``(check, outcome)`` pairs in words, and the token at the reply position if there is a chat template.
 
     Raises:
         ModelSupportError: A later token changes an earlier residual (not a causal model), residuals are not finite, a hook did
-            not fire, or steering did not arrive.
+            not fire, steering did not arrive, or the blocks cannot be compiled.
     """
     info = engine.info
     limit = TOLERANCE.get(info.dtype, 0.1)
@@ -69,6 +74,9 @@ def examine(engine: HFEngine) -> tuple[list[tuple[str, str]], str | None]:
     shared, forked = _try_sharing(engine, everything, norm, limit)
     checks.append(("shared beginnings = alone", _way(shared, engine.share_limit > 0, "each text is read whole instead")))
     checks.append(("shared lower blocks = alone", _way(forked, engine.can_fork, "each steering runs through all blocks instead")))
+
+    if compile:
+        checks.append(("compiled blocks = alone", _compile(engine, requests, alone, limit)))
 
     generating = [Request(r.prompt, readouts=r.readouts, sampling=Sampling(max_tokens=1, temperature=0)) for r in requests]
     engine.can_pad_left = True
@@ -253,6 +261,23 @@ def _one_row(engine: HFEngine) -> int:
     # A window or chunk shows only in texts longer than it: those lie in no row with others.
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return int(min([engine.token_budget, *(w for w in windows if w)]))
+
+
+def _compile(engine: HFEngine, requests: list[Request], alone: list[tuple[Layout, Reading]], limit: float) -> str:
+    """Run compiled blocks from now on. Who asked for them is not given anything else."""
+    engine.compiled = compiled(engine.blocks)
+    why = "leave out compile"
+    try:
+        read = _read(engine, requests)
+    except AffectlensError:
+        raise
+    except Exception as error:  # whatever the compiler cannot do, or the machine: it says so in its own words
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelSupportError(f"the blocks of {engine.info.id} cannot be compiled here ({reason}): {why}") from error
+    difference = max(apart(got.values, want.values) for (_, got), (_, want) in zip(read, alone, strict=True))
+    if not difference <= limit:
+        raise ModelSupportError(f"the blocks of {engine.info.id} give something else when compiled ({difference:.1e}): {why}")
+    return _way(difference, True, "")
 
 
 def _try_packing(engine: HFEngine, requests: list[Request], alone: list[tuple[Layout, Reading]], limit: float) -> float:

@@ -11,7 +11,7 @@ used only if they give what a text gives alone.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
@@ -33,7 +33,7 @@ from affectlens.engine import (
 )
 from affectlens.engines import prefix
 from affectlens.engines.changes import Plan
-from affectlens.engines.residual import Pass, Recorder, Stop, Taps, find_blocks
+from affectlens.engines.residual import Pass, Recorder, Stop, Taps, find_blocks, running
 from affectlens.engines.rows import Layouts, Row, tokens_of, words_of
 from affectlens.errors import EngineError, FormatError, ModelSupportError
 from affectlens.layout import Layout, Where
@@ -63,9 +63,10 @@ class HFEngine(Engine):
         id: What to call it.
         revision: Of the weights.
         token_budget: Tokens in one forward pass when reading (default: 2,048 on CPU, 16,384 elsewhere).
+        compile: Run blocks through ``torch.compile`` when reading; generation is as without.
 
     Raises:
-        ModelSupportError: A self-check failed; the message says which.
+        ModelSupportError: A self-check failed, or the blocks cannot be compiled; the message says which.
 
     Example:
         >>> engine = HFEngine.load("smollm2-135m")                        # doctest: +SKIP
@@ -73,7 +74,14 @@ class HFEngine(Engine):
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, id: str, revision: str | None = None, token_budget: int | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        id: str,
+        revision: str | None = None,
+        token_budget: int | None = None,
+        compile: bool = False,
     ) -> None:
         from affectlens.engines.checks import examine
 
@@ -95,13 +103,16 @@ class HFEngine(Engine):
         self.can_pad_left = False
         self.can_join = False
         self.generate_rows = GENERATE_ROWS
+        self.compiled: list[Callable[..., Any]] = []
         self.layouts = Layouts(tokenizer, id)
         self.continuation = self.layouts.continuation
-        checks, reply_token = examine(self)
+        checks, reply_token = examine(self, compile=compile)
         self.info = replace(self.info, checks=tuple(checks), reply_token=reply_token)
 
     @classmethod
-    def load(cls, name: str, *, device: str = "auto", dtype: str = "auto", token_budget: int | None = None) -> HFEngine:
+    def load(
+        cls, name: str, *, device: str = "auto", dtype: str = "auto", token_budget: int | None = None, compile: bool = False
+    ) -> HFEngine:
         """Load a model by name, folder, GGUF file or Hub id.
 
         Args:
@@ -110,9 +121,11 @@ class HFEngine(Engine):
             dtype: ``auto`` takes the checkpoint's own on an accelerator; on CPU bfloat16 where the processor multiplies it
                 natively (AMX, AVX512-BF16), else float32.
             token_budget: Tokens in one forward pass when reading.
+            compile: Run blocks through ``torch.compile`` when reading: a third faster on a CPU, after some ten seconds at the
+                start. It needs a C++ compiler there, and rounds otherwise than without.
 
         Raises:
-            ModelSupportError: Not a decoder-only model, or a self-check failed.
+            ModelSupportError: Not a decoder-only model, a self-check failed, or the blocks cannot be compiled.
             FormatError: The weights are broken or incomplete.
             UnknownName: There is no such model.
         """
@@ -161,24 +174,27 @@ class HFEngine(Engine):
             raise FormatError(
                 f"{source.id} lacks {len(missing)} weights ({missing[0]}, …), which would be random: get the whole checkpoint"
             )
-        return cls(model.to(device), tokenizer, id=source.id, revision=source.revision, token_budget=token_budget)
+        how: dict[str, Any] = {"token_budget": token_budget, "compile": compile}
+        return cls(model.to(device), tokenizer, id=source.id, revision=source.revision, **how)
 
     @classmethod
-    def around(cls, model: Any, *, tokenizer: Any, token_budget: int | None = None) -> HFEngine:
+    def around(cls, model: Any, *, tokenizer: Any, token_budget: int | None = None, compile: bool = False) -> HFEngine:
         """An engine around a model that is loaded already, on the device where it is; it is put into ``eval`` mode.
 
         Args:
             model: A causal language model of ``transformers``.
             tokenizer: Its fast tokenizer.
             token_budget: Tokens in one forward pass when reading.
+            compile: As for :meth:`load`.
 
         Raises:
-            ModelSupportError: No ``transformers`` model, no fast tokenizer, or a self-check failed.
+            ModelSupportError: No ``transformers`` model, no fast tokenizer, a self-check failed, or blocks cannot be compiled.
         """
         config = getattr(model, "config", None)
         if config is None or not hasattr(model, "parameters"):
             raise ModelSupportError(f"{type(model).__name__} is no transformers model: give one, or the name of one")
-        return cls(model, tokenizer, id=config.name_or_path or type(model).__name__, token_budget=token_budget)
+        name = config.name_or_path or type(model).__name__
+        return cls(model, tokenizer, id=name, token_budget=token_budget, compile=compile)
 
     def _describe(self, id: str, revision: str | None) -> ModelInfo:
         config = self.model.config.get_text_config(decoder=True)
@@ -374,6 +390,7 @@ class HFEngine(Engine):
                     stack.enter_context(prefix.reading(tree, config))
                 if now.fork:
                     stack.enter_context(now.fork.applied(self.blocks))
+                stack.enter_context(running(self.blocks, self.compiled))
                 stack.enter_context(Taps(self.blocks, now.layers)).current = now
                 logits = self.model(input_ids=ids, **inputs).logits[rows, columns].float()
         except Stop:

@@ -118,24 +118,35 @@ def reading(tree: Tree, config: Any) -> Iterator[None]:
 
 
 def attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> tuple[Any, None]:
-    """Attention over the tree that is being read; runs with nothing before them are looped over.
+    """Attention over the tree that is being read, as transformers calls it: heads first, ``(1, heads, T, width)``."""
+    return over_tree(query, key, value, kwargs.get("scaling")), None
+
+
+# An operator of its own, which compiled blocks call as it is: what it loops over is another tree in every pass.
+@torch.library.custom_op("affectlens::over_tree", mutates_args=())
+def over_tree(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """Attention ``(1, T, heads, width)``; runs with nothing before them are looped over.
 
     For texts that share nothing the loop is faster than a block-diagonal mask.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     tree = _TREE.get()
     assert tree is not None
-    kwargs["is_causal"] = True
     out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
+    grouped = query.shape[1] != key.shape[1]
     for start, end in tree.whole:
         q, k, v = (x[:, :, start:end] for x in (query, key, value))
-        out[:, start:end] = sdpa_attention_forward(module, q, k, v, None, **kwargs)[0]
+        seen = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+        out[:, start:end] = seen.transpose(1, 2)
     # Token by token each head lies beside the next: whole tokens are gathered at once.
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     for branches in tree.branches:
-        out[0, branches.own[branches.real]] = branches.attend(q, k, v, kwargs.get("scaling"))
-    return out, None
+        out[0, branches.own[branches.real]] = branches.attend(q, k, v, scale)
+    return out
+
+
+@over_tree.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
 
 
 # ── which tokens are the same ──

@@ -8,9 +8,11 @@ exception raised in a hook stops a forward pass early in every family.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -313,6 +315,45 @@ class Taps:
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
         return hook
+
+
+GRAPHS = 32
+"""Most compiled graphs of one model: blocks that differ, each for texts alone, padded, and in one row."""
+
+
+def compiled(blocks: nn.ModuleList) -> list[Callable[..., Any]]:
+    """The forward passes of the blocks, compiled when they first run: one graph for all blocks that are alike.
+
+    What a block does is compiled whole or not at all; hooks stay outside, so that steering and recording are as without.
+
+    Raises:
+        ModelSupportError: This version of torch cannot keep the graphs of one model apart from those of others.
+    """
+    if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
+        raise ModelSupportError(f"torch {torch.__version__} is too old to compile blocks: use 2.13, or leave out compile")
+
+    def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    # A region of its own: families share a wrapper's code in transformers, and graphs are counted by code.
+    ahead = torch.compile(run, dynamic=True, fullgraph=True, isolate_recompiles=True, recompile_limit=GRAPHS)
+    return [partial(ahead, block.forward) for block in blocks]
+
+
+@contextmanager
+def running(blocks: nn.ModuleList, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Blocks run these in place of their own forward passes for as long as the ``with`` block lasts, if there are any."""
+    own = [vars(block).get("forward") for block in blocks]
+    try:
+        for block, forward in zip(blocks, forwards, strict=False):
+            block.forward = forward
+        yield
+    finally:
+        for block, before in zip(blocks, own, strict=True):
+            if before is not None:
+                block.forward = before
+            else:
+                vars(block).pop("forward", None)
 
 
 @contextmanager
