@@ -127,5 +127,5 @@ def test_blocks_that_give_something_else_when_compiled_are_refused(monkeypatch: 
 
 def test_an_old_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda model, *, dynamic, fullgraph: model)
-    with pytest.raises(ModelSupportError, match="is too old to compile blocks: use 2.13"):
+    with pytest.raises(ModelSupportError, match="is too old to compile blocks"):
         engine(compile=True)

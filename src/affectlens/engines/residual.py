@@ -336,7 +336,8 @@ def compiled(blocks: nn.ModuleList) -> list[Callable[..., Any]]:
         return forward(*args, **kwargs)
 
     # A region of its own: families share a wrapper's code in transformers, and graphs are counted by code.
-    ahead = torch.compile(run, dynamic=True, fullgraph=True, isolate_recompiles=True, recompile_limit=GRAPHS)
+    apart: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": GRAPHS}
+    ahead = torch.compile(run, dynamic=True, fullgraph=True, **apart)
     return [partial(ahead, block.forward) for block in blocks]
 
 
