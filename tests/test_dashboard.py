@@ -178,7 +178,7 @@ def test_files_are_served_with_a_strict_policy_and_nothing_else_is() -> None:
     assert page.headers["x-frame-options"] == "DENY" and page.headers["x-content-type-options"] == "nosniff"
     figures = client.get("/dashboard/figures.html").headers["content-security-policy"]
     assert "connect-src" not in figures and "unsafe-eval" not in figures and "script-src 'self'" in figures
-    for name in ("../__init__.py", "__init__.py", "..%2f..%2fpyproject.toml", "none.js", "%2e%2e/cli.py"):
+    for name in ("../__init__.py", "__init__.py", "..%2f..%2fpyproject.toml", "none.js", "%2e%2e/report.py"):
         assert client.get(f"/dashboard/{name}").status_code == 404, name
     assert client.get("/", headers={"if-none-match": page.headers["etag"]}).status_code == 304
     plain = client.get("/plotly.min.js", headers={"accept-encoding": "identity"})

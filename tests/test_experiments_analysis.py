@@ -225,12 +225,18 @@ def test_a_trend_that_random_directions_share_is_no_finding() -> None:
     assert sum(called) <= 3
 
 
-def test_what_fails_says_what_would_have_shown() -> None:
+def test_what_would_have_shown_is_said_by_the_report_and_in_no_note() -> None:
     rows = played({"desperate": line(0.35, 0.3), "sad": flat(0.35)}, n=60, random=directions(0, 0.35))
     found, none = (finding(analyse(rows, Theft(), draws=200), f"trend-{name}") for name in ("desperate", "sad"))
     assert (found.verdict, none.verdict) == ("holds", "fails") and none.detectable is not None
-    assert f"A change of {none.detectable:.0f} points would have shown" in none.note
-    assert "would have shown" not in found.note
+    assert "would have shown" not in none.note + found.note
+    said = f"With this n, a distance of {none.detectable:.2g} points from chance would have shown in four of five repetitions."
+    report = Report("Two sweeps", model={"id": "toy"}, findings=(found, none))
+    assert said in report.html()
+    rest, row = (
+        next(line for line in report.markdown().splitlines() if f"| **{verdict}**" in line) for verdict in ("holds", "fails")
+    )
+    assert row.endswith(f" {none.detectable:.2g} points |") and rest.endswith(" points |")
 
 
 def test_a_floor_cannot_be_tested_and_says_so() -> None:

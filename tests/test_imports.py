@@ -54,7 +54,8 @@ NOUNS = (
 )
 SEAM = ("layout", "scope", "steering", "engine")  # each imports only those before it
 VERBS = ("discovery", "features", "pipeline", "audit", "studies", "monitor", "alarms", "calibrate", "training", "curation")
-DOORS = ("cli", "report", "browse", "pages", "vllm_serve")
+CLI = tuple(name for name in MODULES if name == "cli" or name.startswith("cli."))
+DOORS = (*CLI, "report", "browse", "pages", "vllm_serve")
 ENGINES = tuple(name for name in MODULES if name.startswith("engines."))
 STUDIES = tuple(name for name in MODULES if name.startswith("studies."))
 AUDIT = tuple(name for name in MODULES if name.startswith("audit."))
@@ -144,16 +145,26 @@ def test_verbs_import_no_backend_and_no_door(verb: str) -> None:
 
 @pytest.mark.parametrize("module", SERVER)
 def test_the_server_imports_no_backend_and_no_command(module: str) -> None:
-    assert ours(module, typing=True) & {"engines", *ENGINES, "cli"} == set()
+    assert ours(module, typing=True) & {"engines", *ENGINES, *CLI} == set()
 
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - {*SERVER, "vllm_serve"}))
 def test_only_the_server_imports_what_serves(module: str) -> None:
-    """And of it only the command line knows, when a command needs it; and what makes another server speak like ours."""
+    """And of it only the commands around a server know, when they need it; and what makes another server speak like ours."""
     assert {name.partition(".")[0] for name in imports(MODULES[module], typing=True)} & set(SERVING) == set()
-    if module != "cli":
+    if module != "cli.serving":
         assert not ours(module, typing=True) & set(SERVER)
     assert not ours(module, lazy=False) & set(SERVER)
+
+
+@pytest.mark.parametrize("module", sorted({*CLI} - {"cli", "cli.__main__", "cli.options"}))
+def test_commands_know_their_options_and_no_other_commands(module: str) -> None:
+    assert ours(module, typing=True) & {*CLI} == {"cli", "cli.options"}
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {*CLI}))
+def test_nothing_imports_the_command_line(module: str) -> None:
+    assert not ours(module, typing=True) & {*CLI}
 
 
 @pytest.mark.parametrize("module", INSPECT)

@@ -300,7 +300,7 @@ def test_markdown_has_every_finding_and_shortens_tables(report: Report):
     text = report.markdown()
     rows = [line for line in text.splitlines() if line.startswith("| **")]
     assert [row.split("**")[1] for row in rows] == [finding.verdict for finding in report.findings]
-    assert all(row.replace("\\|", "").count("|") == 8 for row in rows)
+    assert all(row.replace("\\|", "").count("|") == 9 for row in rows)
     assert "151 more rows are in report.json." in text
 
 
@@ -450,3 +450,22 @@ def test_a_finding_leads_to_its_figure_and_says_what_it_could_have_seen():
     reach = 0.1 + 0.84 * 0.15 / 3.92
     assert first_report().findings[0].detectable == pytest.approx(reach) and f"a distance of {reach:.2g} from chance" in page
     assert "1 of 1 tested findings keep q ≤ 0.05" in page
+
+
+def test_what_a_finding_could_have_seen_is_said_once_in_markdown_and_of_failures_in_the_terminal():
+    sentence = "With this n, a distance of {} from chance would have shown in four of five repetitions."
+    report = first_report()
+    (finding,) = report.findings
+    assert finding.estimate is not None and finding.detectable is not None
+    points = replace(finding, id="top2", verdict="fails", estimate=replace(finding.estimate, unit="points"))
+    both = replace(report, findings=(finding, points))
+    text, reach = both.markdown(), f"{finding.detectable:.2g}"
+    rows = [line for line in text.splitlines() if line.startswith("| **")]
+    assert rows[0].endswith(f"| 40 | {reach} |") and rows[1].endswith(f"| 40 | {reach} points |")
+    assert text.count("would have shown") == 1 and sentence.format("the detectable size") in text
+    out = io.StringIO()
+    both.print(Console(file=out, width=400))
+    assert out.getvalue().count("would have shown") == 1 and sentence.format(f"{reach} points") in out.getvalue()
+    untested = replace(report, findings=(replace(finding, estimate=None, null=None, verdict="untestable"),))
+    assert "would have shown" not in untested.markdown() + untested.html()
+    assert "| – | – |\n" in untested.markdown()

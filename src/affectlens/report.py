@@ -228,7 +228,7 @@ class Report:
                     **_shown(mine),
                     "strip": _strip(mine),
                     "figure": numbers.get(f"{mine.study}-{mine.figure}"),
-                    "detectable": _reach(mine),
+                    "power": _power(_reach(mine)),
                     "other": theirs and {**_shown(theirs), "verdict": theirs.verdict},
                 }
                 for mine, theirs in _beside(self, other)
@@ -254,13 +254,14 @@ class Report:
             for finding, theirs in _beside(self, other):
                 own = _shown(finding)
                 claim = f"{finding.claim} ({finding.note})" if finding.note else finding.claim
-                rows.append([f"**{finding.verdict}**", claim, *(own[key] for key in _NUMBERS)])
+                rows.append([f"**{finding.verdict}**", claim, *(own[key] for key in _NUMBERS), _reach(finding) or "–"])
                 if other is not None:
                     rows[-1] += [f"**{theirs.verdict}**", _shown(theirs)["here"], _shown(theirs)["p"]] if theirs else ["–"] * 3
-            head = ["verdict", "finding", "published", "here [interval]", "chance [95 %]", "p", "n"]
+            head = ["verdict", "finding", "published", "here [interval]", "chance [95 %]", "p", "n", "detectable"]
             if other is not None:
                 head += [f"{_names(self, other)[1]}: {what}" for what in ("verdict", "here [interval]", "p")]
-            lines += ["## Findings", "", *_md_table(head, rows, safe=(0, len(_NUMBERS) + 2)), "", self.corrected, ""]
+            lines += ["## Findings", "", *_md_table(head, rows, safe=(0, len(_NUMBERS) + 3)), "", self.corrected, ""]
+            lines += [_power("the detectable size"), ""] if any(map(_reach, self.findings)) else []
         for table in self.tables:
             rows, more = _formatted(table)[:20], len(table.rows) - 20
             lines += [f"## {_md(table.title)}", "", _md(table.caption), "", *_md_table(table.columns, rows), ""]
@@ -333,8 +334,11 @@ class Report:
             for finding in self.findings:
                 own = _shown(finding)
                 claim = text(finding.claim)
-                if finding.note:
-                    claim.append("\n").append_text(text(finding.note, "dim"))
+                # What an absence is worth; of the others the page says it.
+                power = _power(_reach(finding)) if finding.verdict == "fails" else ""
+                aside = f"{finding.note} {power}".strip()
+                if aside:
+                    claim.append("\n").append_text(text(aside, "dim"))
                 made.add_row(verdict(finding), claim, *(text(own[key]) for key in _NUMBERS))
             console.print(made)
             console.print(text(self.corrected))
@@ -507,8 +511,15 @@ def _names(report: Report, other: Report) -> tuple[str, str]:
 
 
 def _reach(finding: Finding) -> str:
-    """What this n could have shown, as a text; empty where there is no null."""
-    return "" if finding.detectable is None else _cell(float(f"{finding.detectable:.2g}"))
+    """The distance from chance that this n could have shown, as a text; empty where there is no null."""
+    if finding.estimate is None or finding.detectable is None:
+        return ""
+    return f"{_cell(float(f'{finding.detectable:.2g}'))} {finding.estimate.unit}".rstrip()
+
+
+def _power(distance: str) -> str:
+    """What a distance is that could have been shown, as a sentence; empty without one."""
+    return f"With this n, a distance of {distance} from chance would have shown in four of five repetitions." if distance else ""
 
 
 def _title(study: str) -> str:

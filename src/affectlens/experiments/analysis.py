@@ -147,9 +147,6 @@ def _trend(field: Field, measure: Measure, each: Swept, claim: Claim, sign: int)
     )
     note += f"; shuffled stories {', '.join(map(_rounded, each.shuffled))}." if each.shuffled else "."
     found = claim.tested(own, each.random.null(factor=measure.factor), clear, note + _limits(field, measure, each))
-    if found.verdict == "fails" and found.detectable is not None:
-        least = f"{found.detectable:.{0 if measure.id == ACT else 2}f} {measure.unit}".rstrip()
-        found = replace(found, note=f"{found.note} A change of {least} would have shown in four of five repetitions.")
     if sign and found.verdict != "fails" and (own.value > 0) != (sign > 0):
         found = replace(found, verdict="fails", note=f"It goes the other way than published. {found.note}")
     return found

@@ -238,7 +238,7 @@ def _outcomes(data: Mapping[str, Any]) -> go.Figure:
     patterns = {name: ("", "/", "x", ".")[i % 4] for i, name in enumerate(acts)}
     for number, (each, where) in enumerate(zip(sweeps, places, strict=True)):
         labels = _labels(each["strengths"])
-        grid.update_xaxes(tickvals=_labels(_shown(each["strengths"], alone=len(sweeps) == 1)), **where)
+        grid.update_xaxes(tickvals=_labels(_shown(each["strengths"], panels=len(places))), **where)
         for name in (*acts, *others, *(n for n in came if n == "incoherent")):
             grid.add_bar(
                 x=labels,
@@ -279,7 +279,7 @@ def _scale(data: Mapping[str, Any], name: str) -> go.Figure:
             hovertemplate=f"{each['name']} %{{x:+g}}: %{{y:.3g}}<extra></extra>",
             **where,
         )
-        _strengths(grid, each["strengths"], alone=len(places) == 1, **where)
+        _strengths(grid, each["strengths"], panels=len(places), **where)
     ends = [end for arm in data["arms"] for end in arm["scores"][name] if _finite(end)]
     room = 0.05 * (max(ends) - min(ends) or 1.0)
     grid.update_yaxes(range=[min(ends) - room, max(ends) + room], zeroline=False)
@@ -393,7 +393,7 @@ def _visible(data: Mapping[str, Any]) -> go.Figure:
             hovertemplate=f"{each['name']} %{{x:+g}}: %{{y:.2f}}, %{{text}}<extra></extra>",
             **where,
         )
-        _strengths(grid, each["strengths"], alone=len(places) == 1, **where).update_xaxes(range=_room(each["strengths"]), **where)
+        _strengths(grid, each["strengths"], panels=len(places), **where).update_xaxes(range=_room(each["strengths"]), **where)
     return grid.update_yaxes(rangemode="tozero").update_yaxes(title_text="per 100 words", col=1)
 
 
@@ -442,7 +442,7 @@ def _variants(data: Mapping[str, Any]) -> go.Figure:
             hovertemplate=f"%{{y}}, {each['name']} %{{x}}: %{{z:.0%}}<extra></extra>",
             **where,
         )
-        grid.update_xaxes(tickvals=_labels(_shown(each["strengths"], alone=len(sweeps) == 1)), **where)
+        grid.update_xaxes(tickvals=_labels(_shown(each["strengths"], panels=len(places))), **where)
     bar = {"title": {"text": "rate", "side": "top"}, "thickness": 9, "outlinewidth": 0, "x": 1.01, "tickformat": ".0%"}
     grid.update_layout(coloraxis={"colorscale": SEQUENTIAL, "cmin": 0, "cmax": 1, "colorbar": bar})
     grid.update_xaxes(type="category", showline=False, ticks="", tickangle=0, tickfont={"size": 10})
@@ -486,16 +486,16 @@ def _panels(titles: Sequence[str], *, height: int) -> tuple[go.Figure, list[dict
     return grid, [{"row": i // across + 1, "col": i % across + 1} for i in range(len(titles))]
 
 
-def _strengths(figure: go.Figure, strengths: Sequence[float], *, alone: bool = True, **where: Any) -> go.Figure:
+def _strengths(figure: go.Figure, strengths: Sequence[float], *, panels: int = 1, **where: Any) -> go.Figure:
     """Ticks at the strengths themselves."""
-    shown = _shown(strengths, alone=alone)
+    shown = _shown(strengths, panels=panels)
     return figure.update_xaxes(tickvals=shown, ticktext=_labels(shown), tickangle=0, **where)
 
 
-def _shown(strengths: Sequence[float], *, alone: bool) -> list[float]:
+def _shown(strengths: Sequence[float], *, panels: int) -> list[float]:
     """Which of the strengths are named: at most nine; in one of several panels, which are narrow on a phone, the lowest, the
     highest, and the baseline or else the middle one."""
-    if alone:
+    if panels == 1:
         return list(strengths[:: -(-len(strengths) // 9)])
     inner = 0.0 if 0.0 in strengths else strengths[len(strengths) // 2]
     return sorted({strengths[0], inner, strengths[-1]})
