@@ -29,13 +29,13 @@ MAKING = [
     "--concepts", "--device", "--dtype", "--first-token", "--fresh", "--neutral", "--out", "--per-concept", "--per-token",
     "--quick", "--seed", "--share", "--stories", "--writer",
 ]  # fmt: skip
-WORKERS = ["--address", "--replicas"]
+READING = ["--address", "--compile", "--replicas"]
 OPTIONS = {
     "study": sorted(
-        [*MAKING, *WORKERS, "--base", "--conversations", "--corpus", "--draws", "--labels", "--only", "--texts", "--vectors"]
+        [*MAKING, *READING, "--base", "--conversations", "--corpus", "--draws", "--labels", "--only", "--texts", "--vectors"]
     ),
-    "discover": sorted([*MAKING, *WORKERS]),
-    "calibrate": sorted([*WORKERS, "--device", "--draws", "--dtype", "--json", "--model", "--perplexity", "--quick", "--seed"]),
+    "discover": sorted([*MAKING, *READING]),
+    "calibrate": sorted([*READING, "--device", "--draws", "--dtype", "--json", "--model", "--perplexity", "--quick", "--seed"]),
     "steer": [
         "--add", "--allow", "--compare", "--device", "--dtype", "--json", "--layer", "--max-tokens", "--model", "--plain",
         "--seed", "--temperature",
@@ -45,8 +45,9 @@ OPTIONS = {
         "--rules", "--top",
     ],
     "score-corpus": [
-        "--address", "--allow", "--baseline", "--column", "--concepts", "--device", "--dtype", "--emotions", "--filter",
-        "--fresh", "--json", "--layer", "--messages", "--model", "--out", "--replicas", "--text", "--vectors", "--weights",
+        "--address", "--allow", "--baseline", "--column", "--compile", "--concepts", "--device", "--dtype", "--emotions",
+        "--filter", "--fresh", "--json", "--layer", "--messages", "--model", "--out", "--replicas", "--text", "--vectors",
+        "--weights",
     ],
     "baseline": ["--allow", "--device", "--dtype", "--json", "--layer", "--model", "--other", "--out"],
     "run": [
@@ -730,3 +731,9 @@ def test_listing(what: str, run: Run) -> None:
     text = fine(run("list", what)).stdout
     assert len(rows) == len(text.splitlines()) == {"engines": 4, "concepts": 171}.get(what, len(rows))
     assert all(name in text and about for name, about in rows.items())
+
+
+def test_compiled_blocks_are_those_of_transformers(run: Run) -> None:
+    result = run("discover", "toy", "--compile")
+    assert result.exit_code == 2
+    assert "--compile is for models that transformers runs, and toy is none: leave it out" in result.stderr

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from affectlens.cli.options import FILE, MAKING, WORKERS, engine_options, open_model, shared
+from affectlens.cli.options import FILE, MAKING, READING, engine_options, open_model, shared
 
 WRITTEN_QUICK = 5
 """Stories of each concept with ``--quick`` where they are written."""
@@ -17,7 +17,7 @@ WRITTEN_QUICK = 5
 
 @click.command()
 @click.argument("model", required=False)
-@shared(*MAKING, "device", "dtype", *WORKERS, "fresh")
+@shared(*MAKING, *READING, "fresh")
 @click.option("--only", help="Studies to run, separated by commas.  [default: all]")
 @click.option("--draws", type=click.IntRange(100), default=1000, show_default=True, help="Resamples and permutations.")
 @click.option("--base", metavar="MODEL", help="An earlier checkpoint of the architecture, to compare with.")
@@ -68,7 +68,7 @@ def _study_vectors(
 
 @click.command()
 @click.argument("model")
-@shared(*MAKING, "device", "dtype", *WORKERS, "fresh")
+@shared(*MAKING, *READING, "fresh")
 def discover(model: str, **options: Any) -> None:
     """The vectors of MODEL, without studies."""
     from affectlens.discovery import make_vectors
@@ -91,18 +91,16 @@ def _open(
     writer: str | None,
     per_concept: int | None,
     quick: bool,
-    device: str,
-    dtype: str,
-    replicas: int | None,
-    address: str | None,
     fresh: bool,
-    **recipe: Any,
+    **options: Any,
 ) -> tuple[Any, ...]:
     """Engine, story source, run directory, recipe and writer for the options of a command that makes vectors."""
     from affectlens.concepts import ConceptSet
     from affectlens.corpus import QUICK, STORIES
     from affectlens.discovery import Recipe, open_run, open_stories
 
+    how = engine_options(options)
+    recipe = {name: value for name, value in options.items() if name not in how}
     wanted = ConceptSet.load(concepts)
     if stories not in (None, "model") and writer and recipe["neutral"] != "model":
         raise click.UsageError("--writer writes stories, --stories reads them: give one of the two")
@@ -112,7 +110,6 @@ def _open(
     short = {"per_concept": few, "max_tokens": 160} if quick else {}
     chosen: dict[str, Any] = {**short, **({"per_concept": per_concept} if per_concept else {}), **recipe}
     settings = Recipe(**chosen)
-    how: dict[str, Any] = {"device": device, "dtype": dtype, "replicas": replicas, "address": address}
     engine = open_model(model, **how)
     other = open_model(writer, **how) if writer else None
     source = open_stories(stories, wanted, engine, settings, writer=other)
@@ -138,7 +135,7 @@ def _open(
 )
 @click.option("--quick", is_flag=True, help="Compare six layers, and measure the safe ranges of twelve emotions.")
 @click.option("--draws", type=click.IntRange(100), default=1000, show_default=True, help="Resamples and permutations.")
-@shared("model", "device", "dtype", *WORKERS, "seed", "json")
+@shared("model", *READING, "seed", "json")
 def calibrate(vectors: Path, perplexity: float, quick: bool, draws: int, as_json: bool, **options: Any) -> None:
     """Find out where and how strongly VECTORS should steer, and keep it beside them.
 

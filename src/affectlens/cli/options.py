@@ -19,6 +19,12 @@ def shared(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     options = {
         "device": click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, or auto."),
         "dtype": click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16, or auto."),
+        "compile": click.option(
+            "--compile",
+            "compile_blocks",
+            is_flag=True,
+            help="Compile the model's blocks: reads much text faster, after some seconds at the start.",
+        ),
         "out": click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/MODEL]"),
         "concepts": click.option(
             "--concepts", default="emotions", show_default=True, help="Bundled set, or a TOML file of your own."
@@ -85,17 +91,30 @@ def shared(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return decorate
 
 
-WORKERS = ("replicas", "address")
+WORKERS = ("device", "dtype", "replicas", "address")
+READING = (*WORKERS, "compile")
 MAKING = ("out", "concepts", "stories", "writer", "neutral", "per_concept", "first_token", "share", "per_token", "seed", "quick")
 
 
 FILE = click.Path(exists=True, path_type=Path)
 
 
-def open_model(model: str, *, device: str, dtype: str, replicas: int | None = None, address: str | None = None) -> Engine:
+def open_model(
+    model: str,
+    *,
+    device: str,
+    dtype: str,
+    replicas: int | None = None,
+    address: str | None = None,
+    compile_blocks: bool = False,
+) -> Engine:
     from affectlens.engine import open_engine
 
-    options = {} if model == "toy" else {"device": device, "dtype": dtype}
+    options: dict[str, Any] = {} if model == "toy" else {"device": device, "dtype": dtype}
+    if compile_blocks:
+        if model == "toy" or model.startswith("vllm/"):
+            raise click.UsageError(f"--compile is for models that transformers runs, and {model} is none: leave it out")
+        options["compile"] = True
     engine = open_engine(model, replicas=replicas, address=address, **options)
     click.get_current_context().call_on_close(engine.close)
     return engine
@@ -103,7 +122,7 @@ def open_model(model: str, *, device: str, dtype: str, replicas: int | None = No
 
 def engine_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """How a model is opened, among the options of a command."""
-    return {name: options[name] for name in ("device", "dtype", *WORKERS) if name in options}
+    return {name: options[name] for name in (*WORKERS, "compile_blocks") if name in options}
 
 
 def vectors_and_engine(

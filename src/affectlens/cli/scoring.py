@@ -12,7 +12,7 @@ import click
 
 from affectlens.cli.options import (
     FILE,
-    WORKERS,
+    READING,
     baseline_file,
     find_baseline,
     measure_baseline,
@@ -179,7 +179,7 @@ def _texts(file: str) -> list[str]:
 @click.option("--weights", metavar="MIX", help="Add a column weight, exp of calm=0.5,hostile=-1 (mean scores).")
 @click.option("--column", default="affect", show_default=True, help="Name of the column with scores.")
 @click.option("--baseline", type=FILE, help="What z is stated against.  [default: that beside the vectors]")
-@shared("concepts", "fresh", "layer", "model", "device", "dtype", *WORKERS, "allow", "json")
+@shared("concepts", "fresh", "layer", "model", *READING, "allow", "json")
 def score_corpus(
     dataset: str,
     vectors: str,

@@ -144,7 +144,7 @@ def _print_beside(
 @click.option("--watch", metavar="NAME", multiple=True, help="Read this emotion too, at every token; may be repeated.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/EXPERIMENT-MODEL]")
 @click.option("--baseline", type=FILE, help="What z is stated against.  [default: that beside the vectors]")
-@shared("seed", "fresh", "layer", "model", "device", "dtype", *WORKERS, "allow", "json")
+@shared("seed", "fresh", "layer", "model", *WORKERS, "allow", "json")
 def run(experiment: str, vectors: str, sweeps: tuple[str, ...], judge: str | None, **options: Any) -> None:
     """Run EXPERIMENT on the model of VECTORS, steered by each of its sweeps, with controls. Resumes where it stopped.
 
