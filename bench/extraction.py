@@ -17,7 +17,6 @@ Writes ``bench/results/extraction.json`` with every raw round; ``bench/table.py`
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
 import itertools
 import json
@@ -33,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from host import CACHE, MODEL, PEERS, RESULTS, Environment, machine, peak, say, tiny_model
+from host import CACHE, MODEL, PEERS, RESULTS, Environment, begun, keep, peak, say, tiny_model
 from speed_tables import extraction, one_line
 
 TEXT_TOKENS = (80, 300)
@@ -204,7 +203,9 @@ def measure(short: bool = False) -> dict[str, Any]:
 
 
 def main() -> int:
-    result = measured(arguments())
+    args = arguments()
+    result = measured(args)
+    keep(result, args.out)
     print(extraction(result))
     return 0
 
@@ -228,9 +229,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     checked = [s for s in subjects if s.key == OURS] if args.short else [] if args.skip_exact else subjects
     verdicts = {subject.key: bench.exact(subject, layers["all"]) for subject in checked}
     result: dict[str, Any] = {
-        "benchmark": "extraction",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
+        **begun("extraction"),
         "model": model.name if args.short else args.model,
         "shapes": asdict(shapes),
         "layer": shapes.layer,
@@ -265,9 +264,6 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
             entry["runs"].append({"subject": subject.key, "task": task, **run})
             say(f"  {subject.key:24} {task:4} " + one_line(run, sum(lengths)))
         result["rounds"].append(entry)
-        # After every round: hours of measuring are not lost to an interruption.
-        if args.out is not None:
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -18,9 +18,7 @@ Writes ``bench/results/generation.json``.
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,8 +32,7 @@ from transformers import GenerationConfig
 
 from affectlens.engine import Request, Result, Sampling
 from affectlens.engines.hf import HFEngine
-from affectlens.runs import provenance
-from host import MODEL, RESULTS, machine, peak, say, tiny_model
+from host import MODEL, RESULTS, begun, keep, peak, say, threads, tiny_model
 from monitoring import endless, prompts_of
 from speed_tables import generation
 
@@ -182,12 +179,8 @@ def measure(short: bool = False) -> dict[str, Any]:
 
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    try:
+    with threads(args.threads):
         return _measured(args)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _measured(args: argparse.Namespace) -> dict[str, Any]:
@@ -227,9 +220,7 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
     config = engine.model.config
     tokens = sum(each.tokens for each in asked)
     result: dict[str, Any] = {
-        "benchmark": "generation",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
+        **begun("generation"),
         "model": engine.info.id if not args.short else "tiny",
         "dtype": engine.info.dtype,
         "parameters": engine.info.n_parameters,
@@ -243,7 +234,6 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
         "ways": found,
         "step": _step_times(setting, args.short),
         "rounds": [],
-        "provenance": provenance(),
     }
     usable = [key for key in ways if key not in problems]
     for number in range(args.rounds):
@@ -256,8 +246,6 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
                 entry[key] = time.perf_counter() - start
             say(f"round {number + 1}: {key:10} {tokens / entry[key]:7.1f} tokens/s")
         result["rounds"].append(entry)
-        if args.out is not None:
-            args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 
 
@@ -295,7 +283,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    print(generation(measured(arguments())))
+    args = arguments()
+    result = measured(args)
+    keep(result, args.out)
+    print(generation(result))
     return 0
 
 

@@ -21,7 +21,6 @@ times the loop; readings of 171 emotions and mixed steering together cost at mos
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import socket
@@ -44,9 +43,8 @@ import torch
 from affectlens.corpus import load
 from affectlens.engine import Request, Result, Sampling, Where
 from affectlens.engines.hf import HFEngine
-from affectlens.runs import provenance
 from affectlens.server.service import model_name
-from host import MODEL, RESULTS, machine, peak, say, tiny_model
+from host import MODEL, RESULTS, begun, keep, peak, say, threads, tiny_model
 from monitoring import MadeUp
 from speed_tables import serving
 
@@ -240,12 +238,8 @@ def measure(short: bool = False) -> dict[str, Any]:
 
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    try:
+    with threads(args.threads):
         return _measured(args)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _measured(args: argparse.Namespace) -> dict[str, Any]:
@@ -255,9 +249,7 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
     made_up = MadeUp.of(engine)
     vectors, tokens, config = made_up.vectors(), args.tokens, engine.model.config
     result: dict[str, Any] = {
-        "benchmark": "serving",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
+        **begun("serving"),
         "model": engine.info.id if not args.short else "tiny",
         "dtype": engine.info.dtype,
         "parameters": engine.info.n_parameters,
@@ -268,7 +260,6 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
         "exact": engine.session().exact,
         "ways": {},
         "passes": {},
-        "provenance": provenance(),
     }
 
     def timed(key: str, label: str, ask: Callable[[Asked], Reply], counts: Sequence[int]) -> None:
@@ -278,8 +269,6 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
             replies = args.replies * count * (2 if count == 1 else 1)
             entry["callers"][str(count)] = found = callers(count, asked(replies), ask)
             say(f"  {key:12} {count:3} callers: {found['tokens'] / found['seconds']:6.1f} tokens/s, first {found['first']}")
-        if args.out is not None:
-            args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
     timed("loop", "a loop, one at a time, no HTTP", in_a_loop(engine, tokens), args.callers[:2])
 
@@ -351,8 +340,6 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
         result["passes"][str(together)] = pairs
         costs = [pair["full"][0] / pair["full"][1] / (pair["plain"][0] / pair["plain"][1]) - 1 for pair in pairs]
         say(f"  passes of {together}: readings and steering cost {100 * float(np.median(costs)):+.1f} %")
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 
 
@@ -372,7 +359,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    print(serving(measured(arguments())))
+    args = arguments()
+    result = measured(args)
+    keep(result, args.out)
+    print(serving(result))
     return 0
 
 

@@ -31,7 +31,7 @@ def on(machine: dict[str, Any]) -> str:
     kind = ", ".join(machine["bf16"]) or "no bf16 instructions"
     said = f"{machine['processor']} family {machine['family']} ({kind}), {machine['cores']} cores"
     busy = machine.get("others", 0.0)
-    return said if busy <= QUIET else f"{said}, **not quiet: others kept {busy:.1f} of them busy when this began**"
+    return said if busy <= QUIET else f"{said}, **not quiet: others kept {busy:.1f} of them busy when this began or ended**"
 
 
 # ── reading ──
@@ -164,7 +164,7 @@ def _caption(result: Result, found: Reading) -> str:
         f"Mean residual from the 50th token on, of {texts['count']} texts of {texts['shortest']} to {texts['longest']} tokens "
         f"({texts['tokens']:,} tokens; {texts['source']}; padded batches of 8 in arrival order run "
         f"{texts['padded_tokens_in_8'] / texts['tokens']:.2f} times as many). {result['model']}, {result['dtype']}, "
-        f"{result['threads']} thread(s), {len(result['rounds'])} round(s), medians, {result['date'][:10]}"
+        f"{result['threads']} thread(s), {len(result['rounds'])} round(s), medians"
         f"{'' if result['clock'] == 'seconds' else ', seconds of processor time because the machine was shared'}. "
         f"{on(result['machine'])}, {result['machine']['memory_gb']} GB. Matrix-multiply peak, best of the rounds: "
         f"{_peak(result, result['dtype']):.2f} TFLOP/s in {result['dtype']} ({_peak(result, 'float32'):.2f} in float32), which "
@@ -213,7 +213,7 @@ def profile_reading(result: Result) -> str:
     return "\n".join(
         [
             f"Reading layer {result['layer']} of {result['texts']} texts ({result['tokens']:,} tokens) with affectlens: "
-            f"{result['model']}, {result['dtype']}, one thread, {result['date'][:10]}, on {on(result['machine'])}. Under the "
+            f"{result['model']}, {result['dtype']}, one thread, on {on(result['machine'])}. Under the "
             f"profiler {result['seconds']:.2f} s; without it {fast:,.0f} tokens/s, {fast / result['bound']:.0%} of the bound. "
             f"The matrix products run at {result['multiplying_tflops']:.2f} of the {result['peak_tflops']:.2f} TFLOP/s that the "
             f"machine reaches at most, {share:.0%}.",
@@ -255,7 +255,7 @@ def generation(result: Result) -> str:
     caption = (
         f"{result['replies']} replies of {low} to {high} tokens, {result['tokens']:,} in all, greedy. {result['model']}, "
         f"{result['dtype']}, {result['threads']} thread(s), {len(result['rounds'])} round(s), medians (ranges), "
-        f"{result['date'][:10]}, on {on(result['machine'])}. Matrix-multiply peak {peak:.2f} TFLOP/s. A step of the model alone "
+        f"on {on(result['machine'])}. Matrix-multiply peak {peak:.2f} TFLOP/s. A step of the model alone "
         f"takes {taken}. Versions: {_packages(result)}."
     )
     return "\n".join([caption, "", *table(["way", "tokens/s (range)", "× one at a time", "same tokens as one at a time"], rows)])
@@ -332,7 +332,7 @@ def monitoring(result: Result) -> str:
         f"{result['tokens']} new tokens behind prompts of {low} to {high} tokens, greedy. {result['model']}, {result['dtype']}, "
         f"{result['threads']} thread(s), {len(result['rounds'])} rounds, medians with intervals of 95 % over the times measured "
         f"({often} of each way that has a target, {seldom} of others)"
-        f"{'' if clock == 'seconds' else ', processor time because the machine was shared'}, {result['date'][:10]}. "
+        f"{'' if clock == 'seconds' else ', processor time because the machine was shared'}. "
         f"{on(result['machine'])}. Matrix-multiply peak {peak:.2f} TFLOP/s in {result['dtype']}, of which plain generation uses "
         f"{', '.join(f'{share:.1%}' for share in used)}. Versions: {_packages(result)}."
     )
@@ -368,8 +368,8 @@ def preferences(result: Result) -> str:
         cells = [name, spread(speeds, 1), f"{against:.1f}", f"{way['operations'] / 1e9:.2f}", f"{share:.0f}"]
         rows.append([*cells, f"{result['difference'][name]:.3f}"])
     caption = (
-        f"{result['model']}, {result['dtype']}, {result['threads']} thread(s), {on(result['machine'])}, "
-        f"{result['date'][:10]}; medians of {rounds} rounds (ranges). Plain: {result['pairs']} pairs; steered: "
+        f"{result['model']}, {result['dtype']}, {result['threads']} thread(s), {on(result['machine'])}; "
+        f"medians of {rounds} rounds (ranges). Plain: {result['pairs']} pairs; steered: "
         f"{result['steered_pairs']} pairs along {result['directions']} directions. Peak {peak:.2f} TFLOP/s by the same clock. "
         "Operations: linear layers. Difference: of the probability of A from that of one pass a pair, mean."
     )
@@ -416,7 +416,7 @@ def serving(result: Result) -> str:
     peak = result["peak_tflops"][result["dtype"]]["seconds"]
     caption = (
         f"Replies of up to {result['tokens']} tokens, streamed. {result['model']}, {result['dtype']}, {result['threads']} "
-        f"thread(s), clients on the same machine, {result['date'][:10]}. {on(result['machine'])}. Matrix-multiply peak "
+        f"thread(s), clients on the same machine. {on(result['machine'])}. Matrix-multiply peak "
         f"{peak:.2f} TFLOP/s, of which the fastest row uses {2 * result['parameters'] * most / (1e12 * peak):.1%}. "
         f"A reply has the same bits alone and in company here: {'yes' if result['exact'] else 'no'}. "
         f"Versions: {_packages(result)}."
@@ -446,8 +446,7 @@ def store(result: Result) -> str:
     return "\n".join(
         [
             f"{result['records']:,} made-up records of {result['tokens']} tokens with {result['emotions']} emotions each; "
-            f"affectlens {packages['affectlens']}, {result['provenance']['cpus']} cores at a load of {result['load']:.1f}, "
-            f"{result['date'][:10]}. Milliseconds, the median and the 95th percentile.",
+            f"affectlens {packages['affectlens']}, {on(result['machine'])}. Milliseconds, the median and the 95th percentile.",
             "",
             *table(["question, a page of 50", *names], asked),
             "",

@@ -322,6 +322,19 @@ def judge(results: Results) -> Iterator[Judged]:
             yield Judged(target.benchmark, place, wanted, found.shown or target.said(found.value), found.value, met, why)
 
 
+def when(result: Result) -> str:
+    """On which date, at which commit and in how much time something was measured."""
+    said = f"Measured on {result['date'][:10]}" if "date" in result else "On a date that was not kept"
+    said += f" at commit {known}" if (known := commit(result)) else ", at a commit that was not kept"
+    return said + (f", in {result['took'] / 60:.0f} minutes." if "took" in result else ".")
+
+
+def commit(result: Result) -> str:
+    """The commit that something was measured at, in short; a plus for changes to it that were not committed."""
+    found = result.get("provenance", {}).get("commit") or ""
+    return found[:8] + "+" * found.endswith("-dirty")
+
+
 def targets(results: Results) -> str:
     """The table of all targets."""
     verdict = {True: "met", False: "**missed**", None: "–"}
@@ -329,8 +342,9 @@ def targets(results: Results) -> str:
     for each in judge(results):
         why = "as above" if each.why in known else each.why
         known |= {each.why} - {""}
-        rows.append([each.what, each.wanted, each.measured, verdict[each.met], why])
-    return "\n".join(table(["target", "wanted", "measured", "", "why it is missed"], rows))
+        result = results.get(each.benchmark)
+        rows.append([each.what, each.wanted, each.measured, verdict[each.met], why, result["date"][:10] if result else "–"])
+    return "\n".join(table(["target", "wanted", "measured", "", "why it is missed", "measured on"], rows))
 
 
 def as_data(results: Results) -> list[dict[str, Any]]:

@@ -18,7 +18,6 @@ Writes ``results/with_ray.json``; ``table.py`` puts the tables into ``docs/scale
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import resource
@@ -37,8 +36,7 @@ import numpy as np
 from affectlens.activations import Text
 from affectlens.corpus import load, stream
 from affectlens.engine import Engine, Reading, Readout, Request, Result, Where, open_engine
-from affectlens.runs import write_json
-from host import HERE, MODEL, RESULTS, machine, say
+from host import HERE, MODEL, RESULTS, begun, keep, say
 from speed_tables import on, spread, table
 
 WINDOW, WARM = 16, 16
@@ -302,9 +300,7 @@ def measure(short: bool = False, *, model: str = MODEL) -> dict[str, Any]:
     n, rounds = (32, 1) if short else (128, 3)
     counts = (200, 400) if short else (1000, 4000, 16000)
     result: dict[str, Any] = {
-        "benchmark": "with_ray",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
+        **begun("with_ray"),
         "model": model, "texts": n, "rounds": rounds, "window": WINDOW, "workers": WORKERS, "card": CARD, "large": LARGE,
         "ray": ray.__version__,
         "labels": {key: label for key, (label, _, _) in WAYS.items()}, "tasks": {key: label for key, (label, _) in TASKS.items()},
@@ -336,7 +332,7 @@ def tables(result: dict[str, Any]) -> str:
     n, runs = result["texts"], result["speed"]
     lines = [
         f"{result['model']}, {result['sizes']['info']['dtype']}, {n} bundled stories, windows of {result['window']}, "
-        f"{result['rounds']} round(s), medians (range), Ray {result['ray']}, {result['date'][:10]}. {on(result['machine'])}.",
+        f"{result['rounds']} round(s), medians (range), Ray {result['ray']}. {on(result['machine'])}.",
         "",
     ]
     rows = []
@@ -396,8 +392,7 @@ def main() -> int:
         print(json.dumps(PARTS[args.part[0]](json.loads(args.part[1]))))
         return 0
     result = measure(args.short, model=args.model)
-    if not args.short:
-        write_json(RESULTS / "with_ray.json", result)
+    keep(result, None if args.short else RESULTS / "with_ray.json")
     print(tables(result))
     return 0
 
