@@ -256,7 +256,7 @@ def generation(result: Result) -> str:
         f"{result['replies']} replies of {low} to {high} tokens, {result['tokens']:,} in all, greedy. {result['model']}, "
         f"{result['dtype']}, {result['threads']} thread(s), {len(result['rounds'])} round(s), medians (ranges), "
         f"on {on(result['machine'])}. Matrix-multiply peak {peak:.2f} TFLOP/s. A step of the model alone "
-        f"takes {taken}. Versions: {_packages(result)}."
+        f"takes {taken}. Versions: {packages(result)}."
     )
     return "\n".join([caption, "", *table(["way", "tokens/s (range)", "× one at a time", "same tokens as one at a time"], rows)])
 
@@ -265,7 +265,8 @@ def _median_of(result: Result, way: str) -> float:
     return statistics.median(entry[way] for entry in result["rounds"])
 
 
-def _packages(result: Result) -> str:
+def packages(result: Result) -> str:
+    """Names and versions of what a result was measured with."""
     return ", ".join(f"{name} {version}" for name, version in result["provenance"]["packages"].items())
 
 
@@ -334,7 +335,7 @@ def monitoring(result: Result) -> str:
         f"({often} of each way that has a target, {seldom} of others)"
         f"{'' if clock == 'seconds' else ', processor time because the machine was shared'}. "
         f"{on(result['machine'])}. Matrix-multiply peak {peak:.2f} TFLOP/s in {result['dtype']}, of which plain generation uses "
-        f"{', '.join(f'{share:.1%}' for share in used)}. Versions: {_packages(result)}."
+        f"{', '.join(f'{share:.1%}' for share in used)}. Versions: {packages(result)}."
     )
     heads = [head for batch in batches for head in (f"batch {batch}: tokens/s", "time over plain")]
     return "\n".join([caption, "", *table(["way", *heads, "same tokens as"], rows)])
@@ -419,7 +420,7 @@ def serving(result: Result) -> str:
         f"thread(s), clients on the same machine. {on(result['machine'])}. Matrix-multiply peak "
         f"{peak:.2f} TFLOP/s, of which the fastest row uses {2 * result['parameters'] * most / (1e12 * peak):.1%}. "
         f"A reply has the same bits alone and in company here: {'yes' if result['exact'] else 'no'}. "
-        f"Versions: {_packages(result)}."
+        f"Versions: {packages(result)}."
     )
     costs = [[str(n), f"{percent(cost)}, {cost.n} rounds"] for n, cost in serving_costs(result).items()]
     what = f"readings of {result['emotions']} emotions and mixed steering, of a token's time"
