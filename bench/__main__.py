@@ -17,6 +17,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -38,6 +40,9 @@ SHORT = [name for name in table.TABLES if name not in table.TESTED_APART]
 
 WAITING = ("extraction", "serving", "with_ray")
 """What waits for processes of its own most of the time: the short form measures it beside the others."""
+
+LIMIT = 40 * 60
+"""Seconds after which a script is ended, so that the others come to their turn."""
 
 VLLM = HERE.parent / ".venv-vllm" / "bin" / "python"
 """The Python of the environment that ``make bench`` makes for vLLM, whose packages contradict ours."""
@@ -76,7 +81,17 @@ def _done(name: str, python: Path) -> bool:
     if not python.exists():
         say(f"{python} is not there: `make {python.parents[1].name}/.ready` makes it, and --vllm names another")
         return False
-    return subprocess.run([python, HERE / f"{name}.py"], stdout=subprocess.DEVNULL, check=False).returncode == 0
+    # A group of its own, so that one that hangs ends with all that it has begun.
+    process = subprocess.Popen([python, HERE / f"{name}.py"], stdout=subprocess.DEVNULL, process_group=0)
+    try:
+        return process.wait(LIMIT) == 0
+    except subprocess.TimeoutExpired:
+        say(f"{name} does not come to an end: {LIMIT / 60:.0f} minutes are over")
+        return False
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
 
 
 def short(names: Sequence[str], out: Path | None) -> list[str]:

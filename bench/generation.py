@@ -1,6 +1,6 @@
 """How fast many replies are generated: affectlens beside ``model.generate`` and transformers' continuous batching.
 
-    python bench/generation.py           48 replies of 16 to 64 tokens, three rounds, ten minutes
+    python bench/generation.py           32 replies of 16 to 64 tokens, three rounds, five minutes
     python bench/generation.py --short   six short ones from a tiny model
 
 Every way answers the same prompts greedily with replies of the same lengths, which differ from request to request; end tokens are
@@ -270,7 +270,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=MODEL, help="a folder or a name that affectlens knows")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--replies", type=int, default=48)
+    parser.add_argument("--replies", type=int, default=32)
     parser.add_argument("--tokens", type=int, nargs=2, default=(16, 64), metavar=("LOW", "HIGH"), help="of a reply")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -1,6 +1,6 @@
 """What steering and monitoring cost while a model generates: affectlens beside what people use today.
 
-    python bench/monitoring.py                     the whole run: batches of 1, 8 and 32, about eight minutes
+    python bench/monitoring.py                     the whole run: batches of 1, 8 and 32, about nine minutes
     python bench/monitoring.py --short             a tiny model, 4 tokens, two rounds: does everything still work?
     python bench/monitoring.py --only read-all --batches 32 --minutes 2
 
@@ -418,9 +418,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default=MODEL, help="a folder or a name that affectlens knows")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--tokens", type=int, default=64, help="new tokens of each reply")
+    parser.add_argument("--tokens", type=int, default=48, help="new tokens of each reply")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--minutes", type=float, default=12.0, help="as many rounds as fit, two at least")
+    parser.add_argument("--minutes", type=float, default=9.0, help="as many rounds as fit, two at least")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--clock",

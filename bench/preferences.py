@@ -1,6 +1,6 @@
 """How many pairs of activities a second: shared beginnings against one forward pass a pair, for docs/benchmarks.md.
 
-    python bench/preferences.py                  # 4 first options with all 63 others, 3 rounds; some minutes on one core
+    python bench/preferences.py                  # 2 first options with all 63 others, 3 rounds; five minutes on one core
     python bench/preferences.py --short          # a tiny model, one first option, one round, results not kept
     python bench/preferences.py --clock cpu      # on a machine that is busy with other things: compares processor time
 
@@ -209,7 +209,7 @@ def _differences(answers: dict[str, np.ndarray]) -> dict[str, float]:
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--firsts", type=int, default=4, help="first options; each meets all others")
+    parser.add_argument("--firsts", type=int, default=2, help="first options; each meets all others")
     parser.add_argument("--pairs", type=int, help="no more than so many of these")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)

@@ -431,7 +431,6 @@ def store(result: Result) -> str:
     """The tables of ``bench/store.py``."""
     kinds = [kind for kind in ("sqlite", "postgresql") if kind in result]
     names = [{"sqlite": "SQLite", "postgresql": "PostgreSQL"}[kind] for kind in kinds]
-    packages = result["provenance"]["packages"]
     asked = [
         [question, *("{median:.1f} ({p95:.1f})".format(**result[kind]["reading, ms"][question]) for kind in kinds)]
         for question in result[kinds[0]]["reading, ms"]
@@ -447,7 +446,8 @@ def store(result: Result) -> str:
     return "\n".join(
         [
             f"{result['records']:,} made-up records of {result['tokens']} tokens with {result['emotions']} emotions each; "
-            f"affectlens {packages['affectlens']}, {on(result['machine'])}. Milliseconds, the median and the 95th percentile.",
+            f"affectlens {result['provenance']['packages']['affectlens']}, {on(result['machine'])}. "
+            "Milliseconds, the median and the 95th percentile.",
             "",
             *table(["question, a page of 50", *names], asked),
             "",

@@ -41,17 +41,17 @@ SPEED: dict[str, Callable[[dict[str, Any]], str]] = {
     "profile_reading": speed.profile_reading,
     "generation": speed.generation,
     "monitoring": speed.monitoring,
-    "preferences": speed.preferences,
     "serving": speed.serving,
     "with_vllm": with_vllm.tables,
     "with_ray": with_ray.tables,
-    "store": speed.store,
     "gpu": gpu.tables,
 }
 """What ``make bench`` measures: modules of this folder, in this order, the GPU where there is one."""
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     **SPEED,
+    "preferences": speed.preferences,
+    "store": speed.store,
     "corpus": studies.corpus,
     "power": studies.power,
     "tuned_pair": studies.tuned_pair,
