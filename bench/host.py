@@ -130,7 +130,7 @@ def keep(result: dict[str, Any], path: Path | None) -> None:
         return
     from affectlens.runs import write_json
 
-    result["took"] = round(time.monotonic() - BEGAN, 1)
+    result["duration"] = round(time.monotonic() - BEGAN, 1)
     result["machine"]["others"] = max(result["machine"]["others"], others())
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)

@@ -176,7 +176,7 @@ def _why_generation(results: Results, _: Found) -> str:
 
 
 def _why_cost(_: Results, found: Found) -> str:
-    return "not decided: the interval holds the limit" if found.open else "the interval lies above the limit"
+    return "the interval holds the limit" if found.open else "the interval lies above the limit"
 
 
 def _why_pairs(results: Results, _: Found) -> str:
@@ -295,7 +295,7 @@ TARGETS: tuple[Target, ...] = (
 
 @dataclass(frozen=True)
 class Judged:
-    """A target held against what was measured; ``met`` is None where nothing was."""
+    """A target held against what was measured; ``met`` is None where nothing was, ``open`` that its interval holds the limit."""
 
     benchmark: str
     what: str
@@ -303,6 +303,7 @@ class Judged:
     measured: str
     value: float | None
     met: bool | None
+    open: bool
     why: str
 
 
@@ -314,19 +315,20 @@ def judge(results: Results) -> Iterator[Judged]:
         founds = target.found(result) if result else []
         if not founds:
             said = "not measured yet" if result is None else "not to be told: an output is missing, wrong or unequal"
-            yield Judged(target.benchmark, target.what, wanted, said, None, None, "")
+            yield Judged(target.benchmark, target.what, wanted, said, None, None, False, "")
         for found in founds:
             met = target.met(found)
             place = f"{target.what}, {found.where}" if found.where else target.what
             why = "" if met else target.why(results, found)
-            yield Judged(target.benchmark, place, wanted, found.shown or target.said(found.value), found.value, met, why)
+            said = found.shown or target.said(found.value)
+            yield Judged(target.benchmark, place, wanted, said, found.value, met, found.open, why)
 
 
 def when(result: Result) -> str:
     """On which date, at which commit and in how much time something was measured."""
     said = f"Measured on {result['date'][:10]}" if "date" in result else "On a date that was not kept"
     said += f" at commit {known}" if (known := commit(result)) else ", at a commit that was not kept"
-    return said + (f", in {result['took'] / 60:.0f} minutes." if "took" in result else ".")
+    return said + (f", in {result['duration'] / 60:.0f} minutes." if "duration" in result else ".")
 
 
 def commit(result: Result) -> str:
@@ -343,7 +345,8 @@ def targets(results: Results) -> str:
         why = "as above" if each.why in known else each.why
         known |= {each.why} - {""}
         result = results.get(each.benchmark)
-        rows.append([each.what, each.wanted, each.measured, verdict[each.met], why, result["date"][:10] if result else "–"])
+        said = verdict[each.met] + " (open)" * each.open
+        rows.append([each.what, each.wanted, each.measured, said, why, result["date"][:10] if result else "–"])
     return "\n".join(table(["target", "wanted", "measured", "", "why it is missed", "measured on"], rows))
 
 
