@@ -136,11 +136,9 @@ def test_a_whole_run_goes_on_after_a_failure_and_writes_the_pages(
     """Scripts that fail, hang, lack their environment and are interrupted stand in for ours."""
     (tmp_path / "store.py").write_text("from pathlib import Path\nPath(__file__).with_suffix('.done').touch()\n")
     (tmp_path / "serving.py").write_text("raise SystemExit(1)\n")
-    (tmp_path / "sae.py").write_text(
-        "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-    )
+    (tmp_path / "sae.py").write_text("import subprocess\nsubprocess.run(['sleep', '600'])\n")
     written: list[Any] = []
-    for what, value in (("HERE", tmp_path), ("locate", lambda *_, **__: None), ("LIMIT", 1.0)):
+    for what, value in (("HERE", tmp_path), ("locate", lambda *_, **__: None), ("LIMIT", 5.0)):
         monkeypatch.setattr(main, what, value)
     monkeypatch.setattr(main.table, "write", written.append)
     pythons = {"with_vllm": tmp_path / ".venv-vllm" / "bin" / "python"}
