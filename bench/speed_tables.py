@@ -235,18 +235,18 @@ def generation(result: Result) -> str:
     plain = _median_of(result, "one")
     for key, way in result["ways"].items():
         if "problem" in way:
-            rows.append([way["label"], f"failed: {way['problem'][:80]}", "–", "–"])
+            rows.append([way["label"], f"failed: {way['problem'][:80]}", "–", "–", "–"])
             continue
         seconds = [entry[key] for entry in result["rounds"]]
-        equal = f"{way['same']} of {result['replies']}"
+        exact, same = f"{way['exact']} of {result['compared in float32']}", f"{way['same']} of {result['replies']}"
         if way["same"] < result["replies"]:
-            equal += f", the others {way['apart']:.1f} steps apart at most"
+            same += f", the others {way['apart']:.1f} steps apart at most"
         rows.append(
             [
                 way["label"],
                 spread([result["tokens"] / each for each in seconds]),
                 f"{plain / statistics.median(seconds):.2f}",
-                "–" if key == "one" else equal,
+                *(("–", "–") if key == "one" else (exact, same)),
             ]
         )
     steps = {int(n): 1000 * seconds for n, seconds in result["step"].items()}
@@ -258,7 +258,8 @@ def generation(result: Result) -> str:
         f"on {on(result['machine'])}. Matrix-multiply peak {peak:.2f} TFLOP/s. A step of the model alone "
         f"takes {taken}. Versions: {packages(result)}."
     )
-    return "\n".join([caption, "", *table(["way", "tokens/s (range)", "× one at a time", "same tokens as one at a time"], rows)])
+    heads = ["way", "tokens/s (range)", "× one at a time", "same tokens in float32", f"same tokens in {result['dtype']}"]
+    return "\n".join([caption, "", *table(heads, rows)])
 
 
 def _median_of(result: Result, way: str) -> float:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import gpu
+import gpu_tables as gpu
 import speed_tables as speed
 import study_tables as studies
 import targets
