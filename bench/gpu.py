@@ -4,8 +4,8 @@
     python bench/gpu.py --models Llama-3.1-8B --minutes 4
     python bench/gpu.py --tiny --device cpu                  a tiny model on the processor: does the script work?
 
-It needs torch, transformers and this repository, and downloads nothing. Weights are random, in the shapes of :data:`SHAPES`; the tokenizer
-is made on the spot, one token a word. What is measured costs what it costs with trained weights.
+It needs torch, transformers and this repository, and downloads nothing. Weights are random, in the shapes of :data:`SHAPES`; the
+tokenizer is made on the spot, one token a word. What is measured costs what it costs with trained weights.
 
 * **Peak**: the fastest product of large bfloat16 matrices on this card, now.
 * **Reading**: the mean residual at two thirds of the depth from the 50th token on, of texts of 80 to 300 tokens, through
@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
-import importlib.metadata
 import json
 import random
 import statistics
@@ -400,6 +399,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from affectlens.engines.hf import HFEngine
+    from affectlens.runs import provenance
 
     device, began = Device(args.device), time.monotonic()
     shapes = TINY if args.tiny else SHAPES
@@ -411,7 +411,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "memory_gb": properties.total_memory / 1e9 if properties else 0.0,
         "dtype": args.dtype,
-        "versions": {name: importlib.metadata.version(name) for name in ("affectlens", "torch", "transformers")},
+        "provenance": provenance(),
     }
 
     def keep() -> None:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
-from speed_tables import spread, table
+from speed_tables import packages, spread, table, when
 
 JUDGED = 32
 """The batch size at which the cost of steering and monitoring has a target."""
@@ -53,8 +53,7 @@ def tables(result: dict[str, Any]) -> str:
     """The tables of every card and model, as Markdown."""
     parts = []
     for card, own in result["cards"].items():
-        versions = ", ".join(f"{name} {version}" for name, version in own["versions"].items())
-        parts.append(f"**{card}**, {own['memory_gb']:.0f} GB, {own['date'][:10]}. {versions}. Random weights in {own['dtype']}.")
+        parts.append(f"**{card}**, {own['memory_gb']:.0f} GB. {when(own)} Random weights in {own['dtype']}. {packages(own)}.")
         parts += [_of_model(name, model) for name, model in own["models"].items()]
     return "\n\n".join(parts)
 

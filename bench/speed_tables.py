@@ -34,6 +34,24 @@ def on(machine: dict[str, Any]) -> str:
     return said if busy <= QUIET else f"{said}, **not quiet: others kept {busy:.1f} of them busy when this began or ended**"
 
 
+def when(result: Result) -> str:
+    """On which date, at which commit and in how much time something was measured."""
+    said = f"Measured on {result['date'][:10]}" if "date" in result else "On a date that was not kept"
+    said += f" at commit {known}" if (known := commit(result)) else ", at a commit that was not kept"
+    return said + (f", in {result['duration'] / 60:.0f} minutes." if "duration" in result else ".")
+
+
+def commit(result: Result) -> str:
+    """The commit that something was measured at, in short; a plus for changes to it that were not committed."""
+    found = result.get("provenance", {}).get("commit") or ""
+    return found[:8] + "+" * found.endswith("-dirty")
+
+
+def packages(result: Result) -> str:
+    """Names and versions of what a result was measured with."""
+    return ", ".join(f"{name} {version}" for name, version in result["provenance"]["packages"].items())
+
+
 # ── reading ──
 
 
@@ -264,11 +282,6 @@ def generation(result: Result) -> str:
 
 def _median_of(result: Result, way: str) -> float:
     return statistics.median(entry[way] for entry in result["rounds"])
-
-
-def packages(result: Result) -> str:
-    """Names and versions of what a result was measured with."""
-    return ", ".join(f"{name} {version}" for name, version in result["provenance"]["packages"].items())
 
 
 MONITORING_TARGETS = {

@@ -85,7 +85,7 @@ def drawn(results: Results) -> dict[str, str]:
         elif name in DATED:
             texts[name] = draw(results[name])
         else:
-            texts[name] = f"{draw(results[name])}\n\n{targets.when(results[name])}"
+            texts[name] = f"{draw(results[name])}\n\n{speed.when(results[name])}"
     return {"targets": targets.targets(results), **texts}
 
 

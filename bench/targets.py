@@ -324,19 +324,6 @@ def judge(results: Results) -> Iterator[Judged]:
             yield Judged(target.benchmark, place, wanted, said, found.value, met, found.open, why)
 
 
-def when(result: Result) -> str:
-    """On which date, at which commit and in how much time something was measured."""
-    said = f"Measured on {result['date'][:10]}" if "date" in result else "On a date that was not kept"
-    said += f" at commit {known}" if (known := commit(result)) else ", at a commit that was not kept"
-    return said + (f", in {result['duration'] / 60:.0f} minutes." if "duration" in result else ".")
-
-
-def commit(result: Result) -> str:
-    """The commit that something was measured at, in short; a plus for changes to it that were not committed."""
-    found = result.get("provenance", {}).get("commit") or ""
-    return found[:8] + "+" * found.endswith("-dirty")
-
-
 def targets(results: Results) -> str:
     """The table of all targets."""
     verdict = {True: "met", False: "**missed**", None: "–"}

@@ -169,7 +169,7 @@ def test_a_result_says_what_it_rests_on(table: ModuleType, tmp_path: Path, monke
     host.keep(result, tmp_path / "new" / "store.json")
     stored = json.loads((tmp_path / "new" / "store.json").read_text())
     assert stored["machine"]["others"] == 0.7 and stored["records"] == 3 and stored["duration"] > 0
-    when = table.targets.when
+    when = table.speed.when
     known = {"date": "2026-11-29T10:00:00", "provenance": {"commit": "0123456789abcdef-dirty"}, "duration": 660.0}
     assert when(known) == "Measured on 2026-11-29 at commit 01234567+, in 11 minutes."
     assert when({"date": "2026-11-21"}) == "Measured on 2026-11-21, at a commit that was not kept."
@@ -383,7 +383,13 @@ def test_a_card_has_its_targets(table: ModuleType) -> None:
         "reading": {"texts": 9, "tokens": 1000, "bound": 2000.0, "layouts": 0.2, "cosine": 0.9999, "ways": reads},
         "generation": {"prompt": 64, "tokens": 32, "emotions": 171, "layer": 21, "ways": ways},
     }
-    card = {"memory_gb": 140.0, "date": "2026-11-29", "dtype": "bfloat16", "versions": {"torch": "2"}, "models": {"8B": model}}
+    card = {
+        "memory_gb": 140.0,
+        "date": "2026-11-29",
+        "dtype": "bfloat16",
+        "provenance": {"packages": {"torch": "2"}},
+        "models": {"8B": model},
+    }
     results = {"gpu": {"cards": {"H200": card}}}
     judged = {each.what: each for each in table.targets.judge(results) if each.benchmark == "gpu"}
     share = judged["reading one layer on a GPU, of its bf16 peak, 8B on H200"]
