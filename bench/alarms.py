@@ -29,27 +29,23 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests")]
-
-from affectlens.actions import policy  # noqa: E402
-from affectlens.activations import Text  # noqa: E402
-from affectlens.alarms import ordinary_traces, trial_of, try_rules, turns_of_rule  # noqa: E402
-from affectlens.baseline import Baseline, held_out_dialogues, neutral_dialogues  # noqa: E402
-from affectlens.conversations import Conversation  # noqa: E402
-from affectlens.corpus import load  # noqa: E402
-from affectlens.engine import Engine, Request, Result, open_engine  # noqa: E402
-from affectlens.exchange import load_vectors  # noqa: E402
-from affectlens.monitor import Monitor  # noqa: E402
-from affectlens.traces import Probe  # noqa: E402
-from affectlens.vectors import ConceptVectors  # noqa: E402
-from host import RESULTS, begun, keep  # noqa: E402
-from study_tables import alarms  # noqa: E402
+from affectlens.actions import policy
+from affectlens.activations import Text
+from affectlens.alarms import ordinary_traces, trial_of, try_rules, turns_of_rule
+from affectlens.baseline import Baseline, held_out_dialogues, neutral_dialogues
+from affectlens.conversations import Conversation
+from affectlens.corpus import load
+from affectlens.engine import Engine, Request, Result, open_engine
+from affectlens.exchange import load_vectors
+from affectlens.monitor import Monitor
+from affectlens.traces import Probe
+from affectlens.vectors import ConceptVectors
+from host import RESULTS, begun, keep
+from study_tables import alarms
 
 VECTORS = "runs/smollm2-135m"
 RULES = (

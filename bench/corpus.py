@@ -19,7 +19,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,10 +43,9 @@ from affectlens.stats import Estimate, Null
 from affectlens.studies import Bench, Finding, load_study
 from affectlens.studies.separation import best_layer, held_out_scores
 from affectlens.vectors import fit_means, group_means
-from host import RESULTS, begun, keep
+from host import HERE, RESULTS, begun, keep
 from study_tables import corpus as shown
 
-HERE = Path(__file__).resolve().parent
 CACHE = HERE / ".cache" / "corpus"
 MUFXIO = HERE.parent.parent / "shared" / "data" / "mufxio" / "corpus" / "stories"
 MODEL = "smollm2-135m"
@@ -240,11 +238,8 @@ def measure(short: bool = False) -> dict[str, Any]:
     """Compare corpora; the short form compares two that the toy writes, the second in the place of the outside one."""
     if not short:
         return of_the_demo_model(set())
-    sys.path.append(str(HERE.parent / "tests"))
-    try:
-        from planted import CONCEPTS, RECIPE
-    finally:
-        sys.path.remove(str(HERE.parent / "tests"))
+    from planted import CONCEPTS, RECIPE
+
     engine, concepts = al.open_engine("toy"), CONCEPTS.select(CONCEPTS.names[:6])
     recipe = replace(RECIPE, per_concept=6)
     recipes = {"bundled": recipe, "mufxio": replace(recipe, seed=1)}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent / "tests"))  # toys with planted effects, made-up records and tiny models are those of the tests
 PEERS, CACHE, RESULTS = HERE / "peers", HERE / ".cache", HERE / "results"
 
 MODEL = "smollm2-135m"
@@ -170,13 +171,10 @@ class Environment:
 @functools.cache
 def tiny_model() -> Path:
     """A folder with a Llama of random weights in six small blocks, one token a byte, that the short forms run."""
-    sys.path.append(str(HERE.parent / "tests"))
-    try:
-        import families
-    finally:
-        sys.path.remove(str(HERE.parent / "tests"))
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    import families
 
     folder = CACHE / "tiny"
     config = LlamaConfig(

@@ -24,13 +24,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "bench")]
-
-from affectlens.studies import STUDIES, Bench, Checkpoint, load_study  # noqa: E402
-from host import RESULTS, begun, keep  # noqa: E402
-from planted import toy_bench, with_calibration  # noqa: E402
-from study_tables import power  # noqa: E402
+from affectlens.studies import STUDIES, Bench, Checkpoint, load_study
+from host import RESULTS, begun, keep
+from planted import toy_bench, with_calibration
+from study_tables import power
 
 TONE = (("calm", 1.0),)
 CONDITIONS: dict[str, dict[str, Any]] = {"planted": {}, "nothing": {"effect": 0.0}, "coupled": {"coupled": True}}

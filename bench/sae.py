@@ -37,7 +37,6 @@ from affectlens.sparse import SparseAutoencoder
 from host import RESULTS, begun, keep
 from study_tables import sae as drawn
 
-HERE = Path(__file__).resolve().parent
 FEATURES, K, BATCH = 1024, 16, 512
 SIZES = (1, 2, 4, 8, 16, 32)
 RUN = "runs/smollm2-135m"
@@ -126,11 +125,8 @@ def measure(short: bool = False) -> dict[str, Any]:
     """Train, compose, ask; the short form does so with the toy, in two seconds of training on texts that it wrote."""
     if not short:
         return of_run(RUN, Amount())
-    sys.path.append(str(HERE.parent / "tests"))
-    try:
-        from planted import toy_bench
-    finally:
-        sys.path.remove(str(HERE.parent / "tests"))
+    from planted import toy_bench
+
     bench = toy_bench(0)
     assert bench.engine is not None and bench.activations is not None
     engine, names = bench.engine, bench.vectors.names

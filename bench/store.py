@@ -25,15 +25,12 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests")]
-
-from affectlens.concepts import ConceptSet  # noqa: E402
-from affectlens.server.records import encode  # noqa: E402
-from affectlens.server.store import Store  # noqa: E402
-from host import RESULTS, begun, keep  # noqa: E402
-from speed_tables import store as drawn  # noqa: E402
-from stored import NOON, Cluster, fired, made  # noqa: E402
+from affectlens.concepts import ConceptSet
+from affectlens.server.records import encode
+from affectlens.server.store import Store
+from host import RESULTS, begun, keep
+from speed_tables import store as drawn
+from stored import NOON, Cluster, fired, made
 
 NAMES = ConceptSet.load("emotions").names
 SHORT, LONG = 40, 300
