@@ -177,12 +177,13 @@ def _numbers(result: Result, key: str) -> str:
 
 
 def _caption(result: Result, found: Reading) -> str:
-    texts = result["texts"]
+    texts, rounds = result["texts"], len(result["rounds"])
+    every = sum(any(run["task"] == "all" for run in entry["runs"]) for entry in result["rounds"])
     return (
         f"Mean residual from the 50th token on, of {texts['count']} texts of {texts['shortest']} to {texts['longest']} tokens "
         f"({texts['tokens']:,} tokens; {texts['source']}; padded batches of 8 in arrival order run "
         f"{texts['padded_tokens_in_8'] / texts['tokens']:.2f} times as many). {result['model']}, {result['dtype']}, "
-        f"{result['threads']} thread(s), {len(result['rounds'])} round(s), medians"
+        f"{result['threads']} thread(s), {rounds} round(s){f' ({every} at every layer)' if every < rounds else ''}, medians"
         f"{'' if result['clock'] == 'seconds' else ', seconds of processor time because the machine was shared'}. "
         f"{on(result['machine'])}, {result['machine']['memory_gb']} GB. Matrix-multiply peak, best of the rounds: "
         f"{_peak(result, result['dtype']):.2f} TFLOP/s in {result['dtype']} ({_peak(result, 'float32'):.2f} in float32), which "
