@@ -37,7 +37,7 @@ from affectlens.activations import Text
 from affectlens.corpus import load, stream
 from affectlens.engine import Engine, Reading, Readout, Request, Result, Where, open_engine
 from host import HERE, MODEL, RESULTS, begun, keep, say
-from speed_tables import on, spread, table
+from speed_tables import on, packages, spread, table
 
 WINDOW, WARM = 16, 16
 """Windows are small so that few texts make many of them."""
@@ -298,14 +298,11 @@ def cluster(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def measure(short: bool = False) -> dict[str, Any]:
     """All parts, each in a process of its own; ways take turns. The short form asks the toy."""
-    import ray
-
     model, n, rounds = ("toy", 32, 1) if short else (MODEL, 64, 3)
     counts = (200, 400) if short else (1000, 4000, 16000)
     result: dict[str, Any] = {
         **begun("with_ray"),
         "model": model, "texts": n, "rounds": rounds, "window": WINDOW, "workers": WORKERS, "card": CARD, "large": LARGE,
-        "ray": ray.__version__,
         "labels": {key: label for key, (label, _, _) in WAYS.items()}, "tasks": {key: label for key, (label, _) in TASKS.items()},
     }  # fmt: skip
     result["sizes"] = part("sizes", 1, model=model)
@@ -335,7 +332,7 @@ def tables(result: dict[str, Any]) -> str:
     n, runs = result["texts"], result["speed"]
     lines = [
         f"{result['model']}, {result['sizes']['info']['dtype']}, {n} bundled stories, windows of {result['window']}, "
-        f"{result['rounds']} round(s), medians (range), Ray {result['ray']}. {on(result['machine'])}.",
+        f"{result['rounds']} round(s), medians (ranges). {on(result['machine'])}. Versions: {packages(result)}.",
         "",
     ]
     rows = []
