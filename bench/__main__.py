@@ -1,6 +1,7 @@
 """Every benchmark of speed, one after the other, beside its peers: ``make bench``, or ``python bench``.
 
     python bench                        within an hour on a machine of two cores that does nothing else
+    python bench --prepare              fetches the model and makes the peers' environments: then the hour begins
     python bench --only serving store   some of them; the results of the others stay
     python bench --short                tiny models, a few minutes: does everything still work? (``make bench-short``)
     python bench --short --out FOLDER   keeps its JSON and its pages there
@@ -30,6 +31,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import extraction
 import table
 import targets
 from affectlens.models import locate
@@ -147,11 +149,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python bench", description=(__doc__ or "").splitlines()[0])
     names = list(table.TABLES)
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"some of {', '.join(names)}")
+    parser.add_argument("--prepare", action="store_true", help="fetch and make what is needed, and measure nothing")
     parser.add_argument("--short", action="store_true", help="tiny models: does everything still work?")
     parser.add_argument("--out", type=Path, help="where the short form keeps what it made")
     parser.add_argument("--vllm", type=Path, default=VLLM, help="the Python of an environment that has vLLM")
     args = parser.parse_args()
-    if args.short:
+    if args.prepare:
+        locate(MODEL, log=say)
+        failed = list(extraction.prepare(extraction.SUBJECTS))
+    elif args.short:
         failed = short(args.only or SHORT, args.out)
     else:
         failed = whole(args.only or _speed(), {"with_vllm": args.vllm.absolute()})

@@ -222,7 +222,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     shapes = Shapes.of(model)
     texts, lengths = stories(model, args.texts)
     subjects = [subject for subject in SUBJECTS if subject.key in args.only]
-    unavailable = _unavailable(subjects)
+    unavailable = prepare(subjects)
     bench = Bench(model, shapes, texts, args.threads, args.dtype, unavailable)
     layers = {"one": [shapes.layer], "all": list(range(shapes.layers))}
     plan = [(subject, task) for subject in subjects for task in args.tasks if task in subject.tasks]
@@ -270,8 +270,8 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _unavailable(subjects: Sequence[Subject]) -> dict[str, str]:
-    """Prepare the environments; which could not be made, and why: without a network the others are measured all the same."""
+def prepare(subjects: Sequence[Subject]) -> dict[str, str]:
+    """Make the environments of these; which could not be made, and why: without a network the others are measured all the same."""
     found = {}
     for environment in {s.environment.name: s.environment for s in subjects if s.environment}.values():
         try:

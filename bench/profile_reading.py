@@ -1,6 +1,6 @@
 """Where the time goes when affectlens reads one layer: by part of the work, and how fast the multiplications are.
 
-    python bench/profile_reading.py          64 stories, one thread, a minute
+    python bench/profile_reading.py          48 stories, one thread, a minute or two
     python bench/profile_reading.py --short  a few texts through a tiny model
 
 The operators are timed by torch's profiler, which also counts what matrix products compute; a product is told by the shape of its
@@ -158,7 +158,7 @@ def _timed_hooks() -> Iterator[list[float]]:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--texts", type=int, default=64)
+    parser.add_argument("--texts", type=int, default=48)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--short", action="store_true", help="a tiny model, a few texts, results not kept")
     parser.add_argument("--out", type=Path, default=RESULTS / "profile_reading.json")
