@@ -271,7 +271,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def prepare(subjects: Sequence[Subject]) -> dict[str, str]:
-    """Make the environments of these; which could not be made, and why: without a network the others are measured all the same."""
+    """Make the environments of these; which could not be made, and why: the others are measured all the same."""
     found = {}
     for environment in {s.environment.name: s.environment for s in subjects if s.environment}.values():
         try:
