@@ -158,8 +158,8 @@ class Environment:
         if mark.is_file() and mark.read_text() == wanted:
             return
         say(f"preparing the environment of {self.name}: {', '.join(self.pins)}")
-        if not self.python.exists():
-            subprocess.run([sys.executable, "-m", "venv", str(HERE / ".envs" / self.name)], check=True)
+        # Anew: one that was begun and interrupted may lack anything.
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(HERE / ".envs" / self.name)], check=True)
         for packages in ([TORCH], list(self.pins)):
             subprocess.run([self.python, "-m", "pip", "install", "--quiet", *packages], check=True)
         mark.write_text(wanted)
