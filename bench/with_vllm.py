@@ -247,8 +247,8 @@ def tables(result: dict[str, Any]) -> str:
     rounds = max(len(own) for found in result["ways"].values() for own in found["rounds"].values())
     caption = (
         f"{stories['count']} stories of {stories['tokens']} tokens, {replies['count']} replies of {replies['tokens']}, "
-        f"{reading['count']} stories read. {result['model']}, {result['dtype']}, {result['threads']} thread(s), {rounds} round(s), "
-        f"medians (ranges), on {on(result['machine'])}. Versions: {packages(result)}."
+        f"{reading['count']} stories read. {result['model']}, {result['dtype']}, {result['threads']} thread(s), "
+        f"{rounds} round(s), medians (ranges), on {on(result['machine'])}. Versions: {packages(result)}."
     )
     heads = ["way", "start, s", *(f"{TASKS[task]}: tokens/s (range), × generate" for task in result["tasks"])]
     heads[-1] = heads[-1].removesuffix(", × generate")
