@@ -295,8 +295,8 @@ MONITORING_TARGETS = {
 """Of ``bench/monitoring.py``: how much slower than plain generation each may be. These are timed more often than the others."""
 
 
-def monitoring_costs(result: Result) -> dict[tuple[str, int], Estimate]:
-    """By way and batch: the time of each over that of plain generation in the same round, minus one."""
+def monitoring_costs(result: Result, only: str | None = None) -> dict[tuple[str, int], Estimate]:
+    """By way (all, or one) and batch: the time of each over that of plain generation in the same round, minus one."""
     from affectlens.stats import bootstrap
 
     over: dict[tuple[str, int], list[float]] = {}
@@ -305,6 +305,8 @@ def monitoring_costs(result: Result) -> dict[tuple[str, int], Estimate]:
         for run in entry["runs"]:
             timed.setdefault((run["way"], run["batch"]), []).append(run[result["clock"]])
         for (way, batch), own in timed.items():
+            if only not in (None, way):
+                continue
             # The n-th time in a round is held against the n-th time of plain generation there: they lie next to each other.
             ratios = [mine / plain - 1 for mine, plain in zip(own, timed["plain", batch], strict=False)]
             over.setdefault((way, batch), []).extend(ratios)

@@ -107,7 +107,7 @@ def _generation(result: Result) -> list[Found]:
 
 def _monitoring(way: str, limit: float) -> Callable[[Result], list[Found]]:
     def found(result: Result) -> list[Found]:
-        costs = {batch: cost for (key, batch), cost in monitoring_costs(result).items() if key == way}
+        costs = {batch: cost for (_, batch), cost in monitoring_costs(result, way).items()}
         return [
             Found(cost.value, f"batch {batch}", percent(cost), cost.low <= limit <= cost.high) for batch, cost in costs.items()
         ]
