@@ -325,16 +325,25 @@ def judge(results: Results) -> Iterator[Judged]:
 
 
 def targets(results: Results) -> str:
-    """The table of all targets."""
+    """How many are met, and the table of all."""
+    judged = list(judge(results))
     verdict = {True: "met", False: "**missed**", None: "–"}
+    counts = []
+    for met in verdict:
+        own = [each for each in judged if each.met is met]
+        still = sum(each.open for each in own)
+        said = "not measured" if met is None else verdict[met]
+        counts.append(f"{len(own)} {said}{f' ({still} of them open)' if still else ''}")
     rows, known = list[list[str]](), set[str]()
-    for each in judge(results):
+    for each in judged:
         why = "as above" if each.why in known else each.why
         known |= {each.why} - {""}
         date = results.get(each.benchmark, {}).get("date", "–")[:10]  # each card of gpu.py has its own
         said = verdict[each.met] + " (open)" * each.open
         rows.append([each.what, each.wanted, each.measured, said, why, date])
-    return "\n".join(table(["target", "wanted", "measured", "", "why it is missed", "measured on"], rows))
+    return "\n".join(
+        [f"{', '.join(counts)}.", "", *table(["target", "wanted", "measured", "", "why it is missed", "measured on"], rows)]
+    )
 
 
 def as_data(results: Results) -> list[dict[str, Any]]:
