@@ -56,7 +56,7 @@ from speed_tables import serving
 SEED = 20261129
 STRENGTH = 0.05
 DIALS = ("calm", "desperate", "angry", "happy")
-STORIES, DIALOGUES = 3, 60  # of each emotion, that vectors are fitted to; and behind the baseline
+STORIES, DIALOGUES = 2, 60  # of each emotion, that vectors are fitted to; and behind the baseline
 START = 300.0  # seconds that a server may take to start
 
 
