@@ -18,6 +18,6 @@ def test_the_short_form_runs() -> None:
     done = subprocess.run([sys.executable, SCRIPT, "--short"], capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     rows = [line for line in done.stdout.splitlines() if line.startswith("| **affectlens**")]
-    assert len(rows) == 2 and not any("failed" in row or "–  |" in row for row in rows), done.stdout
+    assert len(rows) == 2 and not any("failed" in row or "| – |" in row for row in rows), done.stdout
     assert "vllm" in done.stdout.partition("Versions: ")[2], "it says which one"
     assert sorted((SCRIPT.parent / "results").iterdir()) == before
