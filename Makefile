@@ -17,11 +17,13 @@ check: $(VENV)/.ready
 	$(BIN)/ruff check src tests bench docs corpus
 	$(BIN)/mypy
 
-# Speed beside the peers, which get environments of their own on first use; writes docs/benchmarks.md. For a machine that does nothing else.
+# Speed beside the peers, which get environments of their own on first use; writes docs/benchmarks.md. Within an hour, on a machine that does
+# nothing else. Without vLLM the others are measured all the same.
 bench: $(VENV)/.ready $(VENV)/.peers
+	-$(MAKE) $(VENV)-vllm/.ready
 	$(BIN)/python bench
 
-# The same code on tiny models, in two minutes: does everything still work?
+# The same code on tiny models, in a few minutes: does everything still work?
 bench-short: $(VENV)/.ready $(VENV)/.peers
 	$(BIN)/python bench --short
 

@@ -28,31 +28,25 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests")]
+from affectlens.actions import policy
+from affectlens.activations import Text
+from affectlens.alarms import ordinary_traces, trial_of, try_rules, turns_of_rule
+from affectlens.baseline import Baseline, held_out_dialogues, neutral_dialogues
+from affectlens.conversations import Conversation
+from affectlens.corpus import load
+from affectlens.engine import Engine, Request, Result, open_engine
+from affectlens.exchange import load_vectors
+from affectlens.monitor import Monitor
+from affectlens.traces import Probe
+from affectlens.vectors import ConceptVectors
+from host import RESULTS, begun, keep
+from study_tables import alarms
 
-from affectlens.actions import policy  # noqa: E402
-from affectlens.activations import Text  # noqa: E402
-from affectlens.alarms import ordinary_traces, trial_of, try_rules, turns_of_rule  # noqa: E402
-from affectlens.baseline import Baseline, held_out_dialogues, neutral_dialogues  # noqa: E402
-from affectlens.conversations import Conversation  # noqa: E402
-from affectlens.corpus import load  # noqa: E402
-from affectlens.engine import Engine, Request, Result, open_engine  # noqa: E402
-from affectlens.exchange import load_vectors  # noqa: E402
-from affectlens.monitor import Monitor  # noqa: E402
-from affectlens.runs import provenance, write_json  # noqa: E402
-from affectlens.traces import Probe  # noqa: E402
-from affectlens.vectors import ConceptVectors  # noqa: E402
-from study_tables import alarms  # noqa: E402
-
-RESULT = ROOT / "bench" / "results" / "alarms.json"
 VECTORS = "runs/smollm2-135m"
 RULES = (
     "desperate > 3",
@@ -175,17 +169,14 @@ def stated_and_came(
     """Both parts, and random halves; ``talks`` and ``stories`` are how many are read at most."""
     neutral, traffic = neutral_dialogues(engine)[:talks], held_out_dialogues()[:talks]
     loud = [Text(record["id"], record["text"], record["concept"]) for record in load("stories")][:stories]
-    start = time.perf_counter()
     own = {"stories": loud, "source": "every other held-out dialogue"}
     return {
-        "benchmark": "alarms",
+        **begun("alarms"),
         "model": engine.info.id,
         "layer": vectors.layer,
         "bundled": judged(engine, vectors, stated=neutral, came=traffic, stories=loud, source="neutral dialogues"),
         "own": judged(engine, vectors, stated=traffic[::2], came=traffic[1::2], **own),
         "splits": splits(engine, vectors, neutral, count),
-        "seconds": round(time.perf_counter() - start, 1),
-        "provenance": provenance(),
     }
 
 
@@ -193,7 +184,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vectors", default=VECTORS, help="folder of vectors")
     result = measured(parser.parse_args().vectors)
-    write_json(RESULT, result)
+    keep(result, RESULTS / "alarms.json")
     print("\n" + alarms(result))
     return 0
 

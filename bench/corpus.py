@@ -16,12 +16,9 @@ Writes ``bench/results/corpus.json``; ``bench/table.py`` makes the tables in ``d
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,15 +37,15 @@ from affectlens.discovery import (
     open_stories,
 )
 from affectlens.engine import Engine
-from affectlens.runs import content_id, provenance
+from affectlens.runs import content_id
 from affectlens.space import principal_components
 from affectlens.stats import Estimate, Null
 from affectlens.studies import Bench, Finding, load_study
 from affectlens.studies.separation import best_layer, held_out_scores
 from affectlens.vectors import fit_means, group_means
+from host import HERE, RESULTS, begun, keep
 from study_tables import corpus as shown
 
-HERE = Path(__file__).resolve().parent
 CACHE = HERE / ".cache" / "corpus"
 MUFXIO = HERE.parent.parent / "shared" / "data" / "mufxio" / "corpus" / "stories"
 MODEL = "smollm2-135m"
@@ -241,11 +238,8 @@ def measure(short: bool = False) -> dict[str, Any]:
     """Compare corpora; the short form compares two that the toy writes, the second in the place of the outside one."""
     if not short:
         return of_the_demo_model(set())
-    sys.path.append(str(HERE.parent / "tests"))
-    try:
-        from planted import CONCEPTS, RECIPE
-    finally:
-        sys.path.remove(str(HERE.parent / "tests"))
+    from planted import CONCEPTS, RECIPE
+
     engine, concepts = al.open_engine("toy"), CONCEPTS.select(CONCEPTS.names[:6])
     recipe = replace(RECIPE, per_concept=6)
     recipes = {"bundled": recipe, "mufxio": replace(recipe, seed=1)}
@@ -269,8 +263,7 @@ def measured(
     texts = {name: Shared(each, shared, best) for name, each in found.items()}
     how = {"sizes": sizes, "samples": samples}
     return {
-        "benchmark": "corpus",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **begun("corpus"),
         "model": engine.info.id,
         "dtype": engine.info.dtype,
         "layer of correlations": layer,
@@ -282,7 +275,6 @@ def measured(
         "transfer": {f"{a} by {b}": transfer(texts[a], texts[b]) for a in texts for b in texts if a != b},
         "curve": curve(found["bundled"], layer, **how),
         "curve of transfer": size_of_transfer(texts["mufxio"], texts["bundled"], **how) if "mufxio" in texts else [],
-        "provenance": provenance(),
     }
 
 
@@ -299,8 +291,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--skip", nargs="*", default=[], choices=["mufxio", "own"])
     result = of_the_demo_model(set(parser.parse_args().skip))
-    path = HERE / "results" / "corpus.json"
-    path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    keep(result, RESULTS / "corpus.json")
     print(shown(result))
     return 0
 

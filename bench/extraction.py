@@ -1,15 +1,16 @@
 """How fast, and in how much memory, the mean residual of stories is read: affectlens beside what people use today.
 
-    python bench/extraction.py                     128 stories, 3 rounds, every library at its best: half an hour
+    python bench/extraction.py                     48 stories, 3 rounds, every library at its best: a quarter of an hour
     python bench/extraction.py --short             a few texts through a tiny model: does everything still work?
     python bench/extraction.py --only all --texts 512 --rounds 5     every configuration: hours
     python bench/extraction.py --only nnsight-8-stop affectlens --rounds 3
 
 Two tasks: (one) the mean over each story from its 50th own token on at one layer at two thirds of the depth, (all) the same at
-every layer. A subject is a library in one configuration; it runs in a process of its own (``bench/peers``) in an environment of
-its own (``bench/.envs``, made on demand), once per round and task, in an order that is shuffled each round. Numbers are checked
-twice against float32 means made with plain hooks: in float32 on a few texts, tightly enough to see a mean that is off by one
-token, and in the dtype that is timed on all texts. A subject with other numbers is marked wrong.
+every layer, which is measured in every other round. A subject is a library in one configuration; it runs in a process of its own
+(``bench/peers``) in an environment of its own (``bench/.envs``, made on demand), once per round and task, in an order that is
+shuffled each round. Numbers are checked twice against float32 means made with plain hooks: in float32 on a few texts, tightly
+enough to see a mean that is off by one token, and in the dtype that is timed on all texts. A subject with other numbers is
+marked wrong.
 
 Writes ``bench/results/extraction.json`` with every raw round; ``bench/table.py`` makes the table in ``docs/benchmarks.md`` of it.
 """
@@ -17,7 +18,6 @@ Writes ``bench/results/extraction.json`` with every raw round; ``bench/table.py`
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
 import itertools
 import json
@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from host import CACHE, MODEL, PEERS, RESULTS, Environment, machine, peak, say, tiny_model
+from host import CACHE, MODEL, PEERS, RESULTS, Environment, begun, keep, peak, say, tiny_model
 from speed_tables import extraction, one_line
 
 TEXT_TOKENS = (80, 300)
@@ -204,7 +204,9 @@ def measure(short: bool = False) -> dict[str, Any]:
 
 
 def main() -> int:
-    result = measured(arguments())
+    args = arguments()
+    result = measured(args)
+    keep(result, args.out)
     print(extraction(result))
     return 0
 
@@ -220,7 +222,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     shapes = Shapes.of(model)
     texts, lengths = stories(model, args.texts)
     subjects = [subject for subject in SUBJECTS if subject.key in args.only]
-    unavailable = _unavailable(subjects)
+    unavailable = prepare(subjects)
     bench = Bench(model, shapes, texts, args.threads, args.dtype, unavailable)
     layers = {"one": [shapes.layer], "all": list(range(shapes.layers))}
     plan = [(subject, task) for subject in subjects for task in args.tasks if task in subject.tasks]
@@ -228,9 +230,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     checked = [s for s in subjects if s.key == OURS] if args.short else [] if args.skip_exact else subjects
     verdicts = {subject.key: bench.exact(subject, layers["all"]) for subject in checked}
     result: dict[str, Any] = {
-        "benchmark": "extraction",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
+        **begun("extraction"),
         "model": model.name if args.short else args.model,
         "shapes": asdict(shapes),
         "layer": shapes.layer,
@@ -261,18 +261,17 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         measured_peak = peak(args.threads, width=shapes.width, hidden=shapes.hidden, short=args.short)
         entry: dict[str, Any] = {"peak_tflops": measured_peak, "load": os.getloadavg()[0], "runs": []}
         for subject, task in shuffle.sample(plan, len(plan)):
+            if task == "all" and number % 2 == 0:
+                continue
             run = bench.measure(subject, task, layers[task])
             entry["runs"].append({"subject": subject.key, "task": task, **run})
             say(f"  {subject.key:24} {task:4} " + one_line(run, sum(lengths)))
         result["rounds"].append(entry)
-        # After every round: hours of measuring are not lost to an interruption.
-        if args.out is not None:
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 
-def _unavailable(subjects: Sequence[Subject]) -> dict[str, str]:
-    """Prepare the environments; which could not be made, and why: without a network the others are measured all the same."""
+def prepare(subjects: Sequence[Subject]) -> dict[str, str]:
+    """Make the environments of these; which could not be made, and why: the others are measured all the same."""
     found = {}
     for environment in {s.environment.name: s.environment for s in subjects if s.environment}.values():
         try:
@@ -426,7 +425,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     keys, best = [s.key for s in SUBJECTS], [s.key for s in SUBJECTS if s.best]
     parser.add_argument("--model", default=MODEL, help="a folder or a name that affectlens knows")
-    parser.add_argument("--texts", type=int, default=128)
+    parser.add_argument("--texts", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="one thread leaves a core to the rest of the machine")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")

@@ -1,16 +1,17 @@
 """How fast many replies are generated: affectlens beside ``model.generate`` and transformers' continuous batching.
 
-    python bench/generation.py           48 replies of 16 to 64 tokens, three rounds, ten minutes
+    python bench/generation.py           32 replies of 16 to 64 tokens, three rounds, five minutes
     python bench/generation.py --short   six short ones from a tiny model
 
 Every way answers the same prompts greedily with replies of the same lengths, which differ from request to request; end tokens are
 off. The clock runs from the texts of the prompts to the texts of the replies. All ways take turns in one process, in an order
 that is turned each round.
 
-**Equal outputs.** A matrix product over many rows rounds otherwise than one over a single row, so that greedy replies may part
-where two tokens are as good as equally likely. A reply counts as equal to that of ``model.generate`` one at a time if it has the
-same tokens, or if at the first token that differs the model, asked alone, gives both logits that are no further apart than two
-steps of its dtype at their size. How many have the same tokens, and how far apart the others are, stands in the table.
+**Equal outputs.** A matrix product over many rows rounds otherwise than one over a single row, so that in bfloat16 greedy replies
+part where two tokens are nearly as likely, whoever generates them. Whether a way does the same as ``model.generate`` one at a
+time is therefore asked in float32, of half of the requests: it counts only if every reply has exactly the same tokens there. In
+the dtype that is timed the replies with the same tokens are counted, and where others part it is told how far apart the model,
+asked alone, finds the two tokens, in steps of that dtype.
 
 Writes ``bench/results/generation.json``.
 """
@@ -18,9 +19,8 @@ Writes ``bench/results/generation.json``.
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
-import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,13 +34,9 @@ from transformers import GenerationConfig
 
 from affectlens.engine import Request, Result, Sampling
 from affectlens.engines.hf import HFEngine
-from affectlens.runs import provenance
-from host import MODEL, RESULTS, machine, peak, say, tiny_model
+from host import MODEL, RESULTS, begun, keep, peak, say, threads, tiny_model
 from monitoring import endless, prompts_of
 from speed_tables import generation
-
-STEPS = 2
-"""Two logits so many steps of the dtype apart are as good as equal: one of each of them is rounding."""
 
 Replies = list[list[int]]
 
@@ -168,8 +164,8 @@ class Setting:
         with torch.inference_mode():
             logits = self.model(torch.tensor([ids], device=self.model.device)).logits[0, -1].float()
         two = logits[[one[n], other[n]]]
-        step = float(two.abs().max()) * torch.finfo(self.model.dtype).eps
-        return float((two[0] - two[1]).abs()) / step
+        size = 2.0 ** (math.frexp(float(two.abs().max()))[1] - 1)
+        return float((two[0] - two[1]).abs()) / (size * torch.finfo(self.model.dtype).eps)
 
 
 def _reply(result: Result) -> list[int]:
@@ -182,54 +178,30 @@ def measure(short: bool = False) -> dict[str, Any]:
 
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    try:
+    with threads(args.threads):
         return _measured(args)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _measured(args: argparse.Namespace) -> dict[str, Any]:
     gc.freeze()  # what is there already need not be looked through before every run
-    engine = HFEngine.load(str(tiny_model()) if args.short else args.model, dtype=args.dtype)
+    model = str(tiny_model()) if args.short else args.model
     low, high = args.tokens
     spread = [low + i * (high - low) // max(1, args.replies - 1) for i in range(args.replies)]
     # Lengths in an order of their own: a batch that is cut from the front has short and long ones.
     asked = [Asked(prompt, spread[7 * i % args.replies]) for i, prompt in enumerate(prompts_of(args.replies))]
+    few = asked[: len(asked) // 2]
+    say("in float32")
+    exact = compared(Setting(HFEngine.load(model, dtype="float32"), few))
+    engine = HFEngine.load(model, dtype=args.dtype)
+    say(f"in {engine.info.dtype}")
     setting = Setting(engine, asked)
-    ways, replies = setting.ways(), dict[str, Replies]()
-    problems: dict[str, str] = {}
-    for key, way in ways.items():
-        try:
-            with way.around():
-                replies[key] = way.run(asked)
-        except (RuntimeError, ImportError, AttributeError, TypeError, ValueError) as error:
-            if "affectlens" in way.label:
-                raise
-            problems[key] = (str(error).strip() or type(error).__name__).splitlines()[-1]  # a peer's failure is a result, too
-            say(f"  {key}: {problems[key]}")
-    plain = replies["one"]
-    found: dict[str, dict[str, Any]] = {}
-    for key, way in ways.items():
-        found[key] = {"label": way.label}
-        if key in problems:
-            found[key]["problem"] = problems[key]
-            continue
-        steps = [setting.apart(each, a, b) for each, a, b in zip(asked, plain, replies[key], strict=True)]
-        parted = [step for step in steps if step is not None]
-        found[key] |= {
-            "same": len(steps) - len(parted),
-            "apart": max(parted, default=0.0),
-            "equal": sum(step is None or step <= STEPS for step in steps),
-        }
-        say(f"  {key:10} {found[key]['same']} of {len(asked)} same, others {found[key]['apart']:.2f} steps apart at most")
+    ways, found = setting.ways(), compared(setting)
+    for key, way in found.items():
+        way["exact"] = exact[key].get("same", 0)
     config = engine.model.config
     tokens = sum(each.tokens for each in asked)
     result: dict[str, Any] = {
-        "benchmark": "generation",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
+        **begun("generation"),
         "model": engine.info.id if not args.short else "tiny",
         "dtype": engine.info.dtype,
         "parameters": engine.info.n_parameters,
@@ -237,15 +209,14 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
         "replies": len(asked),
         "tokens": tokens,
         "lengths": [low, high],
-        "steps": STEPS,
+        "compared in float32": len(few),
         "rows": engine.generate_rows,
         "peak_tflops": peak(args.threads, width=config.hidden_size, hidden=config.intermediate_size, short=args.short),
         "ways": found,
         "step": _step_times(setting, args.short),
         "rounds": [],
-        "provenance": provenance(),
     }
-    usable = [key for key in ways if key not in problems]
+    usable = [key for key in ways if "problem" not in found[key]]
     for number in range(args.rounds):
         entry: dict[str, float] = {}
         for key in usable[number % len(usable) :] + usable[: number % len(usable)]:
@@ -256,9 +227,33 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
                 entry[key] = time.perf_counter() - start
             say(f"round {number + 1}: {key:10} {tokens / entry[key]:7.1f} tokens/s")
         result["rounds"].append(entry)
-        if args.out is not None:
-            args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
+
+
+def compared(setting: Setting) -> dict[str, dict[str, Any]]:
+    """Run every way once: its label, and how many replies have the tokens of those one at a time, how far apart the others are.
+
+    A peer that fails says why in place of that.
+    """
+    asked, plain = setting.asked, Replies()
+    found: dict[str, dict[str, Any]] = {}
+    for key, way in setting.ways().items():
+        found[key] = {"label": way.label}
+        try:
+            with way.around():
+                replies = way.run(asked)
+        except (RuntimeError, ImportError, AttributeError, TypeError, ValueError) as error:
+            if "affectlens" in way.label:
+                raise
+            found[key]["problem"] = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            say(f"  {key}: {found[key]['problem']}")
+            continue
+        plain = plain or replies
+        steps = [setting.apart(*each) for each in zip(asked, plain, replies, strict=True)]
+        parted = [step for step in steps if step is not None]
+        found[key] |= {"same": len(steps) - len(parted), "apart": max(parted, default=0.0)}
+        say(f"  {key:10} {found[key]['same']} of {len(asked)} same, others {found[key]['apart']:.2f} steps apart at most")
+    return found
 
 
 def _step_times(setting: Setting, short: bool) -> dict[str, float]:
@@ -282,7 +277,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=MODEL, help="a folder or a name that affectlens knows")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--replies", type=int, default=48)
+    parser.add_argument("--replies", type=int, default=32)
     parser.add_argument("--tokens", type=int, nargs=2, default=(16, 64), metavar=("LOW", "HIGH"), help="of a reply")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -295,7 +290,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    print(generation(measured(arguments())))
+    args = arguments()
+    result = measured(args)
+    keep(result, args.out)
+    print(generation(result))
     return 0
 
 

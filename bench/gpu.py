@@ -4,8 +4,8 @@
     python bench/gpu.py --models Llama-3.1-8B --minutes 4
     python bench/gpu.py --tiny --device cpu                  a tiny model on the processor: does the script work?
 
-It needs torch, transformers and affectlens, and no other file. Weights are random, in the shapes of :data:`SHAPES`; the tokenizer
-is made on the spot, one token a word. What is measured costs what it costs with trained weights.
+It needs torch, transformers and this repository, and downloads nothing. Weights are random, in the shapes of :data:`SHAPES`; the
+tokenizer is made on the spot, one token a word. What is measured costs what it costs with trained weights.
 
 * **Peak**: the fastest product of large bfloat16 matrices on this card, now.
 * **Reading**: the mean residual at two thirds of the depth from the 50th token on, of texts of 80 to 300 tokens, through
@@ -26,27 +26,24 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
-import importlib.metadata
 import json
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from gpu_tables import LIKE, reading_share, tables
+from static_decoder import StaticDecoder
 
 EMOTIONS = 171
 STRENGTH = 0.05
 FIRST_TOKEN = 50
 TEXT_TOKENS = (80, 300)
 SEED = 20261129
-JUDGED = 32
-"""The batch size at which the cost of steering and monitoring has a target."""
-
-LIKE = {"plain": "generate", "static": "generate", "graph": "static"}
-"""Ways whose replies should have the same tokens as those of others, but for the rounding of other kernels."""
 
 
 @dataclass(frozen=True)
@@ -267,114 +264,6 @@ def ordinary_loop(engine: Any, texts: Sequence[str], layer: int) -> Any:
 # ── generating ──
 
 
-class StaticDecoder:
-    """Greedy decoding over a static cache, a step of which can be captured as a CUDA graph.
-
-    Everything that a step reads or writes is a buffer that stays where it is. The hook at the layer adds rows of a table to the
-    stream and projects it onto directions; both are there or not when the graph is captured.
-
-    Args:
-        model: Whose.
-        rows: Of a batch; prompts of equal length need no padding.
-        prompt, tokens: Of each row.
-        layer: Where the hook is.
-        push: What is added ``(rows, D)``, or None.
-        onto: Directions ``(N, D)``, or None.
-    """
-
-    def __init__(
-        self, model: Any, rows: int, *, prompt: int, tokens: int, layer: int, push: Any = None, onto: Any = None
-    ) -> None:
-        import torch
-        from transformers import StaticCache
-
-        device = model.device
-        self.model, self.prompt, self.passes = model, prompt, tokens - 1 + (onto is not None)
-        length = -(-(prompt + tokens + 1) // 64) * 64
-        self.cache = StaticCache(config=model.config, max_cache_len=length)
-        self.token = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        self.place = torch.zeros(1, dtype=torch.long, device=device)
-        self.number = torch.zeros(1, dtype=torch.long, device=device)
-        self.mask = torch.zeros(1, 1, 1, length, dtype=torch.bool, device=device)
-        self.replies = torch.zeros(rows, tokens + 1, dtype=torch.long, device=device)
-        self.push, self.onto = push, onto
-        self.scores = None if onto is None else torch.zeros(tokens + 1, rows, len(onto), device=device)
-        self.decoding, self.graph = False, None
-        taps = push is not None or onto is not None
-        self._handle = model.get_decoder().layers[layer].register_forward_hook(self._tap) if taps else None
-
-    def _tap(self, module: Any, args: Any, output: Any) -> Any:
-        stream = output if self.push is None else output + self.push[:, None]
-        if self.scores is not None and self.decoding:
-            self.scores.index_copy_(0, self.number, (stream[:, -1].float() @ self.onto.T)[None])
-        return stream
-
-    def close(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-
-    def begin(self, ids: Any) -> None:
-        """Run the prompts ``(rows, prompt)``; the first token of each reply follows from them."""
-        import torch
-
-        for layer in self.cache.layers:
-            if layer.is_initialized:
-                layer.cumulative_length.zero_()
-        self.decoding = False
-        positions = torch.arange(self.prompt, device=ids.device)[None]
-        out = self.model(input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.token.copy_(out.logits[:, -1:].argmax(-1))
-        self.decoding = True
-        self.number.zero_()
-        self.place.fill_(self.prompt)
-        self.mask.zero_()
-        self.mask[..., : self.prompt + 1] = True
-        self.replies.index_copy_(1, self.number, self.token)
-
-    def step(self) -> None:
-        """One token more for each row."""
-        out = self.model(
-            input_ids=self.token,
-            position_ids=self.place[None],
-            attention_mask=self.mask,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        self.token.copy_(out.logits[:, -1:].argmax(-1))
-        self.number.add_(1)
-        self.place.add_(1)
-        self.mask.index_fill_(3, self.place, True)
-        self.replies.index_copy_(1, self.number, self.token)
-
-    def capture(self, ids: Any) -> None:
-        """Capture a step; on a processor steps are run one by one as they are."""
-        import torch
-
-        if not ids.is_cuda:
-            return
-        self.begin(ids)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):  # workspaces and plans of kernels are made before, not inside
-                self.step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step()
-        self.graph = graph
-
-    def run(self, ids: Any) -> list[list[int]]:
-        """The replies."""
-        self.begin(ids)
-        advance = self.graph.replay if self.graph is not None else self.step
-        for _ in range(self.passes):
-            advance()
-        if self.scores is not None:
-            self.scores.cpu()
-        return self.replies[:, : self.replies.shape[1] - 1].tolist()
-
-
 def generate(engine: Any, shape: Shape, plan: Plan, device: Device) -> dict[str, Any]:
     """How fast replies are generated, plain, steered and monitored, by the engine and inside a CUDA graph."""
     rng = random.Random(SEED)
@@ -497,106 +386,6 @@ def _time(ways: dict[str, Way], batch: int, entries: dict[str, Any], plan: Plan,
             print(f"  {key:12} batch {batch:3}: {rate:9,.1f} tokens/s", file=sys.stderr, flush=True)
 
 
-# ── figures and tables ──
-
-
-def models(result: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Card, name and figures of every model that was measured."""
-    for card, own in result["cards"].items():
-        for name, model in own["models"].items():
-            yield card, name, model
-
-
-def reading_share(model: dict[str, Any]) -> float | None:
-    """The share of the bound at which affectlens reads."""
-    reading = model.get("reading")
-    return reading and reading["tokens"] / statistics.median(reading["ways"]["ours"]["seconds"]) / reading["bound"]
-
-
-def cost(model: dict[str, Any], way: str, batch: int) -> float | None:
-    """The time of a way over that of the plain one of its kind, minus one."""
-    ways = model.get("generation", {}).get("ways", {})
-    plain = "graph" if way.startswith("graph") else "plain"
-    times = [ways.get(key, {"seconds": {}})["seconds"].get(str(batch)) for key in (way, plain)]
-    return statistics.median(times[0]) / statistics.median(times[1]) - 1 if times[0] and times[1] else None
-
-
-def why_reading(model: dict[str, Any]) -> str:
-    """Where the rest of the time goes."""
-    reading = model["reading"]
-    seconds = statistics.median(reading["ways"]["ours"]["seconds"])
-    return f"tokens and layouts of the texts alone take {reading['layouts'] / seconds:.0%} of the time"
-
-
-def why_cost(model: dict[str, Any], kind: str = "") -> str:
-    """What steering and monitoring cost alone, in the engine or (``graph-``) inside a graph."""
-    shares = {"steering": cost(model, f"{kind}steer", JUDGED), "monitoring": cost(model, f"{kind}read", JUDGED)}
-    return ", ".join(f"{what} alone {share:+.1%}" for what, share in shares.items() if share is not None)
-
-
-def tables(result: dict[str, Any]) -> str:
-    """The tables of every card and model, as Markdown."""
-    parts = []
-    for card, own in result["cards"].items():
-        versions = ", ".join(f"{name} {version}" for name, version in own["versions"].items())
-        parts.append(f"**{card}**, {own['memory_gb']:.0f} GB, {own['date'][:10]}. {versions}. Random weights in {own['dtype']}.")
-        parts += [_of_model(name, model) for name, model in own["models"].items()]
-    return "\n\n".join(parts)
-
-
-def _of_model(name: str, model: dict[str, Any]) -> str:
-    lines = [
-        f"{name} ({model['parameters'] / 1e9:.1f} billion parameters, {model['shape']['layers']} layers): matrix-multiply peak "
-        f"{model['peak_tflops']:.0f} TFLOP/s."
-    ]
-    if reading := model.get("reading"):
-        loop = statistics.median(reading["ways"]["loop"]["seconds"])
-        lines += [
-            "",
-            f"Reading layer {model['shape']['layer']} of {reading['texts']} texts ({reading['tokens']:,} tokens); the bound is "
-            f"{reading['bound']:,.0f} tokens/s; means alike to a cosine of {reading['cosine']:.4f}.",
-            "",
-            "| way | tokens/s (range) | × loop | % of bound | GB above the model |",
-            "|---|---|---|---|---|",
-        ]
-        for way in reading["ways"].values():
-            speeds = sorted(reading["tokens"] / seconds for seconds in way["seconds"])
-            speed = statistics.median(speeds)
-            lines.append(
-                f"| {way['label']} | {speed:,.0f} ({speeds[0]:,.0f}–{speeds[-1]:,.0f}) | "
-                f"{loop / statistics.median(way['seconds']):.2f} | {speed / reading['bound']:.0%} | {_gb(way['memory_gb'])} |"
-            )
-    if generation := model.get("generation"):
-        batches = list(generation["ways"]["plain"]["seconds"])
-        heads = [head for batch in batches for head in (f"batch {batch}: tokens/s", "time over plain", "GB above the model")]
-        cut = f" {generation['cut'].capitalize()}." if "cut" in generation else ""
-        lines += [
-            "",
-            f"{generation['tokens']} new tokens behind {generation['prompt']}, greedy; steering and emotions at layer "
-            f"{generation['layer']}.{cut}",
-            "",
-            f"| way | {' | '.join(heads)} | same tokens as |",
-            "|---" * (len(heads) + 2) + "|",
-        ]
-        for key, way in generation["ways"].items():
-            cells = [way["label"]]
-            for batch in batches:
-                if not (times := way["seconds"].get(batch)):
-                    cells += [f"failed: {way['problems'].get(batch, 'not run')[:60]}", "–", "–"]
-                    continue
-                over = cost(model, key, int(batch)) if key not in ("generate", "static", "plain", "graph") else None
-                rate = int(batch) * generation["tokens"] / statistics.median(times)
-                cells += [f"{rate:,.0f}", "" if over is None else f"{over:+.1%}", _gb(way["memory_gb"][batch])]
-            shares = ", ".join(f"{share:.0%}" for share in way["same"].values())
-            cells.append(f"`{LIKE[key]}`: {shares}" if shares else "–")
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _gb(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
-
-
 # ── running ──
 
 
@@ -610,6 +399,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from affectlens.engines.hf import HFEngine
+    from affectlens.runs import provenance
 
     device, began = Device(args.device), time.monotonic()
     shapes = TINY if args.tiny else SHAPES
@@ -621,7 +411,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "memory_gb": properties.total_memory / 1e9 if properties else 0.0,
         "dtype": args.dtype,
-        "versions": {name: importlib.metadata.version(name) for name in ("affectlens", "torch", "transformers")},
+        "provenance": provenance(),
     }
 
     def keep() -> None:

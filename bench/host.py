@@ -1,7 +1,8 @@
-"""What benchmarks run on: the machine and its peak, environments of peers, and a tiny model for the short forms."""
+"""What benchmarks have in common: the machine and its peak, what a result says of itself, environments of peers, a tiny model."""
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
 import os
@@ -10,17 +11,23 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent / "tests"))  # toys with planted effects, made-up records and tiny models are those of the tests
 PEERS, CACHE, RESULTS = HERE / "peers", HERE / ".cache", HERE / "results"
 
 MODEL = "smollm2-135m"
 """The demo model, with which everything is measured that needs a real one."""
 
 TORCH = "torch==2.13.0"
+
+BEGAN = time.monotonic()
+"""When this process began to measure: a script's result says how long all of it took."""
 
 QUIET = 0.2
 """Cores that others may keep busy: with more a machine is not quiet, and what was measured says so."""
@@ -63,6 +70,19 @@ def others(seconds: float = 0.5) -> float:
     return round(max(0.0, (busy() - before - (time.process_time() - own)) / (time.monotonic() - start)), 2)
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads of torch until the block ends."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @functools.cache
 def peak(threads: int, *, width: int, hidden: int, short: bool = False) -> dict[str, dict[str, float]]:
     """The machine's matrix-multiply peak now, in 10^12 operations per second, by dtype and clock.
@@ -79,6 +99,42 @@ def peak(threads: int, *, width: int, hidden: int, short: bool = False) -> dict[
         [sys.executable, PEERS / "peak.py"], input=json.dumps(job), capture_output=True, text=True, env=environ, check=True
     )
     return json.loads(done.stdout)
+
+
+# ── results ──
+
+
+def begun(benchmark: str) -> dict[str, Any]:
+    """What every result says first: of what and when it is, on what machine, with which packages and at which commit."""
+    from affectlens.runs import provenance
+
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    known = provenance()
+    if (commit := known["commit"] or "").endswith("-dirty") and not _changed():
+        known["commit"] = commit.removesuffix("-dirty")
+    return {"benchmark": benchmark, "date": date, "machine": machine(), "provenance": known}
+
+
+def _changed() -> bool:
+    """Whether files differ from the commit, other than those that benchmarks write."""
+    command = ["git", "-C", HERE.parent, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!docs"]
+    return bool(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+
+
+def keep(result: dict[str, Any], path: Path | None) -> None:
+    """Store a result that is whole, with the seconds that it took; nothing is kept of a short form.
+
+    A part of one would look like the whole, so nothing is written before the end. What others keep busy is looked at once
+    more: the result has the larger figure.
+    """
+    if path is None:
+        return
+    from affectlens.runs import write_json
+
+    result["duration"] = round(time.monotonic() - BEGAN, 1)
+    result["machine"]["others"] = max(result["machine"]["others"], others())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)
 
 
 # ── environments ──
@@ -102,8 +158,8 @@ class Environment:
         if mark.is_file() and mark.read_text() == wanted:
             return
         say(f"preparing the environment of {self.name}: {', '.join(self.pins)}")
-        if not self.python.exists():
-            subprocess.run([sys.executable, "-m", "venv", str(HERE / ".envs" / self.name)], check=True)
+        # Anew: one that was begun and interrupted may lack anything.
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(HERE / ".envs" / self.name)], check=True)
         for packages in ([TORCH], list(self.pins)):
             subprocess.run([self.python, "-m", "pip", "install", "--quiet", *packages], check=True)
         mark.write_text(wanted)
@@ -115,13 +171,10 @@ class Environment:
 @functools.cache
 def tiny_model() -> Path:
     """A folder with a Llama of random weights in six small blocks, one token a byte, that the short forms run."""
-    sys.path.append(str(HERE.parent / "tests"))
-    try:
-        import families
-    finally:
-        sys.path.remove(str(HERE.parent / "tests"))
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    import families
 
     folder = CACHE / "tiny"
     config = LlamaConfig(

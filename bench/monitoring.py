@@ -1,6 +1,6 @@
 """What steering and monitoring cost while a model generates: affectlens beside what people use today.
 
-    python bench/monitoring.py                     the whole run: batches of 1, 8 and 32, about eight minutes
+    python bench/monitoring.py                     the whole run: batches of 1, 8 and 32, about nine minutes
     python bench/monitoring.py --short             a tiny model, 4 tokens, two rounds: does everything still work?
     python bench/monitoring.py --only read-all --batches 32 --minutes 2
 
@@ -18,9 +18,7 @@ every raw round; ``bench/table.py`` makes the table in ``docs/benchmarks.md`` of
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
-import json
 import os
 import sys
 import time
@@ -41,9 +39,8 @@ from affectlens.corpus import load
 from affectlens.engine import Engine, ModelInfo, Readout, Request, Sampling, Steering, Term, Where
 from affectlens.engines.hf import HFEngine
 from affectlens.monitor import Monitor
-from affectlens.runs import provenance
 from affectlens.vectors import ConceptVectors
-from host import MODEL, RESULTS, machine, peak, say, tiny_model
+from host import MODEL, RESULTS, begun, keep, peak, say, threads, tiny_model
 from speed_tables import MONITORING_TARGETS, monitoring
 
 SEED = 20261129
@@ -365,13 +362,8 @@ def measure(short: bool = False) -> dict[str, Any]:
 
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    try:
-        with torch.no_grad():
-            return _measured(args)
-    finally:
-        torch.set_num_threads(threads)
+    with threads(args.threads), torch.no_grad():
+        return _measured(args)
 
 
 def _measured(args: argparse.Namespace) -> dict[str, Any]:
@@ -388,9 +380,7 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
     lengths = [len(engine.layout(Request(prompt))) for prompt in prompts]
     config = engine.model.config.get_text_config(decoder=True)
     result: dict[str, Any] = {
-        "benchmark": "monitoring",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
+        **begun("monitoring"),
         "model": engine.info.id if not args.short else "tiny",
         "dtype": engine.info.dtype,
         "parameters": engine.info.n_parameters,
@@ -402,7 +392,6 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
         "prompt_tokens": [min(lengths), max(lengths)],
         "peak_tflops": peak(args.threads, width=config.hidden_size, hidden=config.intermediate_size, short=args.short),
         "ways": {way.key: {"label": way.label, **compared[way.key]} for way in ways},
-        "provenance": provenance(),
         "rounds": [],
     }
     for way in ways:  # caches of shapes, pages of memory
@@ -421,8 +410,6 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
         result["rounds"].append(entry)
         longest = max(longest, time.perf_counter() - start)
         say(f"round {number + 1}: {time.perf_counter() - start:.0f} s")
-        if args.out is not None:
-            args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 
 
@@ -431,9 +418,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default=MODEL, help="a folder or a name that affectlens knows")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--tokens", type=int, default=64, help="new tokens of each reply")
+    parser.add_argument("--tokens", type=int, default=48, help="new tokens of each reply")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--minutes", type=float, default=12.0, help="as many rounds as fit, two at least")
+    parser.add_argument("--minutes", type=float, default=9.0, help="as many rounds as fit, two at least")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--clock",
@@ -453,7 +440,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    print(monitoring(measured(arguments())))
+    args = arguments()
+    result = measured(args)
+    keep(result, args.out)
+    print(monitoring(result))
     return 0
 
 

@@ -21,19 +21,14 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "bench")]
+from affectlens.studies import STUDIES, Bench, Checkpoint, load_study
+from host import RESULTS, begun, keep
+from planted import toy_bench, with_calibration
+from study_tables import power
 
-from affectlens.runs import write_json  # noqa: E402
-from affectlens.studies import STUDIES, Bench, Checkpoint, load_study  # noqa: E402
-from planted import toy_bench, with_calibration  # noqa: E402
-from study_tables import power  # noqa: E402
-
-RESULT = ROOT / "bench" / "results" / "power.json"
 TONE = (("calm", 1.0),)
 CONDITIONS: dict[str, dict[str, Any]] = {"planted": {}, "nothing": {"effect": 0.0}, "coupled": {"coupled": True}}
 ONLY_IN: dict[str, tuple[str, ...]] = {
@@ -121,9 +116,8 @@ def measured(seeds: int, studies: tuple[str, ...], *, workers: int) -> dict[str,
         for n, found in enumerate(run(verdicts, range(seeds), [studies] * seeds), 1):
             counts.update(found)
             print(f"seed {n} of {seeds}, {time.monotonic() - began:.0f} s", file=sys.stderr)
-    date = datetime.now(UTC).isoformat(timespec="seconds")
     rows = rows_of(counts, seeds)
-    return {"benchmark": "power", "date": date, "seeds": seeds, "draws": bench_of("planted", 0).draws, "findings": rows}
+    return {**begun("power"), "seeds": seeds, "draws": bench_of("planted", 0).draws, "findings": rows}
 
 
 def main() -> int:
@@ -136,7 +130,7 @@ def main() -> int:
     result = measured(options.seeds, studies, workers=options.workers)
     print(power(result))
     if studies == STUDIES:
-        write_json(RESULT, result)
+        keep(result, RESULTS / "power.json")
     return 0
 
 

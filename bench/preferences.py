@@ -1,6 +1,6 @@
 """How many pairs of activities a second: shared beginnings against one forward pass a pair, for docs/benchmarks.md.
 
-    python bench/preferences.py                  # 4 first options with all 63 others, 3 rounds; some minutes on one core
+    python bench/preferences.py                  # 2 first options with all 63 others, 3 rounds; five minutes on one core
     python bench/preferences.py --short          # a tiny model, one first option, one round, results not kept
     python bench/preferences.py --clock cpu      # on a machine that is busy with other things: compares processor time
 
@@ -14,8 +14,6 @@ for the tokens that this way runs through each block. Writes ``results/preferenc
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import random
 import sys
 import time
@@ -29,8 +27,7 @@ import torch
 from affectlens import corpus
 from affectlens.engine import Request, Steering, Term, Where
 from affectlens.engines.hf import HFEngine
-from affectlens.runs import provenance
-from host import MODEL, RESULTS, machine, peak, say, tiny_model
+from host import MODEL, RESULTS, begun, keep, peak, say, threads, tiny_model
 from speed_tables import preferences
 
 QUESTION, LETTERS, BATCH = "Would you prefer to (A) {} or (B) {}?", ("A", "B"), 8
@@ -157,12 +154,8 @@ def measure(short: bool = False) -> dict[str, Any]:
 
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    try:
+    with threads(args.threads):
         return _measured(args)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _measured(args: argparse.Namespace) -> dict[str, Any]:
@@ -186,9 +179,7 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
             say(f"round {n + 1}: {name}: {taken['answers'] / taken['seconds']:.1f} pairs/s")
     width, hidden = engine.info.width, engine.model.config.intermediate_size
     result = {
-        "benchmark": "preferences",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
+        **begun("preferences"),
         "model": engine.info.id if not args.short else "tiny",
         "dtype": args.dtype,
         "threads": args.threads,
@@ -201,10 +192,7 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
             name: {"task": task, "operations": operations[name], "rounds": rounds[name]} for name, (task, _) in ways.all.items()
         },
         "difference": _differences(answers),
-        "provenance": provenance(),
     }
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 
 
@@ -221,7 +209,7 @@ def _differences(answers: dict[str, np.ndarray]) -> dict[str, float]:
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--firsts", type=int, default=4, help="first options; each meets all others")
+    parser.add_argument("--firsts", type=int, default=2, help="first options; each meets all others")
     parser.add_argument("--pairs", type=int, help="no more than so many of these")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
@@ -238,7 +226,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    print(preferences(measured(arguments())))
+    args = arguments()
+    result = measured(args)
+    keep(result, args.out)
+    print(preferences(result))
     return 0
 
 

@@ -1,6 +1,6 @@
 """Where the time goes when affectlens reads one layer: by part of the work, and how fast the multiplications are.
 
-    python bench/profile_reading.py          64 stories, one thread, a minute
+    python bench/profile_reading.py          48 stories, one thread, a minute or two
     python bench/profile_reading.py --short  a few texts through a tiny model
 
 The operators are timed by torch's profiler, which also counts what matrix products compute; a product is told by the shape of its
@@ -12,8 +12,6 @@ beside. Writes ``bench/results/profile_reading.json``.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import statistics
 import sys
 import time
@@ -29,9 +27,8 @@ from affectlens.engine import Readout, Request, Where
 from affectlens.engines.hf import HFEngine
 from affectlens.engines.residual import Pass
 from affectlens.models import locate
-from affectlens.runs import provenance
 from extraction import FIRST_TOKEN, Shapes, stories
-from host import MODEL, RESULTS, machine, peak, say, tiny_model
+from host import MODEL, RESULTS, begun, keep, peak, say, threads, tiny_model
 from speed_tables import profile_reading
 
 OPERATORS = 8
@@ -59,9 +56,7 @@ def measure(short: bool = False) -> dict[str, Any]:
 
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with threads(1):
         folder = tiny_model() if args.short else Path(locate(MODEL, log=say).location)
         shapes = Shapes.of(folder)
         texts, lengths = stories(folder, args.texts)
@@ -77,8 +72,6 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
             total = _seconds(read)
         layouts = min(_seconds(lambda: engine.layouts.of_all([Request(text) for text in texts])) for _ in range(3))
         tops = peak(1, width=shapes.width, hidden=shapes.hidden, short=args.short)[args.dtype]["seconds"]
-    finally:
-        torch.set_num_threads(threads)
     parts, flops = _parts(profiled.key_averages(group_by_input_shape=True), shapes)
     # The recording that the hook does is made of operators, too: they are its own, not the model's.
     parts["elementwise"] = max(0.0, parts["elementwise"] - sum(hooks))
@@ -90,9 +83,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     spent = sum(event.self_cpu_time_total for event in events)
     bound = tops * 1e12 / (shapes.flops(shapes.layer + 1, lengths) / tokens)
     return {
-        "benchmark": "profile_reading",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
+        **begun("profile_reading"),
         "model": MODEL if not args.short else folder.name,
         "dtype": args.dtype,
         "texts": len(texts),
@@ -107,7 +98,6 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         "parts": {key: [PARTS[key], parts[key] / total] for key in PARTS},
         "layouts over plain": layouts / statistics.median(plain),
         "operators": [[event.key, event.self_cpu_time_total / spent, event.count] for event in events[:OPERATORS]],
-        "provenance": provenance(),
     }
 
 
@@ -168,7 +158,7 @@ def _timed_hooks() -> Iterator[list[float]]:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--texts", type=int, default=64)
+    parser.add_argument("--texts", type=int, default=48)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--short", action="store_true", help="a tiny model, a few texts, results not kept")
     parser.add_argument("--out", type=Path, default=RESULTS / "profile_reading.json")
@@ -181,8 +171,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     args = arguments()
     result = measured(args)
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    keep(result, args.out)
     print(profile_reading(result))
     return 0
 

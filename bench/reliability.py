@@ -26,22 +26,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
+from affectlens.engine import open_engine
+from affectlens.runs import provenance, read_json, write_json
+from affectlens.server.records import Record
+from affectlens.server.store import Store
+from affectlens.vectors import ConceptVectors
+from callers import Answer, crowd, mixed
+from faults import database, disk, kill, webhook
+from host import RESULTS, machine, say
+from hostile import fuzz
+from readers import hang_up, slow_readers
+from running import TOY_STRENGTH, Check, Memory, Section, Server, Setting, median, percentiles, toy_vectors
 
-from affectlens.engine import open_engine  # noqa: E402
-from affectlens.runs import provenance, read_json, write_json  # noqa: E402
-from affectlens.server.records import Record  # noqa: E402
-from affectlens.server.store import Store  # noqa: E402
-from affectlens.vectors import ConceptVectors  # noqa: E402
-from callers import Answer, crowd, mixed  # noqa: E402
-from faults import database, disk, kill, webhook  # noqa: E402
-from host import machine, say  # noqa: E402
-from hostile import fuzz  # noqa: E402
-from readers import hang_up, slow_readers  # noqa: E402
-from running import TOY_STRENGTH, Check, Memory, Section, Server, Setting, median, percentiles, toy_vectors  # noqa: E402
-
-RESULT = HERE / "results" / "reliability.json"
+RESULT = RESULTS / "reliability.json"
 
 # ── load ──
 
@@ -211,7 +208,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--short", action="store_true", help="a short form; results are written only where --out says so")
     parser.add_argument("--demo", type=Path, help="folder of the demo model's vectors, which load-demo needs")
     parser.add_argument("--folder", type=Path, help="where to work; by default a temporary folder that is removed")
-    parser.add_argument("--out", type=Path, help=f"where the results go; by default {RESULT.relative_to(HERE.parent)}")
+    parser.add_argument("--out", type=Path, help="where the results go; by default bench/results/reliability.json")
     return parser.parse_args()
 
 

@@ -14,7 +14,6 @@ busy machine gives the same. Writes ``bench/results/sae.json``.
 from __future__ import annotations
 
 import argparse
-import datetime
 import sys
 import tempfile
 import time
@@ -33,11 +32,11 @@ from affectlens.corpus import bundled, load, read_texts
 from affectlens.engine import Engine, Readout, Request, Where
 from affectlens.exchange import load_vectors
 from affectlens.features import Composition, Feature, compose, observe
-from affectlens.runs import provenance, read_json, write_json
+from affectlens.runs import read_json, write_json
 from affectlens.sparse import SparseAutoencoder
+from host import RESULTS, begun, keep
 from study_tables import sae as drawn
 
-HERE = Path(__file__).resolve().parent
 FEATURES, K, BATCH = 1024, 16, 512
 SIZES = (1, 2, 4, 8, 16, 32)
 RUN = "runs/smollm2-135m"
@@ -126,11 +125,8 @@ def measure(short: bool = False) -> dict[str, Any]:
     """Train, compose, ask; the short form does so with the toy, in two seconds of training on texts that it wrote."""
     if not short:
         return of_run(RUN, Amount())
-    sys.path.append(str(HERE.parent / "tests"))
-    try:
-        from planted import toy_bench
-    finally:
-        sys.path.remove(str(HERE.parent / "tests"))
+    from planted import toy_bench
+
     bench = toy_bench(0)
     assert bench.engine is not None and bench.activations is not None
     engine, names = bench.engine, bench.vectors.names
@@ -191,9 +187,7 @@ def _measured(
     firing = observe(engine, sae, asked)
     found = compose(sae, vectors, firing, fitted=fitted, names=names, size=max(SIZES), draws=amount.draws)
     return {
-        "benchmark": "sae",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "provenance": provenance(),
+        **begun("sae"),
         "model": engine.info.id,
         "layer": layer,
         "features": len(sae),
@@ -225,10 +219,10 @@ def main() -> int:
     parser.add_argument("--stories", type=int, default=Amount.stories, help="of each emotion, for the training")
     parser.add_argument("--keep", type=Path, help="folder to keep the autoencoder in, or to take it from if it is there")
     parser.add_argument("--draws", type=int, default=Amount.draws)
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "sae.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "sae.json")
     args = parser.parse_args()
     result = of_run(args.run, Amount(args.minutes, args.stories, None, args.draws), args.keep)
-    write_json(args.out, result)
+    keep(result, args.out)
     print(drawn(result))
     return 0
 

@@ -1,6 +1,6 @@
 """How fast are replies when several people ask at once, and what do readings and steering cost then?
 
-    python bench/serving.py              some twelve minutes on two idle cores
+    python bench/serving.py              some twelve minutes on two idle cores, two of them for vectors
     python bench/serving.py --short      a tiny model, few and short replies
 
 Callers ask over HTTP, each for one reply after the other, streaming; all ways get the same prompts, seeds and lengths. Measured
@@ -13,7 +13,8 @@ are generated tokens per second over all callers, from the first request to the 
 * **the passes alone**: the same requests through :meth:`Engine.session` in this process with and without readouts and steering,
   in turn. What readings and steering cost is told here, apart from HTTP and the store.
 
-Directions are random: what they cost does not depend on where they point. Targets, fixed beforehand: at 8 callers at least 3
+Vectors are fitted to a few bundled stories of every emotion, and z scores are against the neutral dialogues, before anything is
+timed; the short form makes both up. Targets, fixed beforehand: at 8 callers at least 3
 times the loop; readings of 171 emotions and mixed steering together cost at most 8 % of the passes. Writes
 ``bench/results/serving.json``.
 """
@@ -21,7 +22,6 @@ times the loop; readings of 171 emotions and mixed steering together cost at mos
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import socket
@@ -41,18 +41,22 @@ import httpx
 import numpy as np
 import torch
 
+from affectlens.baseline import Baseline, neutral_dialogues
 from affectlens.corpus import load
+from affectlens.discovery import Recipe, discover
 from affectlens.engine import Request, Result, Sampling, Where
 from affectlens.engines.hf import HFEngine
-from affectlens.runs import provenance
 from affectlens.server.service import model_name
-from host import MODEL, RESULTS, machine, peak, say, tiny_model
+from affectlens.traces import Probe
+from affectlens.vectors import ConceptVectors
+from host import MODEL, RESULTS, begun, keep, peak, say, threads, tiny_model
 from monitoring import MadeUp
 from speed_tables import serving
 
 SEED = 20261129
 STRENGTH = 0.05
 DIALS = ("calm", "desperate", "angry", "happy")
+STORIES, DIALOGUES = 2, 60  # of each emotion, that vectors are fitted to; and behind the baseline
 START = 300.0  # seconds that a server may take to start
 
 
@@ -216,6 +220,25 @@ def saved(engine: HFEngine, folder: Path) -> Path:
     return folder
 
 
+# ── vectors ──
+
+
+def fitted(engine: HFEngine) -> tuple[ConceptVectors, Baseline]:
+    """Vectors of every emotion from a few bundled stories each, and how their scores are spread over neutral dialogues."""
+    say("  fitting vectors")
+    with tempfile.TemporaryDirectory() as folder:
+        vectors = discover(engine, out=Path(folder) / "run", recipe=Recipe(per_concept=STORIES))
+    probe = Probe(vectors, template=engine.info.template is not None)
+    talks = neutral_dialogues(engine)[:DIALOGUES]
+    return vectors, Baseline.measure(engine, talks, probe=probe, source=f"{DIALOGUES} neutral dialogues")
+
+
+def made_up(engine: HFEngine) -> tuple[ConceptVectors, Baseline]:
+    """Random directions in their place."""
+    made = MadeUp.of(engine)
+    return made.vectors(), made.baseline()
+
+
 # ── the passes alone ──
 
 
@@ -240,24 +263,18 @@ def measure(short: bool = False) -> dict[str, Any]:
 
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    try:
+    with threads(args.threads):
         return _measured(args)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _measured(args: argparse.Namespace) -> dict[str, Any]:
     model = str(tiny_model()) if args.short else MODEL
     dtype = "float32" if args.short else "auto"
     engine = HFEngine.load(model, dtype=dtype)
-    made_up = MadeUp.of(engine)
-    vectors, tokens, config = made_up.vectors(), args.tokens, engine.model.config
+    vectors, baseline = made_up(engine) if args.short else fitted(engine)
+    tokens, config = args.tokens, engine.model.config
     result: dict[str, Any] = {
-        "benchmark": "serving",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
+        **begun("serving"),
         "model": engine.info.id if not args.short else "tiny",
         "dtype": engine.info.dtype,
         "parameters": engine.info.n_parameters,
@@ -268,7 +285,6 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
         "exact": engine.session().exact,
         "ways": {},
         "passes": {},
-        "provenance": provenance(),
     }
 
     def timed(key: str, label: str, ask: Callable[[Asked], Reply], counts: Sequence[int]) -> None:
@@ -278,8 +294,6 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
             replies = args.replies * count * (2 if count == 1 else 1)
             entry["callers"][str(count)] = found = callers(count, asked(replies), ask)
             say(f"  {key:12} {count:3} callers: {found['tokens'] / found['seconds']:6.1f} tokens/s, first {found['first']}")
-        if args.out is not None:
-            args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
     timed("loop", "a loop, one at a time, no HTTP", in_a_loop(engine, tokens), args.callers[:2])
 
@@ -297,7 +311,7 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory() as folder:
         place = vectors.save(Path(folder) / "vectors")
-        made_up.baseline().save(place / f"baseline-{vectors.layer}.json")
+        baseline.save(place / f"baseline-{vectors.layer}.json")
         port = free_port()
         url = f"http://127.0.0.1:{port}"
         command = [
@@ -309,13 +323,10 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
                 timed(key, labels[key], over_http(url, model_name(engine.info.id), tokens, extra), args.callers)
 
         hub = saved(engine, Path(folder) / "model")
-        for key, label, options in (
-            ("transformers", "transformers serve", []),
-            (
-                "continuous",
-                "transformers serve, continuous batching",
-                ["--continuous-batching", "--cb-max-memory-percent", "0.1"],
-            ),
+        batched = ["--continuous-batching", "--cb-max-memory-percent", "0.1"]
+        for key, label, options, counts in (
+            ("transformers", "transformers serve", [], args.callers[:2]),  # one at a time, as the loop
+            ("continuous", "transformers serve, continuous batching", batched, args.callers),
         )[args.short :]:
             port = free_port()
             url = f"http://127.0.0.1:{port}"
@@ -325,7 +336,7 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
             ]  # fmt: skip
             try:
                 with server(command, url, "/health", args.threads):
-                    timed(key, label, over_http(url, str(hub), tokens, lambda each: {}), args.callers)
+                    timed(key, label, over_http(url, str(hub), tokens, lambda each: {}), counts)
             except (RuntimeError, httpx.HTTPError) as error:
                 say(f"{label} could not be measured: {str(error)[-500:]}")
                 result["ways"].setdefault(key, {"label": label, "callers": {}})["problem"] = (
@@ -351,15 +362,13 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
         result["passes"][str(together)] = pairs
         costs = [pair["full"][0] / pair["full"][1] / (pair["plain"][0] / pair["plain"][1]) - 1 for pair in pairs]
         say(f"  passes of {together}: readings and steering cost {100 * float(np.median(costs)):+.1f} %")
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--callers", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--replies", type=int, default=3, help="of each caller; twice as many where there is one caller")
+    parser.add_argument("--replies", type=int, default=2, help="of each caller; twice as many where there is one caller")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=5, help="of the passes alone")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -372,7 +381,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    print(serving(measured(arguments())))
+    args = arguments()
+    result = measured(args)
+    keep(result, args.out)
+    print(serving(result))
     return 0
 
 

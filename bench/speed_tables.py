@@ -31,7 +31,26 @@ def on(machine: dict[str, Any]) -> str:
     kind = ", ".join(machine["bf16"]) or "no bf16 instructions"
     said = f"{machine['processor']} family {machine['family']} ({kind}), {machine['cores']} cores"
     busy = machine.get("others", 0.0)
-    return said if busy <= QUIET else f"{said}, **not quiet: others kept {busy:.1f} of them busy when this began**"
+    return said if busy <= QUIET else f"{said}, **not quiet: others kept {busy:.1f} of them busy when this began or ended**"
+
+
+def when(result: Result) -> str:
+    """On which date, at which commit and in how much time something was measured."""
+    said = f"Measured on {result['date'][:10]}" if "date" in result else "On a date that was not kept"
+    said += f" at commit {known}" if (known := commit(result)) else ", at a commit that was not kept"
+    return said + (f", in {result['duration'] / 60:.0f} minutes." if "duration" in result else ".")
+
+
+def commit(result: Result) -> str:
+    """The commit that something was measured at, in short; a plus for changes to it that were not committed."""
+    found = result.get("provenance", {}).get("commit") or ""
+    return found[:8] + "+" * found.endswith("-dirty")
+
+
+def packages(result: Result) -> str:
+    """Names and versions of what matters for speed; the result itself names more."""
+    known = result["provenance"]["packages"]
+    return ", ".join(f"{name} {known[name]}" for name in ("affectlens", "torch", "transformers", "vllm", "ray") if name in known)
 
 
 # ── reading ──
@@ -159,12 +178,13 @@ def _numbers(result: Result, key: str) -> str:
 
 
 def _caption(result: Result, found: Reading) -> str:
-    texts = result["texts"]
+    texts, rounds = result["texts"], len(result["rounds"])
+    every = sum(any(run["task"] == "all" for run in entry["runs"]) for entry in result["rounds"])
     return (
         f"Mean residual from the 50th token on, of {texts['count']} texts of {texts['shortest']} to {texts['longest']} tokens "
         f"({texts['tokens']:,} tokens; {texts['source']}; padded batches of 8 in arrival order run "
         f"{texts['padded_tokens_in_8'] / texts['tokens']:.2f} times as many). {result['model']}, {result['dtype']}, "
-        f"{result['threads']} thread(s), {len(result['rounds'])} round(s), medians, {result['date'][:10]}"
+        f"{result['threads']} thread(s), {rounds} round(s){f' ({every} at every layer)' if every < rounds else ''}, medians"
         f"{'' if result['clock'] == 'seconds' else ', seconds of processor time because the machine was shared'}. "
         f"{on(result['machine'])}, {result['machine']['memory_gb']} GB. Matrix-multiply peak, best of the rounds: "
         f"{_peak(result, result['dtype']):.2f} TFLOP/s in {result['dtype']} ({_peak(result, 'float32'):.2f} in float32), which "
@@ -213,7 +233,7 @@ def profile_reading(result: Result) -> str:
     return "\n".join(
         [
             f"Reading layer {result['layer']} of {result['texts']} texts ({result['tokens']:,} tokens) with affectlens: "
-            f"{result['model']}, {result['dtype']}, one thread, {result['date'][:10]}, on {on(result['machine'])}. Under the "
+            f"{result['model']}, {result['dtype']}, one thread, on {on(result['machine'])}. Under the "
             f"profiler {result['seconds']:.2f} s; without it {fast:,.0f} tokens/s, {fast / result['bound']:.0%} of the bound. "
             f"The matrix products run at {result['multiplying_tflops']:.2f} of the {result['peak_tflops']:.2f} TFLOP/s that the "
             f"machine reaches at most, {share:.0%}.",
@@ -235,18 +255,18 @@ def generation(result: Result) -> str:
     plain = _median_of(result, "one")
     for key, way in result["ways"].items():
         if "problem" in way:
-            rows.append([way["label"], f"failed: {way['problem'][:80]}", "–", "–"])
+            rows.append([way["label"], f"failed: {way['problem'][:80]}", "–", "–", "–"])
             continue
         seconds = [entry[key] for entry in result["rounds"]]
-        equal = f"{way['same']} of {result['replies']}"
+        exact, same = f"{way['exact']} of {result['compared in float32']}", f"{way['same']} of {result['replies']}"
         if way["same"] < result["replies"]:
-            equal += f", the others {way['apart']:.1f} steps apart at most"
+            same += f", the others {way['apart']:.1f} steps apart at most"
         rows.append(
             [
                 way["label"],
                 spread([result["tokens"] / each for each in seconds]),
                 f"{plain / statistics.median(seconds):.2f}",
-                "–" if key == "one" else equal,
+                *(("–", "–") if key == "one" else (exact, same)),
             ]
         )
     steps = {int(n): 1000 * seconds for n, seconds in result["step"].items()}
@@ -255,18 +275,15 @@ def generation(result: Result) -> str:
     caption = (
         f"{result['replies']} replies of {low} to {high} tokens, {result['tokens']:,} in all, greedy. {result['model']}, "
         f"{result['dtype']}, {result['threads']} thread(s), {len(result['rounds'])} round(s), medians (ranges), "
-        f"{result['date'][:10]}, on {on(result['machine'])}. Matrix-multiply peak {peak:.2f} TFLOP/s. A step of the model alone "
-        f"takes {taken}. Versions: {_packages(result)}."
+        f"on {on(result['machine'])}. Matrix-multiply peak {peak:.2f} TFLOP/s. A step of the model alone "
+        f"takes {taken}. Versions: {packages(result)}."
     )
-    return "\n".join([caption, "", *table(["way", "tokens/s (range)", "× one at a time", "same tokens as one at a time"], rows)])
+    heads = ["way", "tokens/s (range)", "× one at a time", "same tokens in float32", f"same tokens in {result['dtype']}"]
+    return "\n".join([caption, "", *table(heads, rows)])
 
 
 def _median_of(result: Result, way: str) -> float:
     return statistics.median(entry[way] for entry in result["rounds"])
-
-
-def _packages(result: Result) -> str:
-    return ", ".join(f"{name} {version}" for name, version in result["provenance"]["packages"].items())
 
 
 MONITORING_TARGETS = {
@@ -278,8 +295,8 @@ MONITORING_TARGETS = {
 """Of ``bench/monitoring.py``: how much slower than plain generation each may be. These are timed more often than the others."""
 
 
-def monitoring_costs(result: Result) -> dict[tuple[str, int], Estimate]:
-    """By way and batch: the time of each over that of plain generation in the same round, minus one."""
+def monitoring_costs(result: Result, only: str | None = None) -> dict[tuple[str, int], Estimate]:
+    """By way (all, or one) and batch: the time of each over that of plain generation in the same round, minus one."""
     from affectlens.stats import bootstrap
 
     over: dict[tuple[str, int], list[float]] = {}
@@ -288,6 +305,8 @@ def monitoring_costs(result: Result) -> dict[tuple[str, int], Estimate]:
         for run in entry["runs"]:
             timed.setdefault((run["way"], run["batch"]), []).append(run[result["clock"]])
         for (way, batch), own in timed.items():
+            if only not in (None, way):
+                continue
             # The n-th time in a round is held against the n-th time of plain generation there: they lie next to each other.
             ratios = [mine / plain - 1 for mine, plain in zip(own, timed["plain", batch], strict=False)]
             over.setdefault((way, batch), []).extend(ratios)
@@ -332,9 +351,9 @@ def monitoring(result: Result) -> str:
         f"{result['tokens']} new tokens behind prompts of {low} to {high} tokens, greedy. {result['model']}, {result['dtype']}, "
         f"{result['threads']} thread(s), {len(result['rounds'])} rounds, medians with intervals of 95 % over the times measured "
         f"({often} of each way that has a target, {seldom} of others)"
-        f"{'' if clock == 'seconds' else ', processor time because the machine was shared'}, {result['date'][:10]}. "
+        f"{'' if clock == 'seconds' else ', processor time because the machine was shared'}. "
         f"{on(result['machine'])}. Matrix-multiply peak {peak:.2f} TFLOP/s in {result['dtype']}, of which plain generation uses "
-        f"{', '.join(f'{share:.1%}' for share in used)}. Versions: {_packages(result)}."
+        f"{', '.join(f'{share:.1%}' for share in used)}. Versions: {packages(result)}."
     )
     heads = [head for batch in batches for head in (f"batch {batch}: tokens/s", "time over plain")]
     return "\n".join([caption, "", *table(["way", *heads, "same tokens as"], rows)])
@@ -368,8 +387,8 @@ def preferences(result: Result) -> str:
         cells = [name, spread(speeds, 1), f"{against:.1f}", f"{way['operations'] / 1e9:.2f}", f"{share:.0f}"]
         rows.append([*cells, f"{result['difference'][name]:.3f}"])
     caption = (
-        f"{result['model']}, {result['dtype']}, {result['threads']} thread(s), {on(result['machine'])}, "
-        f"{result['date'][:10]}; medians of {rounds} rounds (ranges). Plain: {result['pairs']} pairs; steered: "
+        f"{result['model']}, {result['dtype']}, {result['threads']} thread(s), {on(result['machine'])}; "
+        f"medians of {rounds} rounds (ranges). Plain: {result['pairs']} pairs; steered: "
         f"{result['steered_pairs']} pairs along {result['directions']} directions. Peak {peak:.2f} TFLOP/s by the same clock. "
         "Operations: linear layers. Difference: of the probability of A from that of one pass a pair, mean."
     )
@@ -416,10 +435,10 @@ def serving(result: Result) -> str:
     peak = result["peak_tflops"][result["dtype"]]["seconds"]
     caption = (
         f"Replies of up to {result['tokens']} tokens, streamed. {result['model']}, {result['dtype']}, {result['threads']} "
-        f"thread(s), clients on the same machine, {result['date'][:10]}. {on(result['machine'])}. Matrix-multiply peak "
+        f"thread(s), clients on the same machine. {on(result['machine'])}. Matrix-multiply peak "
         f"{peak:.2f} TFLOP/s, of which the fastest row uses {2 * result['parameters'] * most / (1e12 * peak):.1%}. "
         f"A reply has the same bits alone and in company here: {'yes' if result['exact'] else 'no'}. "
-        f"Versions: {_packages(result)}."
+        f"Versions: {packages(result)}."
     )
     costs = [[str(n), f"{percent(cost)}, {cost.n} rounds"] for n, cost in serving_costs(result).items()]
     what = f"readings of {result['emotions']} emotions and mixed steering, of a token's time"
@@ -430,7 +449,6 @@ def store(result: Result) -> str:
     """The tables of ``bench/store.py``."""
     kinds = [kind for kind in ("sqlite", "postgresql") if kind in result]
     names = [{"sqlite": "SQLite", "postgresql": "PostgreSQL"}[kind] for kind in kinds]
-    packages = result["provenance"]["packages"]
     asked = [
         [question, *("{median:.1f} ({p95:.1f})".format(**result[kind]["reading, ms"][question]) for kind in kinds)]
         for question in result[kinds[0]]["reading, ms"]
@@ -446,8 +464,8 @@ def store(result: Result) -> str:
     return "\n".join(
         [
             f"{result['records']:,} made-up records of {result['tokens']} tokens with {result['emotions']} emotions each; "
-            f"affectlens {packages['affectlens']}, {result['provenance']['cpus']} cores at a load of {result['load']:.1f}, "
-            f"{result['date'][:10]}. Milliseconds, the median and the 95th percentile.",
+            f"affectlens {result['provenance']['packages']['affectlens']}, {on(result['machine'])}. "
+            "Milliseconds, the median and the 95th percentile.",
             "",
             *table(["question, a page of 50", *names], asked),
             "",

@@ -12,7 +12,6 @@ questions of each kind, a page of 50 each. Writes ``bench/results/store.json``.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import sys
 import tempfile
@@ -20,22 +19,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests")]
-
-from affectlens.concepts import ConceptSet  # noqa: E402
-from affectlens.runs import provenance, write_json  # noqa: E402
-from affectlens.server.records import encode  # noqa: E402
-from affectlens.server.store import Store  # noqa: E402
-from host import RESULTS, machine  # noqa: E402
-from speed_tables import store as drawn  # noqa: E402
-from stored import NOON, Cluster, fired, made  # noqa: E402
+from affectlens.concepts import ConceptSet
+from affectlens.server.records import encode
+from affectlens.server.store import Store
+from host import RESULTS, begun, keep
+from speed_tables import store as drawn
+from stored import NOON, Cluster, fired, made
 
 NAMES = ConceptSet.load("emotions").names
 SHORT, LONG = 40, 300
@@ -63,9 +58,7 @@ def measure(short: bool = False) -> dict[str, Any]:
 
 
 def measured(size: Size) -> dict[str, Any]:
-    found: dict[str, Any] = {"benchmark": "store", "records": size.records, "emotions": len(NAMES), "tokens": SHORT}
-    found |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(), "provenance": provenance()}
-    found["load"] = os.getloadavg()[1]
+    found = {**begun("store"), "records": size.records, "emotions": len(NAMES), "tokens": SHORT}
     with tempfile.TemporaryDirectory() as folder:
         found["sqlite"] = database(f"sqlite:///{folder}/traces.db", size, lambda: size_of(Path(folder)))
     if any(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
@@ -184,8 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "store.json")
     args = parser.parse_args(argv)
     found = measure(args.short)
-    if not args.short:
-        write_json(args.out, found)
+    keep(found, None if args.short else args.out)
     print(drawn(found))
     return 0
 

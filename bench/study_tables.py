@@ -18,7 +18,7 @@ def corpus(result: dict[str, Any]) -> str:
     """The tables of ``bench/corpus.py`` as Markdown."""
     corpora, layer, ratings = result["corpora"], result["layer"], result["layer of correlations"]
     lines = [
-        f"{result['model']}, {result['dtype']}, {result['date'][:10]}. Correlations with human ratings at layer {ratings} (fixed "
+        f"{result['model']}, {result['dtype']}. Correlations with human ratings at layer {ratings} (fixed "
         f"beforehand), the rest at layer {layer}, where the bundled stories separate best. Intervals are of 95 %; p is against "
         "the null of the respective study.",
         "",
@@ -95,7 +95,7 @@ def tuned_pair(result: dict[str, Any]) -> str:
     """The table of ``bench/tuned_pair.py`` as Markdown."""
     tone, texts, settings = result["tone"], result["tone of the texts"], result["settings"]
     lines = [
-        f"{result['model']}, layer {result['layer']}, {result['date'][:10]}. Tuned on {result['texts']} replies in the tone "
+        f"{result['model']}, layer {result['layer']}. Tuned on {result['texts']} replies in the tone "
         f"“{tone}”, or on as many plain ones: {settings['epochs']} epochs, batch {settings['batch']}, rate "
         f"{settings['rate']:g}, {result['training'][tone]['seconds']:.0f} s. In the replies themselves the model as it was reads "
         f"{tone} as number {texts['rank']} of 171 (toned minus plain replies).",
@@ -121,7 +121,7 @@ def training(result: dict[str, Any]) -> str:
     """The tables of ``bench/training.py`` as Markdown."""
     tone, settings = result["tone"], result["settings"]
     lines = [
-        f"{result['model']}, layer {result['layer']}, {result['threads']} threads, {result['date'][:10]}. {result['texts']} "
+        f"{result['model']}, layer {result['layer']}, {result['threads']} threads. {result['texts']} "
         f"chats, {settings['epochs']} epochs, batch {settings['batch']}, rate {settings['rate']:g}. {result['prompts']} bundled "
         "prompts; shifts in z with intervals over prompts. Certain: the interval excludes 0; stand out: beyond 95 % of random "
         "directions, too.",
@@ -181,7 +181,7 @@ def power(result: dict[str, Any]) -> str:
 
     seeds = result["seeds"]
     lines = [
-        f"{seeds} toys for each condition, {result['draws']} draws behind each null, {result['date'][:10]}. "
+        f"{seeds} toys for each condition, {result['draws']} draws behind each null. "
         "`nothing`: the toy with effect 0; `coupled`: self and other are one; `drift`: another checkpoint without a tone. "
         "Counted is the verdict `holds`.",
         "",
@@ -234,7 +234,7 @@ def alarms(result: dict[str, Any]) -> str:
     shares = {key: f"{100 * share:.1f} % (wanted: 95)" for key, share in result["splits"].items()}
     return "\n".join(
         [
-            f"{result['model']}, layer {result['layer']}, {result['seconds']:.0f} s.",
+            f"{result['model']}, layer {result['layer']}.",
             "",
             *table("Stated on the bundled dialogues, came in dialogues by another hand", result["bundled"]),
             *table("Traffic of one's own: stated on one half of it, came in the other", result["own"]),
@@ -249,7 +249,7 @@ def sae(result: dict[str, Any]) -> str:
     sizes = [point["k"] for point in result["concepts"][0]["curve"]]
     how, explained = result["training"], result["explained"]
     lines = [
-        f"{result['model']}, layer {result['layer']}, {result['date'][:10]}. {result['features']} features, {result['k']} at a "
+        f"{result['model']}, layer {result['layer']}. {result['features']} features, {result['k']} at a "
         f"token, trained on {how['tokens']:,} tokens ({how['steps']} steps). They reconstruct {explained['value']:.2f} "
         f"[{explained['low']:.2f}, {explained['high']:.2f}] of the variance of {result['texts']} other stories. "
         f"Share of the vector that k features make up; in brackets the median for random directions and for contrasts of texts "

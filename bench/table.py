@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import gpu
+import gpu_tables as gpu
 import speed_tables as speed
 import study_tables as studies
 import targets
@@ -41,15 +41,17 @@ SPEED: dict[str, Callable[[dict[str, Any]], str]] = {
     "profile_reading": speed.profile_reading,
     "generation": speed.generation,
     "monitoring": speed.monitoring,
-    "preferences": speed.preferences,
     "serving": speed.serving,
-    "store": speed.store,
+    "with_vllm": with_vllm.tables,
+    "with_ray": with_ray.tables,
+    "gpu": gpu.tables,
 }
-"""What ``make bench`` measures: modules of this folder, in this order."""
+"""What ``make bench`` measures: modules of this folder, in this order, the GPU where there is one."""
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     **SPEED,
-    "gpu": gpu.tables,
+    "preferences": speed.preferences,
+    "store": speed.store,
     "corpus": studies.corpus,
     "power": studies.power,
     "tuned_pair": studies.tuned_pair,
@@ -57,12 +59,13 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "sae": studies.sae,
     "training": studies.training,
     "reliability": studies.reliability,
-    "with_ray": with_ray.tables,
-    "with_vllm": with_vllm.tables,
 }
 
-TESTED_APART = ("reliability", "with_ray", "with_vllm")
-"""Whose short forms have tests of their own: `python bench --short` leaves them out."""
+TESTED_APART = ("reliability", "with_vllm")
+"""Whose short forms have tests of their own (the second in the environment of vLLM): ``python bench --short`` leaves them out."""
+
+DATED = ("gpu", "reliability")
+"""Whose parts (cards, sections) are measured at different times: each says when itself."""
 
 MISSING = {"gpu": "Not measured yet: no GPU was at hand. `python bench/gpu.py` measures this on one, with random weights."}
 """What a page says instead of a table."""
@@ -75,10 +78,14 @@ def stored(folder: Path = RESULTS) -> Results:
 
 def drawn(results: Results) -> dict[str, str]:
     """The text between each pair of markers."""
-    texts = {
-        name: draw(results[name]) if name in results else MISSING.get(name, f"Not measured yet: `python bench/{name}.py`.")
-        for name, draw in TABLES.items()
-    }
+    texts = dict[str, str]()
+    for name, draw in TABLES.items():
+        if name not in results:
+            texts[name] = MISSING.get(name, f"Not measured yet: `python bench/{name}.py`.")
+        elif name in DATED:
+            texts[name] = draw(results[name])
+        else:
+            texts[name] = f"{draw(results[name])}\n\n{speed.when(results[name])}"
     return {"targets": targets.targets(results), **texts}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import gpu
+import gpu_tables as gpu
 from speed_tables import (
     MONITORING_TARGETS,
     Reading,
@@ -96,8 +96,8 @@ def _memory(reading: Reading) -> float | None:
 
 
 def _generation(result: Result) -> list[Found]:
-    """The faster of our ways whose outputs are equal to those of one at a time."""
-    equal = [key for key in ("run", "session") if result["ways"][key].get("equal") == result["replies"]]
+    """The faster of our ways whose outputs are equal to those of one at a time, in float32."""
+    equal = [key for key in ("run", "session") if result["ways"][key]["exact"] == result["compared in float32"]]
     if not equal or not result["rounds"]:
         return []
     seconds = {key: statistics.median(entry[key] for entry in result["rounds"]) for key in ("one", *equal)}
@@ -107,7 +107,7 @@ def _generation(result: Result) -> list[Found]:
 
 def _monitoring(way: str, limit: float) -> Callable[[Result], list[Found]]:
     def found(result: Result) -> list[Found]:
-        costs = {batch: cost for (key, batch), cost in monitoring_costs(result).items() if key == way}
+        costs = {batch: cost for (_, batch), cost in monitoring_costs(result, way).items()}
         return [
             Found(cost.value, f"batch {batch}", percent(cost), cost.low <= limit <= cost.high) for batch, cost in costs.items()
         ]
@@ -176,7 +176,7 @@ def _why_generation(results: Results, _: Found) -> str:
 
 
 def _why_cost(_: Results, found: Found) -> str:
-    return "not decided: the interval holds the limit" if found.open else "the interval lies above the limit"
+    return "the interval holds the limit" if found.open else "the interval lies above the limit"
 
 
 def _why_pairs(results: Results, _: Found) -> str:
@@ -295,7 +295,7 @@ TARGETS: tuple[Target, ...] = (
 
 @dataclass(frozen=True)
 class Judged:
-    """A target held against what was measured; ``met`` is None where nothing was."""
+    """A target held against what was measured; ``met`` is None where nothing was, ``open`` that its interval holds the limit."""
 
     benchmark: str
     what: str
@@ -303,6 +303,7 @@ class Judged:
     measured: str
     value: float | None
     met: bool | None
+    open: bool
     why: str
 
 
@@ -314,23 +315,35 @@ def judge(results: Results) -> Iterator[Judged]:
         founds = target.found(result) if result else []
         if not founds:
             said = "not measured yet" if result is None else "not to be told: an output is missing, wrong or unequal"
-            yield Judged(target.benchmark, target.what, wanted, said, None, None, "")
+            yield Judged(target.benchmark, target.what, wanted, said, None, None, False, "")
         for found in founds:
             met = target.met(found)
             place = f"{target.what}, {found.where}" if found.where else target.what
             why = "" if met else target.why(results, found)
-            yield Judged(target.benchmark, place, wanted, found.shown or target.said(found.value), found.value, met, why)
+            said = found.shown or target.said(found.value)
+            yield Judged(target.benchmark, place, wanted, said, found.value, met, found.open, why)
 
 
 def targets(results: Results) -> str:
-    """The table of all targets."""
+    """How many are met, and the table of all."""
+    judged = list(judge(results))
     verdict = {True: "met", False: "**missed**", None: "–"}
+    counts = []
+    for met in verdict:
+        own = [each for each in judged if each.met is met]
+        still = sum(each.open for each in own)
+        said = "not measured" if met is None else verdict[met]
+        counts.append(f"{len(own)} {said}{f' ({still} of them open)' if still else ''}")
     rows, known = list[list[str]](), set[str]()
-    for each in judge(results):
+    for each in judged:
         why = "as above" if each.why in known else each.why
         known |= {each.why} - {""}
-        rows.append([each.what, each.wanted, each.measured, verdict[each.met], why])
-    return "\n".join(table(["target", "wanted", "measured", "", "why it is missed"], rows))
+        date = results.get(each.benchmark, {}).get("date", "–")[:10]  # each card of gpu.py has its own
+        said = verdict[each.met] + " (open)" * each.open
+        rows.append([each.what, each.wanted, each.measured, said, why, date])
+    return "\n".join(
+        [f"{', '.join(counts)}.", "", *table(["target", "wanted", "measured", "", "why it is missed", "measured on"], rows)]
+    )
 
 
 def as_data(results: Results) -> list[dict[str, Any]]:

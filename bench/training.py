@@ -24,8 +24,6 @@ Beside the rule stand the rank of the tone among all shifts, and whether the vec
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import sys
 import tempfile
 from dataclasses import replace
@@ -43,11 +41,10 @@ from affectlens.logbook import residuals_of
 from affectlens.models import locate
 from affectlens.shifts import Shift, Start, drift_of
 from affectlens.training import SHARE, EmotionCallback, bundled_stories
-from host import machine, tiny_model
+from host import RESULTS, begun, keep, tiny_model
 from study_tables import training
 from tuned_pair import CONTROL, TONE, Tuning, replies, tokenised
 
-HERE = Path(__file__).resolve().parent
 WANTED = 0.05
 
 
@@ -153,11 +150,9 @@ def measured(vectors: al.ConceptVectors, out: Path, tuning: Tuning) -> dict[str,
     for key, model in {"start": unchanged, **models}.items():
         stories[key] = story_residuals(model, vectors, texts, tuning)
     return {
-        "benchmark": "training",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **begun("training"),
         "model": tuning.model,
         "layer": vectors.layer,
-        "machine": machine(),
         "threads": torch.get_num_threads(),
         "tone": TONE,
         "emotions": len(vectors),
@@ -199,8 +194,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/training"), help="where trainers write to")
     args = parser.parse_args()
     result = measured(al.ConceptVectors.load(args.vectors), args.out, Tuning())
-    path = HERE / "results" / "training.json"
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    keep(result, RESULTS / "training.json")
     print(training(result))
     return 0
 

@@ -21,7 +21,6 @@ What is there already is kept: models are written whole or not at all, and vecto
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import shutil
 import sys
@@ -44,7 +43,7 @@ from affectlens.models import locate
 from affectlens.readings import Readings
 from affectlens.studies import Bench, Checkpoint, load_study
 from affectlens.vectors import centred_cosine
-from host import MODEL, machine, tiny_model
+from host import MODEL, RESULTS, begun, keep, tiny_model
 from study_tables import tuned_pair
 
 HERE = Path(__file__).resolve().parent
@@ -235,10 +234,8 @@ def measured(
         return replace(bench, base=Checkpoint(engines[earlier], vectors["demo"], reads[earlier]))
 
     return {
-        "benchmark": "tuned_pair",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **begun("tuned_pair"),
         "model": engines["demo"].info.id,
-        "machine": machine(),
         "tone": TONE,
         "texts": len(replies(tuning.texts)),
         "settings": tuning.settings(),
@@ -258,8 +255,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=OUT, help="where models and vectors are kept")
     result = measured(parser.parse_args().out, Tuning())
-    path = HERE / "results" / "tuned_pair.json"
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    keep(result, RESULTS / "tuned_pair.json")
     print(tuned_pair(result))
     return 0
 

@@ -1,6 +1,6 @@
 """What workers give and cost: speed with none, one and two, memory of the head, and what a hundred would need.
 
-    python bench/with_ray.py                # some ten minutes on two cores
+    python bench/with_ray.py                # nine minutes on two cores
     python bench/with_ray.py --short        # few texts, one round, results not kept: does everything still work?
 
 * **Speed.** Texts a second, read at every layer (what discover does) and scored at every token (what score-corpus reads), in this
@@ -18,7 +18,6 @@ Writes ``results/with_ray.json``; ``table.py`` puts the tables into ``docs/scale
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import resource
@@ -37,9 +36,8 @@ import numpy as np
 from affectlens.activations import Text
 from affectlens.corpus import load, stream
 from affectlens.engine import Engine, Reading, Readout, Request, Result, Where, open_engine
-from affectlens.runs import write_json
-from host import HERE, MODEL, RESULTS, machine, say
-from speed_tables import on, spread, table
+from host import HERE, MODEL, RESULTS, begun, keep, say
+from speed_tables import on, packages, spread, table
 
 WINDOW, WARM = 16, 16
 """Windows are small so that few texts make many of them."""
@@ -51,6 +49,9 @@ WAYS = {
     "workers-2": ("2 workers, 1 thread each", 2, 2),
 }
 """Label, workers (0: none), and threads that there are for all of it."""
+
+DIALOGUES = 60
+"""Behind the baseline that score-corpus needs: what it is does not matter here."""
 
 WORKERS = 100
 LARGE = {"name": "an 8B model (Qwen3-8B)", "layers": 36, "width": 4096, "parameters": 8.19e9}
@@ -180,7 +181,7 @@ def scored(job: dict[str, Any]) -> dict[str, Any]:
     with opened(job["model"], 2) as engine:
         vectors = _vectors(engine)
         probe = Probe(vectors, template=engine.info.template is not None)
-        baseline = Baseline.measure(engine, neutral_dialogues(engine), probe=probe, source="neutral dialogues")
+        baseline = Baseline.measure(engine, neutral_dialogues(engine)[:DIALOGUES], probe=probe, source="neutral dialogues")
         wall, cpu = time.perf_counter(), time.process_time()
         with tempfile.TemporaryDirectory() as out:
             al.score_corpus(engine, job["file"], vectors=vectors, out=Path(out) / "scored", baseline=baseline, rows=job["rows"])
@@ -295,18 +296,13 @@ def cluster(result: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def measure(short: bool = False, *, model: str = MODEL) -> dict[str, Any]:
-    """All parts, each in a process of its own; ways take turns."""
-    import ray
-
-    n, rounds = (32, 1) if short else (128, 3)
+def measure(short: bool = False) -> dict[str, Any]:
+    """All parts, each in a process of its own; ways take turns. The short form asks the toy."""
+    model, n, rounds = ("toy", 32, 1) if short else (MODEL, 64, 3)
     counts = (200, 400) if short else (1000, 4000, 16000)
     result: dict[str, Any] = {
-        "benchmark": "with_ray",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
+        **begun("with_ray"),
         "model": model, "texts": n, "rounds": rounds, "window": WINDOW, "workers": WORKERS, "card": CARD, "large": LARGE,
-        "ray": ray.__version__,
         "labels": {key: label for key, (label, _, _) in WAYS.items()}, "tasks": {key: label for key, (label, _) in TASKS.items()},
     }  # fmt: skip
     result["sizes"] = part("sizes", 1, model=model)
@@ -324,7 +320,7 @@ def measure(short: bool = False, *, model: str = MODEL) -> dict[str, Any]:
             result["memory" if name == "memory" else "scoring"] = found
             say(f"{name}: {found}")
         result["scored"] = []
-        for rows in (n // 8, n // 2):  # two sizes: what a report costs once is no cost of a text
+        for rows in (n // 4, n):  # two sizes: what a report costs once is no cost of a text
             job = {"model": model, "rows": 16, "file": corpus(place, rows, short=False)}
             result["scored"].append({"rows": rows, **part("scored", 2, **job)})
         say(f"scored: {result['scored']}")
@@ -336,7 +332,7 @@ def tables(result: dict[str, Any]) -> str:
     n, runs = result["texts"], result["speed"]
     lines = [
         f"{result['model']}, {result['sizes']['info']['dtype']}, {n} bundled stories, windows of {result['window']}, "
-        f"{result['rounds']} round(s), medians (range), Ray {result['ray']}, {result['date'][:10]}. {on(result['machine'])}.",
+        f"{result['rounds']} round(s), medians (ranges). {on(result['machine'])}. Versions: {packages(result)}.",
         "",
     ]
     rows = []
@@ -388,16 +384,14 @@ def tables(result: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=MODEL, help="a folder or a name that affectlens knows")
     parser.add_argument("--short", action="store_true", help="few texts, one round, results not kept")
     parser.add_argument("--part", nargs=2, metavar=("NAME", "JOB"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
         print(json.dumps(PARTS[args.part[0]](json.loads(args.part[1]))))
         return 0
-    result = measure(args.short, model=args.model)
-    if not args.short:
-        write_json(RESULTS / "with_ray.json", result)
+    result = measure(args.short)
+    keep(result, None if args.short else RESULTS / "with_ray.json")
     print(tables(result))
     return 0
 

