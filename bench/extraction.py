@@ -91,7 +91,7 @@ REPENG = Environment("repeng", ("repeng==0.4.0", "transformers==5.23.0"))
 TRANSFORMER_LENS = Environment("transformer-lens", ("transformer-lens==4.3.0", "transformers==5.23.0"))
 NNSIGHT = Environment("nnsight", ("nnsight==0.8.1", "transformers==5.23.0"))
 ORDINARY = "loop-8"
-OURS = "affectlens"
+OURS = ("affectlens", "affectlens-compiled")
 
 _LOOP, _RECORD = "transformers_loop.py", "steering_vectors_reader.py"
 _LENS, _SIGHT = "transformer_lens_reader.py", "nnsight_reader.py"
@@ -152,7 +152,8 @@ SUBJECTS = (
     Subject("nnsight-8", "nnsight, batches of 8", _SIGHT, NNSIGHT, {"batch": 8}),
     Subject("nnsight-8-stop", "nnsight, batches of 8, stopped early", _SIGHT, NNSIGHT, {"batch": 8, "stop": True}),
     Subject("nnsight-1-stop", "nnsight, stopped early, one at a time", _SIGHT, NNSIGHT, {"batch": 1, "stop": True}, **_BEST),
-    Subject(OURS, "**affectlens**", "affectlens_reader.py", **_BEST),
+    Subject(OURS[0], "**affectlens**", "affectlens_reader.py", **_BEST),
+    Subject(OURS[1], "**affectlens**, compiled blocks", "affectlens_reader.py", options={"compile": True}, **_BEST),
 )
 
 
@@ -227,7 +228,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     layers = {"one": [shapes.layer], "all": list(range(shapes.layers))}
     plan = [(subject, task) for subject in subjects for task in args.tasks if task in subject.tasks]
 
-    checked = [s for s in subjects if s.key == OURS] if args.short else [] if args.skip_exact else subjects
+    checked = [s for s in subjects if s.key in OURS] if args.short else [] if args.skip_exact else subjects
     verdicts = {subject.key: bench.exact(subject, layers["all"]) for subject in checked}
     result: dict[str, Any] = {
         **begun("extraction"),
@@ -447,7 +448,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.only = keys
     if args.short:
         args.texts, args.rounds, args.out, args.dtype = 8, 1, None, "float32"
-        args.only, args.tasks = [ORDINARY, OURS], ["one"]
+        args.only, args.tasks = [ORDINARY, *OURS], ["one"]
     return args
 
 

@@ -6,7 +6,7 @@
 The operators are timed by torch's profiler, which also counts what matrix products compute; a product is told by the shape of its
 weights. What Python does besides is timed apart: making tokens and layouts of the texts, and what the hook at the layer does.
 Shares are of the time of the profiled run, so that they add up to one; how fast the same run is without the profiler stands
-beside. Writes ``bench/results/profile_reading.json``.
+beside. Both ways of reading are profiled, with and without compiled blocks. Writes ``bench/results/profile_reading.json``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from affectlens.engine import Readout, Request, Where
 from affectlens.engines.hf import HFEngine
 from affectlens.engines.residual import Pass
+from affectlens.errors import ModelSupportError
 from affectlens.models import locate
 from extraction import FIRST_TOKEN, Shapes, stories
 from host import MODEL, RESULTS, begun, keep, peak, say, threads, tiny_model
@@ -50,6 +51,10 @@ PARTS = {
 """What the table calls each part."""
 
 
+WAYS = {"plain": False, "compiled": True}
+"""Whether the blocks are compiled."""
+
+
 def measure(short: bool = False) -> dict[str, Any]:
     """Profile reading at two thirds of the depth with one thread."""
     return measured(arguments(["--short"] if short else []))
@@ -60,44 +65,57 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         folder = tiny_model() if args.short else Path(locate(MODEL, log=say).location)
         shapes = Shapes.of(folder)
         texts, lengths = stories(folder, args.texts)
-        engine = HFEngine.load(str(folder), device="cpu", dtype=args.dtype)
-        readout = Readout((engine.info.default_layer,), Where(after=FIRST_TOKEN - 1), "mean")
-
-        def read() -> None:
-            list(engine.read(texts, readout))
-
-        read()
-        plain = [_seconds(read) for _ in range(1 if args.short else TIMES)]
-        with _timed_hooks() as hooks, profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True) as profiled:
-            total = _seconds(read)
-        layouts = min(_seconds(lambda: engine.layouts.of_all([Request(text) for text in texts])) for _ in range(3))
         tops = peak(1, width=shapes.width, hidden=shapes.hidden, short=args.short)[args.dtype]["seconds"]
-    parts, flops = _parts(profiled.key_averages(group_by_input_shape=True), shapes)
-    # The recording that the hook does is made of operators, too: they are its own, not the model's.
-    parts["elementwise"] = max(0.0, parts["elementwise"] - sum(hooks))
-    parts |= {"tokens": layouts, "hooks": sum(hooks)}
-    parts["python"] = max(0.0, total - sum(parts.values()))
-    multiplied = parts["projections"] + parts["mlp"]
+        ways = {}
+        for way, compiled in WAYS.items():
+            try:
+                engine = HFEngine.load(str(folder), device="cpu", dtype=args.dtype, compile=compiled)
+            except ModelSupportError as error:  # a machine without a compiler
+                say(f"  {way}: {error}")
+                continue
+            ways[way] = _profiled(engine, texts, shapes, times=1 if args.short else TIMES)
     tokens = sum(lengths)
-    events = sorted(profiled.key_averages(), key=lambda event: -event.self_cpu_time_total)
-    spent = sum(event.self_cpu_time_total for event in events)
-    bound = tops * 1e12 / (shapes.flops(shapes.layer + 1, lengths) / tokens)
+    for found in ways.values():
+        found["tokens a second"] = tokens / statistics.median(found["without the profiler"])
     return {
         **begun("profile_reading"),
         "model": MODEL if not args.short else folder.name,
         "dtype": args.dtype,
         "texts": len(texts),
         "tokens": tokens,
-        "layer": engine.info.default_layer,
+        "layer": shapes.layer,
+        "bound": tops * 1e12 / (shapes.flops(shapes.layer + 1, lengths) / tokens),
+        "peak_tflops": tops,
+        "ways": ways,
+    }
+
+
+def _profiled(engine: HFEngine, texts: Sequence[str], shapes: Shapes, *, times: int) -> dict[str, Any]:
+    readout = Readout((shapes.layer,), Where(after=FIRST_TOKEN - 1), "mean")
+
+    def read() -> None:
+        list(engine.read(texts, readout))
+
+    read()
+    plain = [_seconds(read) for _ in range(times)]
+    with _timed_hooks() as hooks, profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True) as profiled:
+        total = _seconds(read)
+    layouts = min(_seconds(lambda: engine.layouts.of_all([Request(text) for text in texts])) for _ in range(3))
+    parts, flops = _parts(profiled.key_averages(group_by_input_shape=True), shapes)
+    # The recording that the hook does is made of operators, too: they are its own, not the model's.
+    parts["elementwise"] = max(0.0, parts["elementwise"] - sum(hooks))
+    parts |= {"tokens": layouts, "hooks": sum(hooks)}
+    parts["python"] = max(0.0, total - sum(parts.values()))
+    multiplied = parts["projections"] + parts["mlp"]
+    events = sorted(profiled.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    spent = sum(event.self_cpu_time_total for event in events)
+    return {
         "seconds": total,
         "without the profiler": plain,
-        "tokens a second": tokens / statistics.median(plain),
-        "bound": bound,
-        "peak_tflops": tops,
         "multiplying_tflops": flops / multiplied / 1e12 if multiplied else 0.0,
         "parts": {key: [PARTS[key], parts[key] / total] for key in PARTS},
         "layouts over plain": layouts / statistics.median(plain),
-        "operators": [[event.key, event.self_cpu_time_total / spent, event.count] for event in events[:OPERATORS]],
+        "operators": [[_named(event.key), event.self_cpu_time_total / spent, event.count] for event in events[:OPERATORS]],
     }
 
 
@@ -116,6 +134,11 @@ def _parts(events: Any, shapes: Shapes) -> tuple[dict[str, float], float]:
             part = "elementwise"
         parts[part] += event.self_cpu_time_total / 1e6
     return parts, flops
+
+
+def _named(key: str) -> str:
+    """An operator's name; what the compiler made has a hash for a name."""
+    return "what is compiled" if key.startswith("## Call CompiledFxGraph") else key
 
 
 def _operations(shapes: Sequence[Any], count: int) -> float:

@@ -67,7 +67,8 @@ class Reading:
         memory: MB above the loaded model, the median.
         bound: Tokens a second at the matrix-multiply peak, for each task.
         wrong: Subjects whose numbers are wrong, or that failed.
-        ours, loop: Key of affectlens, and of the ordinary loop.
+        own: Keys of affectlens.
+        loop: Key of the ordinary loop.
     """
 
     tokens: int
@@ -76,7 +77,7 @@ class Reading:
     memory: dict[tuple[str, str], float]
     bound: dict[str, float]
     wrong: set[str]
-    ours: str
+    own: list[str]
     loop: str
 
     @classmethod
@@ -93,20 +94,27 @@ class Reading:
             memory={key: statistics.median(run["above_mb"] for run in own) for key, own in runs.items() if own},
             bound={task: peak * 1e12 / (flops / tokens) for task, flops in result["flops"].items()},
             wrong={key for key in result["subjects"] if not _right(result, key)},
-            ours=result["ours"],
+            own=result["ours"],
             loop=result["ordinary"],
         )
 
     @property
+    def ours(self) -> str | None:
+        """How affectlens reads one layer fastest."""
+        return self._fastest([key for key, _ in self.speed if key in self.own])
+
+    @property
     def best_peer(self) -> str | None:
         """Who reads one layer fastest of all others that are right."""
-        others = {key: v for (key, task), v in self.speed.items() if task == "one" and key not in {*self.wrong, self.ours}}
-        return max(others, key=lambda key: others[key], default=None)
+        return self._fastest([key for key, _ in self.speed if key not in self.own])
+
+    def _fastest(self, keys: Sequence[str]) -> str | None:
+        right = [key for key in keys if key not in self.wrong and (key, "one") in self.speed]
+        return max(right, key=lambda key: self.speed[key, "one"], default=None)
 
     def times(self, other: str | None) -> float | None:
         """How many times as fast as another subject affectlens reads one layer; None where either is missing or wrong."""
-        pair = (self.ours, other)
-        if other is None or any(key in self.wrong or (key, "one") not in self.speed for key in pair):
+        if self.ours is None or other is None or other in self.wrong or (other, "one") not in self.speed:
             return None
         return self.speed[self.ours, "one"] / self.speed[other, "one"]
 
@@ -225,24 +233,31 @@ def _notes(result: Result) -> str:
     return note
 
 
+PROFILED = {"plain": "plain", "compiled": "compiled blocks"}
+
+
 def profile_reading(result: Result) -> str:
     """The tables of ``bench/profile_reading.py``."""
-    parts = [[name, f"{share:.1%}"] for name, share in result["parts"].values()]
-    operators = [[f"`{name}`", f"{share:.0%}", f"{calls:,}"] for name, share, calls in result["operators"]]
-    fast, share = result["tokens a second"], result["multiplying_tflops"] / result["peak_tflops"]
-    return "\n".join(
-        [
-            f"Reading layer {result['layer']} of {result['texts']} texts ({result['tokens']:,} tokens) with affectlens: "
-            f"{result['model']}, {result['dtype']}, one thread, on {on(result['machine'])}. Under the "
-            f"profiler {result['seconds']:.2f} s; without it {fast:,.0f} tokens/s, {fast / result['bound']:.0%} of the bound. "
-            f"The matrix products run at {result['multiplying_tflops']:.2f} of the {result['peak_tflops']:.2f} TFLOP/s that the "
-            f"machine reaches at most, {share:.0%}.",
-            "",
-            *table(["part", "share of the time"], parts),
-            "",
-            *table(["operator", "share of what operators take", "calls"], operators),
-        ]
-    )
+    ways = result["ways"]
+    heads = ["part", *(f"{PROFILED[way]}: share of the time" for way in ways)]
+    names = {key: name for found in ways.values() for key, (name, _) in found["parts"].items()}
+    parts = [[name, *(f"{found['parts'][key][1]:.1%}" for found in ways.values())] for key, name in names.items()]
+    lines = [
+        f"Reading layer {result['layer']} of {result['texts']} texts ({result['tokens']:,} tokens) with affectlens: "
+        f"{result['model']}, {result['dtype']}, one thread, on {on(result['machine'])}, whose peak is "
+        f"{result['peak_tflops']:.2f} TFLOP/s."
+    ]
+    for way, found in ways.items():
+        fast, share = found["tokens a second"], found["multiplying_tflops"] / result["peak_tflops"]
+        lines.append(
+            f"{PROFILED[way].capitalize()}: under the profiler {found['seconds']:.2f} s, without it {fast:,.0f} tokens/s, "
+            f"{fast / result['bound']:.0%} of the bound; matrix products run at {share:.0%} of the peak."
+        )
+    lines += ["", *table(heads, parts)]
+    for way, found in ways.items():
+        operators = [[f"`{name}`", f"{share:.0%}", f"{calls:,}"] for name, share, calls in found["operators"]]
+        lines += ["", *table([f"operator, {PROFILED[way]}", "share of what operators take", "calls"], operators)]
+    return "\n".join(lines)
 
 
 # ── generating ──

@@ -13,6 +13,8 @@ wrong one.
 from __future__ import annotations
 
 import inspect
+import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+COMPILES = shutil.which(os.environ.get("CXX", "g++")) is not None
+"""Whether this machine can compile blocks for its processor."""
 
 LAYERS = 4
 WIDTH = 32

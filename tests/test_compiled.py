@@ -18,6 +18,8 @@ from affectlens.engines import checks
 from affectlens.engines.hf import HFEngine
 from affectlens.errors import ModelSupportError
 
+pytestmark = pytest.mark.skipif(not families.COMPILES, reason="needs a C++ compiler")
+
 EVERYTHING = Readout(tuple(range(families.LAYERS)), Where(), "none")
 TEXTS = ["The calm sea lay in the morning light.", "She slammed the door.", "Rain."]
 

@@ -12,7 +12,7 @@ from affectlens.engines.hf import HFEngine
 
 
 def load(job: Job) -> Run:
-    engine = HFEngine.load(job.model, device="cpu", dtype=job.dtype)
+    engine = HFEngine.load(job.model, device="cpu", dtype=job.dtype, **job.options)
     readout = Readout(layers=job.layers, where=Where(after=job.first_token - 1), pool="mean")
 
     def run(texts: Sequence[str]) -> np.ndarray:

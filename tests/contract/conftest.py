@@ -16,18 +16,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+import families
 import vllm_here
 from affectlens.engine import Engine, Gate, Readout, Request, Result, Steering, Term, Where, open_engine
 
 # Plain, grouped-query, sliding windows in a multimodal wrapper, learned positions, ALiBi with tuples, experts, hybrid, parallel.
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt2", "bloom", "mixtral", "falcon_h1", "gpt_neox")
 COMPILED = "llama, compiled"
+COMPILES = pytest.mark.skipif(not families.COMPILES, reason="needs a C++ compiler")
 DEMO = "smollm2-135m"
 VLLM = importlib.util.find_spec("vllm") is not None
 ENGINES = (
     tuple(f"vllm {name}" for name in vllm_here.FAMILIES)
     if VLLM
-    else ("toy", "ray", *FAMILIES, COMPILED, pytest.param(DEMO, marks=pytest.mark.real))
+    else ("toy", "ray", *FAMILIES, pytest.param(COMPILED, marks=COMPILES), pytest.param(DEMO, marks=pytest.mark.real))
 )
 
 TEXTS = ("the calm sea", "She slammed the door and shouted at everyone.", (("user", "I lost my keys."),))
@@ -153,8 +155,6 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     if name == DEMO:
         yield Subject(name, HFEngine.load(DEMO, dtype="float32", device="cpu"), 2e-4)
     else:
-        import families
-
         family = name.partition(",")[0]
         folder = families.save(family, tmp_path_factory.mktemp("model") / family)
         yield Subject(name, HFEngine.load(str(folder), dtype="float32", device="cpu", compile=name == COMPILED), 1e-4)
