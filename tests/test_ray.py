@@ -31,6 +31,7 @@ from affectlens.concepts import ConceptSet
 from affectlens.discovery import Recipe, discover
 from affectlens.engine import Engine, Gate, Readout, Request, Result, Sampling, Steering, Term, Where, in_order, open_engine
 from affectlens.engines import ray as module
+from affectlens.engines import ray_pool, ray_worker
 from affectlens.engines.ray import AHEAD, LOSSES, RayEngine
 from affectlens.engines.toy import TOPICS, ToyEngine
 from affectlens.errors import AffectlensError, EngineError, MissingExtra
@@ -40,7 +41,7 @@ from affectlens.vectors import ConceptVectors
 from planted import toy_bench
 
 pytest.importorskip("ray")
-ray = module._library(local=True)
+ray = ray_pool.library(local=True)
 
 TOY = ToyEngine()
 NAMES = ("angry", "calm", "sad", "proud")
@@ -292,7 +293,7 @@ def test_a_cluster_is_divided_among_the_workers(nodes: Any, replicas: int, devic
             return [*({"Alive": True, "Resources": node} for node in nodes), {"Alive": False, "Resources": {"CPU": 64.0}}]
 
     def room() -> tuple[int, int, int]:
-        found = module._Room.find(Cluster(), replicas, local=False, device=device)
+        found = ray_pool.Room.find(Cluster(), replicas, local=False, device=device)
         return found.cpus, found.gpus, found.threads
 
     if isinstance(expected, str):
@@ -422,17 +423,17 @@ def test_work_that_kills_its_workers_is_given_up(toys: RayEngine, monkeypatch: p
 
 
 def test_workers_that_die_while_they_load_are_given_up(toys: RayEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.Worker, "load", lambda self, spec, threads: os._exit(1))
+    monkeypatch.setattr(ray_worker.Worker, "load", lambda self, spec, threads: os._exit(1))
     with pytest.raises(EngineError, match=f"{LOSSES} workers in a row died while they loaded toy"):
         RayEngine("toy", replicas=1)
 
 
 def test_workers_with_different_models_are_refused(toys: RayEngine) -> None:
     """A machine of the cluster may have other files, or another processor, for which another dtype is best."""
-    own = module.version("affectlens")
+    own = ray_pool.version("affectlens")
     answers = {
-        "their dtype is float32 and bfloat16": module.Loaded(replace(TOY.info, dtype="bfloat16"), 256, own),
-        "affectlens 0.0.1": module.Loaded(TOY.info, 256, "0.0.1"),
+        "their dtype is float32 and bfloat16": ray_worker.Loaded(replace(TOY.info, dtype="bfloat16"), 256, own),
+        "affectlens 0.0.1": ray_worker.Loaded(TOY.info, 256, "0.0.1"),
     }
     member = toys._pool.up()[0]
     for message, loaded in answers.items():

@@ -15,326 +15,30 @@ and each machine fetches them once. What Ray pickles is the class :class:`Worker
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.metadata import version
-from types import GenericAlias, NoneType
 from typing import Any, ClassVar
 
 import numpy as np
 
-from affectlens.engine import Engine, ModelInfo, Request, Result, Session, batched, check_request, open_engine
+from affectlens.engine import Engine, Request, Result, Session, batched, check_request
 from affectlens.engines import wire
+from affectlens.engines.ray_pool import LOSSES, Member, Pool, Room, device_of, join, library, reason
+from affectlens.engines.ray_worker import CALLS, Worker
 from affectlens.engines.wire import Failure
-from affectlens.errors import AffectlensError, EngineError, MismatchError, MissingExtra
+from affectlens.errors import AffectlensError, EngineError
 from affectlens.layout import Layout
-
-LOG = logging.getLogger("affectlens.ray")
 
 AHEAD = 2
 """Windows of a run that are under way for each worker: one is run, one waits there, so that no worker waits for this process."""
 
-LOSSES = 3
-"""How often the same work may be lost with its worker, or workers may die in a row while they load, before it is given up."""
-
-CHUNK = 2**24
-"""Bytes of results that come back at a time."""
-
 KEPT = 2**30
 """Bytes of shared directions that stay in the object store for later runs."""
-
-PATIENCE = 60.0
-"""Seconds without any worker after which the log says what is waited for."""
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What there is to know about the engine of a worker.
-
-    Args:
-        info: Of its model.
-        window: Requests that it looks at together.
-        version: Of affectlens there.
-    """
-
-    info: ModelInfo
-    window: int
-    version: str
-
-
-# ── in a worker ──
-
-
-class Worker:
-    """A process with a model in it. What it takes and gives are bytes of :mod:`affectlens.engines.wire`."""
-
-    def __init__(self) -> None:
-        self._engine: Any = None
-        self._sessions: dict[str, Session] = {}
-        self._tickets: dict[str, dict[int, int]] = {}
-        self._refused: dict[str, list[tuple[int, None, Failure]]] = {}
-        self._stopped: deque[str] = deque(maxlen=1000)
-
-    def load(self, spec: bytes, threads: int) -> bytes:
-        """Open the engine; the answer is a :class:`Loaded`, or a failure."""
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is loaded
-
-        def load() -> Loaded:
-            name, options = wire.unpack(spec, tuple[str, Any])
-            self._engine = open_engine(name, **options)
-            return Loaded(self._engine.info, self._engine.window, version("affectlens"))
-
-        return _answer(load)
-
-    def stop(self, unit: str) -> None:
-        """Nobody waits for this any more. Called beside :meth:`run`, in another thread."""
-        self._stopped.append(unit)
-
-    def run(self, unit: str, data: bytes, apart: Mapping[str, Any]) -> Iterator[bytes]:
-        """Run requests; yields results in parts, each with a failure if there are no more."""
-        import ray
-
-        failure, done, size = None, list[Result](), 0
-        try:
-            shared = {key: ray.get(ref) for key, ref in apart.items()}
-            requests = () if unit in self._stopped else wire.unpack(data, tuple[Request, ...], apart=shared)
-            streams = any(request.stream for request in requests)
-            with contextlib.closing(self._engine.run(requests)) as results:
-                for result in results:
-                    done.append(result)
-                    size += 24 * len(result.layout) + sum(reading.values.nbytes for reading in result.readings)
-                    if streams or size > CHUNK:
-                        yield wire.pack((done, None))
-                        done, size = [], 0
-                        if unit in self._stopped:
-                            break
-        except AffectlensError as error:
-            failure = Failure.of(error)
-        yield wire.pack((done, failure))
-
-    def call(self, what: str, data: bytes) -> bytes:
-        """What the engine says to one of ``_CALLS``."""
-        return _answer(lambda: _CALLS[what].ask(self._engine, wire.unpack(data, _CALLS[what].takes)))
-
-    # ── sessions ──
-
-    def submit(self, session: str, ticket: int, data: bytes, apart: Mapping[str, Any]) -> None:
-        """Take a request on; that it cannot be run is told with the next step."""
-        import ray
-
-        if session not in self._sessions:
-            self._sessions[session], self._tickets[session], self._refused[session] = self._engine.session(), {}, []
-        try:
-            request = wire.unpack(data, Request, apart={key: ray.get(ref) for key, ref in apart.items()})
-            self._tickets[session][self._sessions[session].submit(request)] = ticket
-        except AffectlensError as error:
-            self._refused[session].append((ticket, None, Failure.of(error)))
-
-    def step(self, session: str) -> bytes:
-        """One token more for each: tickets with a result or a failure."""
-        found: list[tuple[int, Result | None, Failure | None]] = list(self._refused[session])
-        self._refused[session].clear()
-        for own, result in self._sessions[session].step():
-            ticket = self._tickets[session][own]
-            if isinstance(result, AffectlensError):
-                found.append((ticket, None, Failure.of(result)))
-            else:
-                found.append((ticket, result, None))
-            if isinstance(result, AffectlensError) or result.done:
-                del self._tickets[session][own]
-        return wire.pack(found)
-
-    def cancel(self, session: str, ticket: int) -> None:
-        """Let a request go."""
-        tickets = self._tickets.get(session, {})
-        for own in [own for own, other in tickets.items() if other == ticket]:
-            self._sessions[session].cancel(own)
-            del tickets[own]
-
-    def close(self, session: str) -> None:
-        """Let all of a session go."""
-        if session in self._sessions:
-            self._sessions.pop(session).close()
-            del self._tickets[session], self._refused[session]
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A question to the engine of a worker: how it is asked, and the types of what it takes and gives."""
-
-    ask: Callable[[Engine, Any], Any]
-    takes: Any
-    gives: Any
-
-    @property
-    def answer(self) -> Any:
-        """The type of an answer: what it gives, or a failure."""
-        return GenericAlias(tuple, (self.gives | None, Failure | None))
-
-
-_CALLS = {
-    "layout": _Call(lambda engine, request: engine.layout(request), Request, Layout),
-    "unembed": _Call(lambda engine, residuals: engine.unembed(residuals), np.ndarray, np.ndarray),
-    "vocabulary": _Call(lambda engine, _: tuple(engine.vocabulary), NoneType, tuple[str, ...]),
-    "texts": _Call(lambda engine, name: engine.texts(name), str, Any),
-    "session": _Call(lambda engine, _: _kind_of(engine.session()), NoneType, tuple[bool, bool]),
-}
-
-
-def _kind_of(session: Session) -> tuple[bool, bool]:
-    session.close()
-    return session.exact, session.shares
-
-
-def _answer(work: Callable[[], Any]) -> bytes:
-    try:
-        return wire.pack((work(), None))
-    except AffectlensError as error:
-        return wire.pack((None, Failure.of(error)))
-
-
-# ── in the process that asks ──
-
-
-@dataclass(eq=False)
-class _Member:
-    """A worker as this process sees it: ``loading`` until it has its model, ``running`` what it has not finished."""
-
-    actor: Any
-    loading: Any
-    running: list[Any] = field(default_factory=list)
-
-
-class _Pool:
-    """The workers: who has loaded, who has least to do, and a new one in place of each that dies.
-
-    Args:
-        ray: The library.
-        start: Starts one: the actor, and the reference of its :class:`Loaded`.
-        size: How many.
-        name: Of the model, for errors.
-    """
-
-    def __init__(self, ray: Any, start: Callable[[], tuple[Any, Any]], *, size: int, name: str) -> None:
-        self._ray, self._start, self._name = ray, start, name
-        self._lock = threading.RLock()
-        self._loaded: Loaded | None = None
-        self._died = 0
-        self._closed = False
-        lost = ray.exceptions
-        self.lost = (
-            lost.RayActorError,
-            lost.WorkerCrashedError,
-            lost.NodeDiedError,
-            lost.ObjectLostError,
-            lost.OutOfMemoryError,
-        )
-        self._members = [_Member(*start()) for _ in range(size)]
-
-    @property
-    def loaded(self) -> Loaded:
-        """What the workers loaded; waits for the first."""
-        self.up()
-        assert self._loaded is not None
-        return self._loaded
-
-    def up(self) -> list[_Member]:
-        """The workers that have loaded; waits until there is one.
-
-        Raises:
-            AffectlensError: The model cannot be loaded, or workers die of it.
-        """
-        while True:
-            with self._lock:
-                if self._closed:
-                    raise EngineError(f"the engine of {self._name} is closed: open it again")
-                for member in [member for member in self._members if member.loading is not None]:
-                    self._admit(member)
-                if up := [member for member in self._members if member.loading is None]:
-                    return up
-                loading = [member.loading for member in self._members]
-            if not self._ray.wait(loading, num_returns=1, timeout=PATIENCE)[0]:
-                free = {what: n for what, n in self._ray.available_resources().items() if what in ("CPU", "GPU")}
-                LOG.warning("no worker has loaded %s yet; Ray has room for %s", self._name, free or "nothing more")
-
-    def begin(self, task: Callable[[Any], Any]) -> tuple[_Member, Any]:
-        """Give a task to the worker that has least to do.
-
-        Args:
-            task: Begins it, given the actor.
-
-        Returns:
-            The worker, and what ``task`` returned.
-        """
-        while True:
-            self.up()
-            with self._lock:
-                up = [member for member in self._members if member.loading is None]
-                for member in up:
-                    if member.running:
-                        _, member.running = self._ray.wait(member.running, num_returns=len(member.running), timeout=0)
-                if up:
-                    chosen = min(up, key=lambda member: len(member.running))
-                    begun = task(chosen.actor)
-                    chosen.running.append(begun.completed() if hasattr(begun, "completed") else begun)
-                    return chosen, begun
-
-    def replace(self, member: _Member) -> None:
-        """A new worker in place of one that died; whoever notices first gets it."""
-        with self._lock:
-            if member in self._members:
-                self._members.remove(member)
-                self._kill(member)
-                if not self._closed:
-                    LOG.warning("a worker with %s died; another one takes its place", self._name)
-                    self._members.append(_Member(*self._start()))
-
-    def close(self) -> None:
-        """End all of them."""
-        with self._lock:
-            self._closed = True
-            for member in self._members:
-                self._kill(member)
-            self._members = []
-
-    def _admit(self, member: _Member) -> None:
-        """Let a worker in that has loaded the same model as the others."""
-        if not self._ray.wait([member.loading], timeout=0)[0]:
-            return
-        try:
-            loaded, failure = wire.unpack(self._ray.get(member.loading), tuple[Loaded | None, Failure | None])
-        except self.lost as error:
-            self._died += 1
-            if self._died >= LOSSES:
-                raise EngineError(
-                    f"{self._died} workers in a row died while they loaded {self._name} ({_reason(error)}): "
-                    "see that it fits the memory of a worker and that affectlens is installed on every machine"
-                ) from error
-            self.replace(member)
-            return
-        if failure:
-            raise failure.error
-        first = self._loaded or loaded
-        if loaded.version != (own := version("affectlens")):
-            raise MismatchError(f"a worker has affectlens {loaded.version}, this process {own}: install the same everywhere")
-        if loaded.info != first.info:
-            odd = [name for name, value in vars(first.info).items() if name != "checks" and getattr(loaded.info, name) != value]
-            was, now = (getattr(each.info, odd[0]) for each in (first, loaded))
-            raise MismatchError(
-                f"workers have loaded different models (their {odd[0]} is {was} and {now}): give every machine the same files, "
-                "and name dtype and device"
-            )
-        self._loaded, self._died, member.loading = first, 0, None
-
-    def _kill(self, member: _Member) -> None:
-        with contextlib.suppress(Exception):  # it is gone already, or Ray is
-            self._ray.kill(member.actor, no_restart=True)
 
 
 @dataclass(eq=False)
@@ -377,22 +81,22 @@ class RayEngine(Engine):
     def __init__(self, name: Any, *, replicas: int = 1, address: str | None = None, **options: Any) -> None:
         if not isinstance(name, str):
             raise EngineError("workers load their model by name: save it to a folder and name that, or leave replicas out")
-        self._ray = ray = _library(local=address is None)
+        self._ray = ray = library(local=address is None)
         self.replicas = replicas
-        own = _join(ray, address)
+        own = join(ray, address, started=bool(RayEngine._sharing))
         if own or RayEngine._sharing:
             RayEngine._sharing.add(self)
         self._kept: OrderedDict[str, tuple[Any, int]] = OrderedDict()
         self._keeping = threading.Lock()
         try:
-            room = _Room.find(ray, replicas, local=self in RayEngine._sharing, device=_device(name, options))
+            room = Room.find(ray, replicas, local=self in RayEngine._sharing, device=device_of(name, options))
             spec, actor = wire.pack((name, options)), ray.remote(concurrency_groups={"beside": 1})(Worker)
 
             def start() -> tuple[Any, Any]:
                 begun = actor.options(num_cpus=room.cpus, num_gpus=room.gpus, max_restarts=0).remote()
                 return begun, begun.load.remote(spec, room.threads)
 
-            self._pool = _Pool(ray, start, size=replicas, name=name)
+            self._pool = Pool(ray, start, size=replicas, name=name)
             loaded = self._pool.loaded
         except BaseException:
             self.close()
@@ -469,7 +173,7 @@ class RayEngine(Engine):
                 self._pool.replace(unit.member)
                 if unit.losses == LOSSES:
                     raise EngineError(
-                        f"{LOSSES} workers died of the same {unit.size} requests ({_reason(error)}): give the workers more "
+                        f"{LOSSES} workers died of the same {unit.size} requests ({reason(error)}): give the workers more "
                         "memory, or make the texts shorter"
                     ) from error
                 self._begin(unit)
@@ -493,10 +197,10 @@ class RayEngine(Engine):
         for _ in range(LOSSES):
             member, ref = self._pool.begin(lambda actor: actor.call.remote(what, data))
             try:
-                answer, failure = wire.unpack(self._ray.get(ref), _CALLS[what].answer)
+                answer, failure = wire.unpack(self._ray.get(ref), CALLS[what].answer)
             except self._pool.lost as error:
                 self._pool.replace(member)
-                reason = _reason(error)
+                reason = reason(error)
                 continue
             if failure:
                 raise failure.error
@@ -536,7 +240,7 @@ class _Live:
     """A request of a session: who has it, how many results came of it, how many of them are not to be given again."""
 
     request: Request
-    member: _Member
+    member: Member
     begun: Any
     came: int = 0
     given: int = 0
@@ -594,13 +298,13 @@ class RaySession(Session):
                     out.append((ticket, failure.error if failure else result))
         return out
 
-    def _again(self, member: _Member, error: Exception) -> list[tuple[int, Result | AffectlensError]]:
+    def _again(self, member: Member, error: Exception) -> list[tuple[int, Result | AffectlensError]]:
         """Give what a worker had to the others; what was lost too often comes back as an error."""
         lost: list[tuple[int, Result | AffectlensError]] = []
         for ticket, live in [(ticket, live) for ticket, live in self._lives.items() if live.member is member]:
             del self._lives[ticket]
             if live.losses + 1 == LOSSES:
-                lost.append((ticket, EngineError(f"{LOSSES} workers died of this request ({_reason(error)}): make it shorter")))
+                lost.append((ticket, EngineError(f"{LOSSES} workers died of this request ({reason(error)}): make it shorter")))
             else:
                 self._place(ticket, live.request, live.losses + 1, live.given)
         return lost
@@ -613,110 +317,3 @@ class RaySession(Session):
         for member in dict.fromkeys(live.member for live in self._lives.values()):
             member.actor.close.remote(self._id)
         self._lives.clear()
-
-
-# ── the cluster ──
-
-
-QUIET = {
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",  # that a worker died would go to stdout, between results
-    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of work that nobody waits for any more
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
-"""Settings of Ray that it takes from the environment, where they are not set already."""
-
-
-def _library(*, local: bool) -> Any:
-    """Ray, imported quietly; one that is started here listens on this machine's own address only.
-
-    Raises:
-        MissingExtra: It is not installed.
-    """
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    alone = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # Ray's name for it; read when it is imported, and by nobody later
-    before = os.environ.get(alone)
-    if local and before is None:
-        os.environ[alone] = "0"
-    try:
-        import ray
-    except ModuleNotFoundError:
-        raise MissingExtra("ray", "ray") from None
-    finally:
-        if before is None:
-            os.environ.pop(alone, None)
-    return ray
-
-
-def _join(ray: Any, address: str | None) -> bool:
-    """Join a cluster, or start Ray on this machine alone, quietly; says whether it was started."""
-    if ray.is_initialized():
-        if address is not None and RayEngine._sharing:
-            raise EngineError("this process has started a Ray of its own: close the engine that uses it, or leave address out")
-        return False
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address is not None:
-        try:
-            ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise EngineError(
-                f"no Ray cluster answers at {address!r} ({reason}): see that it runs (ray start --head), or leave address out"
-            ) from None
-        return False
-    for attempt in (1, 2):  # Ray gives up after half a minute, which is short where much else runs
-        try:
-            # One logical core: workers are placed by hand, and Ray would keep an idle process for each core.
-            ray.init(address="local", num_cpus=1, include_dashboard=False, **quiet)
-            break
-        except Exception as error:  # Ray raises plain ones
-            ray.shutdown()
-            if attempt == 2:
-                reason = str(error).strip().splitlines()[0]
-                raise EngineError(
-                    f"Ray cannot be started here ({reason}): try again when less runs, or leave replicas out"
-                ) from error
-    return True
-
-
-def _device(name: str, options: Mapping[str, Any]) -> str:
-    return "cpu" if name == "toy" else str(options.get("device", "auto"))
-
-
-@dataclass(frozen=True)
-class _Room:
-    """What each worker is given: cores and GPUs that Ray counts, and threads."""
-
-    cpus: int
-    gpus: int
-    threads: int
-
-    @classmethod
-    def find(cls, ray: Any, replicas: int, *, local: bool, device: str) -> _Room:
-        """Divide what there is among the workers.
-
-        Raises:
-            EngineError: There is not enough for each.
-        """
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        gpus = int(sum(node.get("GPU", 0) for node in nodes)) if device.startswith(("auto", "cuda")) else 0
-        if device.startswith("cuda:"):
-            raise EngineError(f"device is {device!r}, but Ray gives each worker a GPU of its own: use cuda")
-        if gpus and gpus < replicas:
-            raise EngineError(f"Ray has {gpus} GPUs for {replicas} workers: use {gpus} replicas, or cpu as the device")
-        if local:
-            # Threads as this process would have, so that a worker alone rounds as it does.
-            there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            cores = int(os.environ.get("OMP_NUM_THREADS") or there)
-            return cls(0, bool(gpus), max(1, cores // replicas))
-        cores_of = [int(node.get("CPU", 0)) for node in nodes]
-        share = max(1, sum(cores_of) // replicas)
-        threads = next((n for n in range(share, 0, -1) if sum(cores // n for cores in cores_of) >= replicas), 0)
-        if not threads:
-            raise EngineError(f"the cluster has {sum(cores_of)} cores for {replicas} workers: use fewer replicas")
-        return cls(threads, bool(gpus), threads)
-
-
-def _reason(error: Exception) -> str:
-    """The last line of what Ray says, which names the cause."""
-    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
