@@ -347,6 +347,21 @@ def test_hostile_columns_are_refused() -> None:
             unpack(made({**head, "objects": [{**head["objects"][0], **changes}]}, body), Layout)
 
 
+def test_a_number_is_no_array_of_them() -> None:
+    """Narrow floats travel as arrays without axes; nothing else may stand where a number should."""
+    from safetensors.numpy import save
+
+    head, body = parts_of(pack(Sampling(temperature=np.float32(0.5))))  # type: ignore[arg-type]
+    assert unpack(made(head, body), Sampling).temperature == np.float32(0.5)
+    for dtype, shape, other in (
+        ("float32", [1], body),
+        ("int32", [], save({"int32": np.ones(1, np.int32)})),
+        ("bool", [], save({"bool": np.ones(1, bool)})),
+    ):
+        with pytest.raises(FormatError, match="is no float"):
+            unpack(made({**head, "arrays": [[dtype, shape]]}, other), Sampling)
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_any_damage_is_refused_or_harmless(data: st.DataObject) -> None:

@@ -5,11 +5,13 @@ what the engine in this process would look at together: so a result has the same
 go to whichever worker has least to do, and results come back in the order of the requests; :data:`AHEAD` windows for each worker
 are under way at a time, so memory does not depend on how many requests there are, and an endless stream will do.
 
-A worker that dies is replaced, and what it had not given is done again by the others. Results that a stream has given already are
-counted and left out when it is done again: none is given twice.
+A worker that dies is replaced, and what it had not given is done again by the others. Results that were handed on already are
+counted and left out when it is done again: none is given twice. What has begun on :data:`~affectlens.engines.ray_pool.LOSSES`
+workers that died is given up; what was only waiting there is not blamed, however many are lost at once.
 
 What travels is data (:mod:`affectlens.engines.wire`). Directions that many requests share are put into Ray's object store once,
-and each machine fetches them once. What Ray pickles is the class :class:`Worker`, bytes, numbers and those arrays.
+and each machine fetches them once. What Ray itself pickles is the class :class:`~affectlens.engines.ray_worker.Worker`, bytes,
+numbers and those arrays.
 """
 
 from __future__ import annotations
@@ -17,18 +19,17 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from affectlens.engine import Engine, Request, Result, Session, batched, check_request
 from affectlens.engines import wire
-from affectlens.engines.ray_pool import LOSSES, Member, Pool, Room, device_of, join, library, reason
+from affectlens.engines.ray_pool import LOSSES, Cluster, Member, Pool, Room, device_of, reason
 from affectlens.engines.ray_worker import CALLS, Worker
 from affectlens.engines.wire import Failure
 from affectlens.errors import AffectlensError, EngineError
@@ -43,14 +44,27 @@ KEPT = 2**30
 
 @dataclass(eq=False)
 class _Unit:
-    """A window on its way: what is asked, by whom it is done, how many results were given, how often it was lost."""
+    """A piece of work on its way.
 
-    data: bytes
-    apart: dict[str, Any]
-    size: int
-    id: str = field(default_factory=lambda: os.urandom(8).hex())
+    Args:
+        task: Begins it, given a worker's actor.
+        what: Its name in an error.
+        id: What it is stopped by.
+        member: Who has it.
+        stream: What comes of it.
+        begun: Whether the worker has begun it.
+        came: Results that this worker has given.
+        given: Results that were handed on.
+        losses: Workers that were lost with it once they had begun it.
+    """
+
+    task: Callable[[Any], Any]
+    what: str
+    id: str = ""
     member: Any = None
     stream: Any = None
+    begun: bool = False
+    came: int = 0
     given: int = 0
     losses: int = 0
 
@@ -61,13 +75,13 @@ class RayEngine(Engine):
     Args:
         name: What each worker opens, as for :func:`affectlens.open_engine`. On a cluster every machine must find it.
         replicas: How many workers. On GPUs each has one of its own; the cores are shared among them.
-        address: Of a Ray cluster (``auto``, ``host:6379``, ``ray://host:10001``); None starts Ray on this machine alone, without
-            a dashboard, and ends it with :meth:`close` or with the process. A cluster that this process is in already is used.
+        address: Of a Ray cluster that this machine belongs to (``auto``, ``host:6379``); None starts Ray on this machine alone,
+            without a dashboard, and ends it with :meth:`close` or with the process. A Ray that this process is in is used.
         options: For the engine of each worker.
 
     Raises:
         MissingExtra: Ray is not installed.
-        EngineError: No cluster there, not enough room on it, or a model that is already loaded.
+        EngineError: No cluster there, not enough room on it, workers that die while they load, or a model that is already loaded.
         AffectlensError: What loading the model raises in a worker.
 
     Example:
@@ -75,21 +89,17 @@ class RayEngine(Engine):
         ...     engine.generate(["the calm sea"])
     """
 
-    _sharing: ClassVar[weakref.WeakSet[RayEngine]] = weakref.WeakSet()
-    """Engines on a Ray that one of them started: the last one to close ends it."""
-
     def __init__(self, name: Any, *, replicas: int = 1, address: str | None = None, **options: Any) -> None:
         if not isinstance(name, str):
             raise EngineError("workers load their model by name: save it to a folder and name that, or leave replicas out")
-        self._ray = ray = library(local=address is None)
         self.replicas = replicas
-        own = join(ray, address, started=bool(RayEngine._sharing))
-        if own or RayEngine._sharing:
-            RayEngine._sharing.add(self)
         self._kept: OrderedDict[str, tuple[Any, int]] = OrderedDict()
         self._keeping = threading.Lock()
+        self._cluster = Cluster.enter(self, address)
+        self._ray = ray = self._cluster.ray
         try:
-            room = Room.find(ray, replicas, local=self in RayEngine._sharing, device=device_of(name, options))
+            device, parts = device_of(name, options), int(options.get("tensor_parallel", 1))
+            room = Room.find(ray, replicas, alone=self._cluster.alone, device=device, parts=parts)
             spec, actor = wire.pack((name, options)), ray.remote(concurrency_groups={"beside": 1})(Worker)
 
             def start() -> tuple[Any, Any]:
@@ -112,10 +122,7 @@ class RayEngine(Engine):
             self._pool.close()
         with self._keeping:
             self._kept.clear()
-        if self in RayEngine._sharing:
-            RayEngine._sharing.discard(self)
-            if not RayEngine._sharing:
-                self._ray.shutdown()
+        self._cluster.leave(self)
 
     # ── the seam ──
 
@@ -147,36 +154,48 @@ class RayEngine(Engine):
     def _unit(self, window: Sequence[Request]) -> _Unit:
         for request in window:
             check_request(request, self.info)
-        unit = _Unit(*self._sent(tuple(window)), size=len(window))
-        self._begin(unit)
+        self._pool.check_open()
+        data, apart = self._sent(tuple(window))
+        name = os.urandom(8).hex()
+        return self._begun(_Unit(lambda actor: actor.run.remote(name, data, apart), f"{len(window)} requests", id=name))
+
+    def _begun(self, unit: _Unit) -> _Unit:
+        unit.begun, unit.came = False, 0
+        unit.member, unit.stream = self._pool.begin(unit.task)
         return unit
 
-    def _begin(self, unit: _Unit) -> None:
-        unit.member, unit.stream = self._pool.begin(lambda actor: actor.run.remote(unit.id, unit.data, unit.apart))
-
-    def _results(self, unit: _Unit) -> Iterator[Result]:
+    def _parts(self, unit: _Unit) -> Iterator[bytes]:
+        """What comes of a unit, from its beginning again whenever a worker is lost with it."""
         while True:
+            self._pool.check_open()
             try:
-                came = 0
                 for part in unit.stream:
-                    results, failure = wire.unpack(self._ray.get(part), tuple[tuple[Result, ...], Failure | None])
-                    for result in results:
-                        came += 1
-                        if came > unit.given:  # of work that is done again, some was given already
-                            unit.given += 1
-                            yield result
-                    if failure:
-                        raise failure.error
+                    data, unit.member.deaths = self._ray.get(part), 0
+                    if unit.begun:
+                        yield data
+                        self._pool.check_open()
+                    unit.begun = True
                 return
             except self._pool.lost as error:
-                unit.losses += 1
-                self._pool.replace(unit.member)
+                self._pool.replace(unit.member, error)
+                unit.losses += unit.begun
                 if unit.losses == LOSSES:
                     raise EngineError(
-                        f"{LOSSES} workers died of the same {unit.size} requests ({reason(error)}): give the workers more "
-                        "memory, or make the texts shorter"
+                        f"{LOSSES} workers died while they did the same {unit.what} ({reason(error)}): give the workers more "
+                        "memory, or ask for shorter texts or for less of them"
                     ) from error
-                self._begin(unit)
+                self._begun(unit)
+
+    def _results(self, unit: _Unit) -> Iterator[Result]:
+        for part in self._parts(unit):
+            results, failure = wire.unpack(part, tuple[tuple[Result, ...], Failure | None])
+            for result in results:
+                unit.came += 1
+                if unit.came > unit.given:  # of work that is done again, some was given already
+                    unit.given += 1
+                    yield result
+            if failure:
+                raise failure.error
 
     def _sent(self, value: Any) -> tuple[bytes, dict[str, Any]]:
         """A value as bytes, and references to its large arrays, which are put into the object store once."""
@@ -193,19 +212,13 @@ class RayEngine(Engine):
         return data, refs
 
     def _call(self, what: str, value: Any) -> Any:
-        data, reason = wire.pack(value), ""
-        for _ in range(LOSSES):
-            member, ref = self._pool.begin(lambda actor: actor.call.remote(what, data))
-            try:
-                answer, failure = wire.unpack(self._ray.get(ref), CALLS[what].answer)
-            except self._pool.lost as error:
-                self._pool.replace(member)
-                reason = reason(error)
-                continue
-            if failure:
-                raise failure.error
-            return answer
-        raise EngineError(f"{LOSSES} workers died when asked for {what} ({reason}): give the workers more memory")
+        data = wire.pack(value)
+        unit = self._begun(_Unit(lambda actor: actor.call.remote(what, data), f"work ({what})"))
+        (part,) = self._parts(unit)
+        answer, failure = wire.unpack(part, CALLS[what].answer)
+        if failure:
+            raise failure.error
+        return answer
 
     def layout(self, request: Request) -> Layout:
         check_request(request, self.info)
@@ -237,11 +250,20 @@ class RayEngine(Engine):
 
 @dataclass(eq=False)
 class _Live:
-    """A request of a session: who has it, how many results came of it, how many of them are not to be given again."""
+    """A request of a session.
+
+    Args:
+        request: What was asked.
+        member: Who has it.
+        taken: The reference of its being taken on; None once it was.
+        came: Results that this worker has given.
+        given: Results that were handed on.
+        losses: Workers that were lost with it once they had taken it on.
+    """
 
     request: Request
     member: Member
-    begun: Any
+    taken: Any
     came: int = 0
     given: int = 0
     losses: int = 0
@@ -256,6 +278,7 @@ class RaySession(Session):
         self._ray, self._pool, self._sent = engine._ray, engine._pool, engine._sent
         self._id = os.urandom(8).hex()
         self._lives: dict[int, _Live] = {}
+        self._members: set[Member] = set()
 
     @property
     def live(self) -> int:
@@ -270,23 +293,27 @@ class RaySession(Session):
     def _place(self, ticket: int, request: Request, losses: int = 0, given: int = 0) -> None:
         up = self._pool.up()
         member = min(up, key=lambda member: sum(live.member is member for live in self._lives.values()))
-        begun = member.actor.submit.remote(self._id, ticket, *self._sent(request))
-        self._lives[ticket] = _Live(request, member, begun, 0, given, losses)
+        self._members.add(member)
+        taken = member.actor.submit.remote(self._id, ticket, *self._sent(request))
+        self._lives[ticket] = _Live(request, member, taken, given=given, losses=losses)
 
     def step(self) -> list[tuple[int, Result | AffectlensError]]:
+        self._pool.check_open()
         out: list[tuple[int, Result | AffectlensError]] = []
         members = list(dict.fromkeys(live.member for live in self._lives.values()))
         steps = [(member, member.actor.step.remote(self._id)) for member in members]
         for member, step in steps:
             try:
                 for each in self._lives.values():
-                    if each.member is member and not each.came:
-                        self._ray.get(each.begun)  # done before the step; raises what is a fault and no refusal
+                    if each.member is member and each.taken is not None:
+                        self._ray.get(each.taken)  # done before the step; raises what is a fault and no refusal
+                        each.taken = None
                 answer = wire.unpack(self._ray.get(step), tuple[tuple[int, Result | None, Failure | None], ...])
             except self._pool.lost as error:
-                self._pool.replace(member)
+                self._pool.replace(member, error)
                 out += self._again(member, error)
                 continue
+            member.deaths = 0
             for ticket, result, failure in answer:
                 if (live := self._lives.get(ticket)) is None or live.member is not member:
                     continue
@@ -300,20 +327,26 @@ class RaySession(Session):
 
     def _again(self, member: Member, error: Exception) -> list[tuple[int, Result | AffectlensError]]:
         """Give what a worker had to the others; what was lost too often comes back as an error."""
+        self._members.discard(member)
         lost: list[tuple[int, Result | AffectlensError]] = []
         for ticket, live in [(ticket, live) for ticket, live in self._lives.items() if live.member is member]:
             del self._lives[ticket]
-            if live.losses + 1 == LOSSES:
-                lost.append((ticket, EngineError(f"{LOSSES} workers died of this request ({reason(error)}): make it shorter")))
+            losses = live.losses + (live.taken is None)
+            if losses == LOSSES:
+                fix = "submit it alone, or make it shorter"
+                lost.append((ticket, EngineError(f"{LOSSES} workers died with this request ({reason(error)}): {fix}")))
             else:
-                self._place(ticket, live.request, live.losses + 1, live.given)
+                self._place(ticket, live.request, losses, live.given)
         return lost
 
     def cancel(self, ticket: int) -> None:
         if (live := self._lives.pop(ticket, None)) is not None:
-            live.member.actor.cancel.remote(self._id, ticket)
+            with contextlib.suppress(Exception):  # its worker may be gone, and Ray as well
+                live.member.actor.cancel.remote(self._id, ticket)
 
     def close(self) -> None:
-        for member in dict.fromkeys(live.member for live in self._lives.values()):
-            member.actor.close.remote(self._id)
+        for member in self._members:
+            with contextlib.suppress(Exception):
+                member.actor.close.remote(self._id)
+        self._members.clear()
         self._lives.clear()

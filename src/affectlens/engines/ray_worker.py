@@ -64,9 +64,10 @@ class Worker:
         self._stopped.append(unit)
 
     def run(self, unit: str, data: bytes, apart: Mapping[str, Any]) -> Iterator[bytes]:
-        """Run requests; yields results in parts, each with a failure if there are no more."""
+        """Run requests; yields nothing when it begins, then results in parts, the last one with a failure if there is one."""
         import ray
 
+        yield b""  # it has begun: only then was it this work that a worker was lost with
         failure, done, size = None, list[Result](), 0
         try:
             shared = {key: ray.get(ref) for key, ref in apart.items()}
@@ -74,20 +75,21 @@ class Worker:
             streams = any(request.stream for request in requests)
             with contextlib.closing(self._engine.run(requests)) as results:
                 for result in results:
+                    if unit in self._stopped:
+                        break
                     done.append(result)
                     size += 24 * len(result.layout) + sum(reading.values.nbytes for reading in result.readings)
                     if streams or size > CHUNK:
                         yield wire.pack((done, None))
                         done, size = [], 0
-                        if unit in self._stopped:
-                            break
         except AffectlensError as error:
             failure = Failure.of(error)
         yield wire.pack((done, failure))
 
-    def call(self, what: str, data: bytes) -> bytes:
-        """What the engine says to one of :data:`CALLS`."""
-        return _answer(lambda: CALLS[what].ask(self._engine, wire.unpack(data, CALLS[what].takes)))
+    def call(self, what: str, data: bytes) -> Iterator[bytes]:
+        """What the engine says to one of :data:`CALLS`, in one part."""
+        yield b""
+        yield _answer(lambda: CALLS[what].ask(self._engine, wire.unpack(data, CALLS[what].takes)))
 
     # ── sessions ──
 

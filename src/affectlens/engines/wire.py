@@ -249,9 +249,11 @@ class _Reader:
             return None
         if kind in (str, bool, int, float):
             if kind is float and isinstance(plain, dict):
-                return self._array(plain)[()]
+                number = self._array(plain)[()]  # rounded to fewer bits than Python's own
+                if isinstance(number, np.float16 | np.float32):
+                    return number
             # A whole number where a float may stand is left as it is: it was one.
-            if isinstance(plain, (int, float) if kind is float else kind) and (kind is bool) == isinstance(plain, bool):
+            elif isinstance(plain, (int, float) if kind is float else kind) and (kind is bool) == isinstance(plain, bool):
                 return plain
         elif kind is np.ndarray:
             return self._array(plain)
