@@ -437,8 +437,8 @@ def test_work_that_kills_its_workers_is_given_up(toys: RayEngine, monkeypatch: p
 
 
 def test_workers_that_were_dead_before_are_not_blamed_on_the_work(toys: RayEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them at once, as when a machine is lost: what is given to the dead next has not killed them."""
-    monkeypatch.setattr(module, "LOSSES", 1)
+    """All of them at once, as when a machine is lost: what is given to two dead ones next has not killed them."""
+    monkeypatch.setattr(module, "LOSSES", 2)
     session = toys.session()
     for work in ("run", "call", "session"):
         for pid in pids(toys):
@@ -454,7 +454,6 @@ def test_workers_that_were_dead_before_are_not_blamed_on_the_work(toys: RayEngin
             while session.live:
                 found += session.step()
             same([result for _, result in found], list(TOY.run([Request("the calm sea")])))
-        list(toys.run(mixed(40)))  # both have done something
 
 
 class Fake:
@@ -493,9 +492,7 @@ def test_a_machine_may_be_lost_while_its_workers_load() -> None:
     hopeless = Fake(dead=99)
     pool = ray_pool.Pool(hopeless, hopeless.start, size=1, name="toy")
     for _ in range(2):  # and whoever asks again is told the same
-        with pytest.raises(
-            EngineError, match=f"^{LOSSES} workers in a row died before they had done anything with toy .*: see that"
-        ):
+        with pytest.raises(EngineError, match=f"^{LOSSES} workers in a row died while they loaded toy .*: see that"):
             while True:
                 pool.up()
     assert hopeless.begun == LOSSES
@@ -503,7 +500,7 @@ def test_a_machine_may_be_lost_while_its_workers_load() -> None:
 
 def test_workers_that_die_while_they_load_are_given_up(toys: RayEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_worker.Worker, "load", lambda self, spec, threads: os._exit(1))
-    with pytest.raises(EngineError, match=f"{LOSSES} workers in a row died before they had done anything with toy"):
+    with pytest.raises(EngineError, match=f"{LOSSES} workers in a row died while they loaded toy"):
         RayEngine("toy", replicas=1)
 
 

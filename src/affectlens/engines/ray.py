@@ -6,8 +6,8 @@ go to whichever worker has least to do, and results come back in the order of th
 are under way at a time, so memory does not depend on how many requests there are, and an endless stream will do.
 
 A worker that dies is replaced, and what it had not given is done again by the others. Results that were handed on already are
-counted and left out when it is done again: none is given twice. What has begun on :data:`~affectlens.engines.ray_pool.LOSSES`
-workers that died is given up; what was only waiting there is not blamed, however many are lost at once.
+counted and left out when it is done again: none is given twice. What was being done by three workers that died is given up. What
+was only waiting there is hardly blamed: all workers lost at once count for it as one that was lost at work.
 
 What travels is data (:mod:`affectlens.engines.wire`). Directions that many requests share are put into Ray's object store once,
 and each machine fetches them once. What Ray itself pickles is the class :class:`~affectlens.engines.ray_worker.Worker`, bytes,
@@ -22,6 +22,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -55,7 +56,7 @@ class _Unit:
         begun: Whether the worker has begun it.
         came: Results that this worker has given.
         given: Results that were handed on.
-        losses: Workers that were lost with it once they had begun it.
+        losses: Workers that were lost with it, weighed (:meth:`RayEngine._weight`).
     """
 
     task: Callable[[Any], Any]
@@ -66,7 +67,7 @@ class _Unit:
     begun: bool = False
     came: int = 0
     given: int = 0
-    losses: int = 0
+    losses: Fraction = Fraction(0)
 
 
 class RayEngine(Engine):
@@ -164,13 +165,17 @@ class RayEngine(Engine):
         unit.member, unit.stream = self._pool.begin(unit.task)
         return unit
 
+    def _weight(self, begun: bool) -> Fraction:
+        """How much it counts against a piece of work that a worker died with it: which had ``begun`` it, or would have later."""
+        return Fraction(1) if begun else Fraction(1, self.replicas)
+
     def _parts(self, unit: _Unit) -> Iterator[bytes]:
         """What comes of a unit, from its beginning again whenever a worker is lost with it."""
         while True:
             self._pool.check_open()
             try:
                 for part in unit.stream:
-                    data, unit.member.deaths = self._ray.get(part), 0
+                    data = self._ray.get(part)
                     if unit.begun:
                         yield data
                         self._pool.check_open()
@@ -178,8 +183,8 @@ class RayEngine(Engine):
                 return
             except self._pool.lost as error:
                 self._pool.replace(unit.member, error)
-                unit.losses += unit.begun
-                if unit.losses == LOSSES:
+                unit.losses += self._weight(unit.begun)
+                if unit.losses >= LOSSES:
                     raise EngineError(
                         f"{LOSSES} workers died while they did the same {unit.what} ({reason(error)}): give the workers more "
                         "memory, or ask for shorter texts or for less of them"
@@ -258,7 +263,7 @@ class _Live:
         taken: The reference of its being taken on; None once it was.
         came: Results that this worker has given.
         given: Results that were handed on.
-        losses: Workers that were lost with it once they had taken it on.
+        losses: Workers that were lost with it, weighed.
     """
 
     request: Request
@@ -266,7 +271,7 @@ class _Live:
     taken: Any
     came: int = 0
     given: int = 0
-    losses: int = 0
+    losses: Fraction = Fraction(0)
 
 
 class RaySession(Session):
@@ -275,7 +280,7 @@ class RaySession(Session):
     def __init__(self, engine: RayEngine) -> None:
         super().__init__(engine)
         self.exact, self.shares = engine.sessions
-        self._ray, self._pool, self._sent = engine._ray, engine._pool, engine._sent
+        self._ray, self._pool, self._sent, self._weight = engine._ray, engine._pool, engine._sent, engine._weight
         self._id = os.urandom(8).hex()
         self._lives: dict[int, _Live] = {}
         self._members: set[Member] = set()
@@ -290,7 +295,7 @@ class RaySession(Session):
         self._place(ticket, request)
         return ticket
 
-    def _place(self, ticket: int, request: Request, losses: int = 0, given: int = 0) -> None:
+    def _place(self, ticket: int, request: Request, losses: Fraction = Fraction(0), given: int = 0) -> None:
         up = self._pool.up()
         member = min(up, key=lambda member: sum(live.member is member for live in self._lives.values()))
         self._members.add(member)
@@ -313,7 +318,6 @@ class RaySession(Session):
                 self._pool.replace(member, error)
                 out += self._again(member, error)
                 continue
-            member.deaths = 0
             for ticket, result, failure in answer:
                 if (live := self._lives.get(ticket)) is None or live.member is not member:
                     continue
@@ -331,8 +335,8 @@ class RaySession(Session):
         lost: list[tuple[int, Result | AffectlensError]] = []
         for ticket, live in [(ticket, live) for ticket, live in self._lives.items() if live.member is member]:
             del self._lives[ticket]
-            losses = live.losses + (live.taken is None)
-            if losses == LOSSES:
+            losses = live.losses + self._weight(live.taken is None)
+            if losses >= LOSSES:
                 fix = "submit it alone, or make it shorter"
                 lost.append((ticket, EngineError(f"{LOSSES} workers died with this request ({reason(error)}): {fix}")))
             else:

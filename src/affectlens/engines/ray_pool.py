@@ -24,8 +24,8 @@ from affectlens.errors import EngineError, MismatchError, MissingExtra
 LOG = logging.getLogger("affectlens.ray")
 
 LOSSES = 3
-"""How often the same work may be lost with the worker that does it, or workers in one place may die before they have done
-anything, until it is given up."""
+"""How often the same work may be lost with the worker that does it, or workers in one place may die in a row while they load,
+until it is given up."""
 
 PATIENCE = 60.0
 """Seconds without any worker after which the log says what is waited for."""
@@ -38,7 +38,7 @@ class Member:
     Args:
         actor: What Ray calls it by.
         loading: The reference of what it loads; None once it has its model.
-        deaths: How many before it, in its place, died in a row without having done anything.
+        deaths: How many before it, in its place, died in a row while they loaded.
         running: References that are ready when it has finished what it was given.
     """
 
@@ -127,20 +127,21 @@ class Pool:
         """A new worker in place of one that died; whoever notices first gets it.
 
         Raises:
-            EngineError: As many as :data:`LOSSES` have died there before they had done anything.
+            EngineError: As many as :data:`LOSSES` have died there while they loaded.
         """
         with self._lock:
             if member not in self._members or self._closed:
                 return
             self._kill(member)
-            if member.deaths + 1 >= LOSSES:
+            deaths = 0 if member.loading is None else member.deaths + 1
+            if deaths == LOSSES:
                 raise EngineError(
-                    f"{LOSSES} workers in a row died before they had done anything with {self._name} ({reason(error)}): "
-                    "see that it fits the memory of a worker and that affectlens is installed on every machine"
+                    f"{LOSSES} workers in a row died while they loaded {self._name} ({reason(error)}): see that it fits the "
+                    "memory of a worker and that affectlens is installed on every machine"
                 ) from error
             LOG.warning("a worker with %s died; another one takes its place", self._name)
             self._members.remove(member)
-            self._members.append(Member(*self._start(), deaths=member.deaths + 1))
+            self._members.append(Member(*self._start(), deaths=deaths))
 
     def close(self) -> None:
         """End all of them."""
@@ -369,5 +370,6 @@ def _first_line(error: Exception) -> str:
 
 
 def reason(error: Exception) -> str:
-    """The last line of what Ray says, which names the cause."""
-    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+    """The last line of what Ray says, which names the cause, without what it says about causes in general."""
+    lines = [line.strip() for line in str(error).partition(" Some common causes")[0].splitlines()]
+    return next((line for line in reversed(lines) if line), type(error).__name__)
