@@ -325,7 +325,7 @@ def _arrays(described: Any, body: bytes) -> Iterator[np.ndarray]:
         raise _Wrong(f"its arrays: {error}") from None
     at = dict.fromkeys(flat, 0)
     for each in described:
-        if not isinstance(each, list) or len(each) != 2 or each[0] not in flat or each[0] not in DTYPES:
+        if not isinstance(each, list) or len(each) != 2 or each[0] not in DTYPES or each[0] not in flat:
             raise _Wrong("an array is not described")
         dtype, shape = each
         if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
