@@ -164,18 +164,16 @@ def _sizes(wire: Any, asked: tuple[Request, ...], results: tuple[Result, ...]) -
 
 def memory(job: dict[str, Any]) -> dict[str, Any]:
     """Peaks of this process and of two workers while they read a corpus from disk."""
-    import ray
-
     count = own = 0
     with opened("toy", 2) as engine:
-        engine.window = 64
+        engine.window = WINDOW
         everything = Readout(tuple(range(-1, engine.info.n_layers)), Where(), "none")
         requests = (Request(document.text, readouts=(everything,)) for document in stream(job["file"]))
         for number, result in enumerate(engine.run(requests)):
             count += result.readings[0].values.nbytes
             if not number % engine.window:
                 own = max(own, _status()["RssAnon"])
-        workers = [ray.get(each.actor.__ray_call__.remote(lambda _: _status())) for each in engine._pool.up()]
+        workers = [engine._ray.get(each.actor.__ray_call__.remote(lambda _: _status())) for each in engine._pool.up()]
     return {
         "came": count, "peak_mb": _status()["VmHWM"], "own_mb": own, "worker_mb": max(each["VmHWM"] for each in workers),
     }  # fmt: skip
@@ -184,7 +182,7 @@ def memory(job: dict[str, Any]) -> dict[str, Any]:
 def _status() -> dict[str, float]:
     """What the kernel says of this process's memory, in MB: ``VmHWM`` is its peak, ``RssAnon`` what is its own now."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {name.rstrip(":"): int(number) / 1024 for name, number, *unit in lines if unit == ["kB"]}
+    return {line[0].rstrip(":"): int(line[1]) / 1024 for line in lines if line[-1:] == ["kB"]}
 
 
 def scored(job: dict[str, Any]) -> dict[str, Any]:

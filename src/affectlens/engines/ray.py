@@ -16,14 +16,13 @@ numbers and those arrays.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -147,8 +146,8 @@ class RayEngine(Engine):
         finally:
             # Not by ray.cancel: where a task is cancelled before it begins, the next one may wait for it for half a minute.
             for unit in ahead:
-                with contextlib.suppress(Exception):  # its worker may be gone, and Ray as well
-                    unit.member.actor.stop.options(concurrency_group="beside").remote(unit.id)
+                stop = unit.member.actor.stop.options(concurrency_group="beside")
+                self._pool.tell(partial(stop.remote, unit.id))
         if problem is not None:
             raise problem
 
@@ -345,12 +344,10 @@ class RaySession(Session):
 
     def cancel(self, ticket: int) -> None:
         if (live := self._lives.pop(ticket, None)) is not None:
-            with contextlib.suppress(Exception):  # its worker may be gone, and Ray as well
-                live.member.actor.cancel.remote(self._id, ticket)
+            self._pool.tell(partial(live.member.actor.cancel.remote, self._id, ticket))
 
     def close(self) -> None:
         for member in self._members:
-            with contextlib.suppress(Exception):
-                member.actor.close.remote(self._id)
+            self._pool.tell(partial(member.actor.close.remote, self._id))
         self._members.clear()
         self._lives.clear()

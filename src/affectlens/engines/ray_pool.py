@@ -143,6 +143,12 @@ class Pool:
             self._members.remove(member)
             self._members.append(Member(*self._start(), deaths=deaths))
 
+    def tell(self, word: Callable[[], Any]) -> None:
+        """Send a word to a worker that may be gone. Nothing is sent once it is closed: Ray would start again by itself."""
+        if not self._closed:
+            with contextlib.suppress(Exception):
+                word()
+
     def close(self) -> None:
         """End all of them."""
         with self._lock:
