@@ -317,7 +317,7 @@ def measure(short: bool = False, *, model: str = MODEL) -> dict[str, Any]:
     """All parts, each in a process of its own; ways take turns."""
     import ray
 
-    n, rounds = (32, 1) if short else (128, 3)
+    n, rounds = (32, 1) if short else (96, 3)
     counts = (200, 400, 800) if short else (1000, 4000, 16000)
     result: dict[str, Any] = {
         "benchmark": "with_ray",

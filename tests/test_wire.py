@@ -398,9 +398,9 @@ def test_any_change_of_the_head_is_refused_or_harmless(data: st.DataObject) -> N
     answer = Result(
         "b", layout, (Reading(np.ones((1, 4), np.float32), np.ones(1, np.float32), np.arange(1)),), logprobs=(Logprob(1, 0.5),)
     )
-    asked = Request(
-        "a", readouts=(Readout((0,), onto=np.ones((1, 2, 3), np.float32)),), sampling=Sampling(temperature=np.float32(0.5))
-    )  # type: ignore[arg-type]
+    half: Any = np.float32(0.5)
+    readout = Readout((0,), onto=np.ones((1, 2, 3), np.float32))
+    asked = Request("a", readouts=(readout,), sampling=Sampling(temperature=half))
     value, kind = data.draw(st.sampled_from([((asked,), tuple[Request, ...]), ((answer,), tuple[Result, ...])]))
     head, body = parts_of(pack(value))
     *above, last = data.draw(st.sampled_from(list(places(head))))
