@@ -6,8 +6,10 @@
 * **Speed.** Texts a second, read at every layer (what discover does) and scored at every token (what score-corpus reads), in this
   process and by one and two workers. Each way runs in a process of its own, ways take turns. Seconds of processor time of the
   process that asks (the head) are measured with it.
-* **Memory.** Peak of the head's resident memory while two workers read corpora of growing size from a parquet file, every token's
-  residual at every layer of the toy, which is far more than anyone asks for. Peaks of score-corpus beside it.
+* **Memory.** Peaks of the head and of two workers while they read corpora of three sizes, each four times the one before, from a
+  parquet file: every token's residual at every layer of the toy, which is far more than anyone asks for. Then growth for each
+  further thousand texts. Of the head also the memory of its own, without the pages of Ray's object store that it has seen (Ray
+  maps the whole store into each process, and each page that was ever touched counts). Peaks of score-corpus beside it.
 * **A hundred workers.** Bytes of each item on the wire are counted, its seconds in the head and in a worker measured, and a
   program multiplies them. For a larger model the bytes are counted on results of its shape and a worker's seconds computed from
   its operations; the card's peak and the share of it that is reached are named.
@@ -18,9 +20,9 @@ Writes ``results/with_ray.json``; ``table.py`` puts the tables into ``docs/scale
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -33,9 +35,11 @@ from typing import Any
 
 import numpy as np
 
-from affectlens.activations import Text
+from affectlens.activations import SHARD, Text
 from affectlens.corpus import load, stream
+from affectlens.dataset import ROWS
 from affectlens.engine import Engine, Reading, Readout, Request, Result, Where, open_engine
+from affectlens.engines.ray import AHEAD, RayEngine
 from host import HERE, MODEL, RESULTS, begun, keep, say
 from speed_tables import on, packages, spread, table
 
@@ -90,8 +94,6 @@ def stories(n: int) -> list[str]:
 
 
 def opened(model: str, workers: int) -> Engine:
-    from affectlens.engines.ray import RayEngine
-
     return RayEngine(model, replicas=workers) if workers else open_engine(model)
 
 
@@ -162,14 +164,26 @@ def _sizes(wire: Any, asked: tuple[Request, ...], results: tuple[Result, ...]) -
 
 
 def memory(job: dict[str, Any]) -> dict[str, Any]:
-    """Peak of this process while two workers read a corpus from disk."""
-    count = 0
+    """Peaks of this process and of two workers while they read a corpus from disk."""
+    count = own = 0
     with opened("toy", 2) as engine:
-        engine.window = 64
+        engine.window = WINDOW
         everything = Readout(tuple(range(-1, engine.info.n_layers)), Where(), "none")
-        for result in engine.run(Request(document.text, readouts=(everything,)) for document in stream(job["file"])):
+        requests = (Request(document.text, readouts=(everything,)) for document in stream(job["file"]))
+        for number, result in enumerate(engine.run(requests)):
             count += result.readings[0].values.nbytes
-    return {"came": count, "peak_mb": _peak()}
+            if not number % engine.window:
+                own = max(own, _status()["RssAnon"])
+        workers = [engine._ray.get(each.actor.__ray_call__.remote(lambda _: _status())) for each in engine._pool.up()]
+    return {
+        "came": count, "peak_mb": _status()["VmHWM"], "own_mb": own, "worker_mb": max(each["VmHWM"] for each in workers),
+    }  # fmt: skip
+
+
+def _status() -> dict[str, float]:
+    """What the kernel says of this process's memory, in MB: ``VmHWM`` is its peak, ``RssAnon`` what is its own now."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return {line[0].rstrip(":"): int(line[1]) / 1024 for line in lines if line[-1:] == ["kB"]}
 
 
 def scored(job: dict[str, Any]) -> dict[str, Any]:
@@ -187,7 +201,7 @@ def scored(job: dict[str, Any]) -> dict[str, Any]:
             al.score_corpus(engine, job["file"], vectors=vectors, out=Path(out) / "scored", baseline=baseline, rows=job["rows"])
             seconds, spent = time.perf_counter() - wall, time.process_time() - cpu
             written = sum(path.stat().st_size for path in (Path(out) / "scored" / "data").iterdir())
-    return {"seconds": seconds, "cpu": spent, "peak_mb": _peak(), "written": written}
+    return {"seconds": seconds, "cpu": spent, "peak_mb": _status()["VmHWM"], "written": written}
 
 
 def _vectors(engine: Engine) -> Any:
@@ -206,10 +220,6 @@ def _vectors(engine: Engine) -> Any:
         np.full(shape[0], 50.0, np.float32), tuple(np.zeros((0, info.width), np.float32) for _ in range(shape[0])),
         np.stack([0 * ones, 0.1 * ones], axis=-1), ones, np.ones(len(names)), asdict(info),
     )  # fmt: skip
-
-
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 PARTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -258,6 +268,13 @@ def corpus(folder: Path, n: int, *, short: bool) -> str:
     return str(file)
 
 
+def growth(rows: list[dict[str, Any]], key: str) -> tuple[float, ...]:
+    """MB for each further thousand texts: least and most of what each larger corpus shows beside the next smaller one."""
+    pairs = itertools.pairwise(rows)
+    found = [1000 * (more[key] - less[key]) / (more["texts"] - less["texts"]) for less, more in pairs]
+    return (min(found), max(found)) if len(found) > 1 else tuple(found)
+
+
 def cluster(result: dict[str, Any]) -> list[dict[str, Any]]:
     """What a hundred workers would need, from bytes and seconds of an item.
 
@@ -282,8 +299,9 @@ def cluster(result: dict[str, Any]) -> list[dict[str, Any]]:
                 few, many = result["scored"]
                 head, stored = ((many[key] - few[key]) / (many["rows"] - few["rows"]) for key in ("cpu", "written"))
             rate = WORKERS / worker
-            window = 256 if shape == "demo" else 1024
-            units = 2 * WORKERS * min(window, 96) * (size[shape]["down"] + size[shape]["up"])
+            # In flight are two shards for each worker, and as many again are drawn or wait to be handed on.
+            shard = SHARD if task == "means" else ROWS
+            units = AHEAD * WORKERS * shard * (size[shape]["down"] + 2 * size[shape]["up"])
             rows.append(
                 {
                     "task": task, "model": result["model"] if shape == "demo" else LARGE["name"], "computed": shape == "large",
@@ -299,7 +317,7 @@ def cluster(result: dict[str, Any]) -> list[dict[str, Any]]:
 def measure(short: bool = False) -> dict[str, Any]:
     """All parts, each in a process of its own; ways take turns. The short form asks the toy."""
     model, n, rounds = ("toy", 32, 1) if short else (MODEL, 64, 3)
-    counts = (200, 400) if short else (1000, 4000, 16000)
+    counts = (200, 400, 800) if short else (1000, 4000, 16000)
     result: dict[str, Any] = {
         **begun("with_ray"),
         "model": model, "texts": n, "rounds": rounds, "window": WINDOW, "workers": WORKERS, "card": CARD, "large": LARGE,
@@ -342,16 +360,19 @@ def tables(result: dict[str, Any]) -> str:
     lines += table(["way", *(f"{label}: items/s" for label in result["tasks"].values()), "start, s"], rows)
     lines += [
         "",
-        "Peak memory of the process that asks, measured, while two workers read a parquet file of the toy's texts: every token "
-        "at every layer, and score-corpus.",
+        "Peak memory, measured, while two workers read a parquet file of the toy's texts, every token at every layer; and of "
+        "score-corpus. The head's own is without the pages of Ray's object store.",
         "",
     ]
     scored = {row["texts"]: f"{row['peak_mb']:,.0f}" for row in result["scoring"]}
+    peaks = ("own_mb", "peak_mb", "worker_mb")
     rows = [
-        [f"{row['texts']:,}", f"{row['came'] / 1e9:.2f}", f"{row['peak_mb']:,.0f}", scored.get(row["texts"], "–")]
+        [f"{row['texts']:,}", f"{row['came'] / 1e9:.2f}", *(f"{row[key]:,.0f}" for key in peaks), scored.get(row["texts"], "–")]
         for row in result["memory"]
     ]
-    lines += table(["texts", "read, GB that came", "peak, MB", "score-corpus: peak, MB"], rows)
+    grown = [" to ".join(f"{each:+.2f}" for each in growth(result["memory"], key)) for key in peaks]
+    rows.append(["MB for each further 1,000", "", *grown, f"{growth(result['scoring'], 'peak_mb')[0]:+.2f}"])
+    lines += table(["texts", "GB that came", "head's own, MB", "head, MB", "a worker, MB", "head at score-corpus, MB"], rows)
     card = result["card"]
     lines += [
         "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -347,6 +348,21 @@ def test_hostile_columns_are_refused() -> None:
             unpack(made({**head, "objects": [{**head["objects"][0], **changes}]}, body), Layout)
 
 
+def test_a_number_is_no_array_of_them() -> None:
+    """Narrow floats travel as arrays without axes; nothing else may stand where a number should."""
+    from safetensors.numpy import save
+
+    head, body = parts_of(pack(Sampling(temperature=np.float32(0.5))))  # type: ignore[arg-type]
+    assert unpack(made(head, body), Sampling).temperature == np.float32(0.5)
+    for dtype, shape, other in (
+        ("float32", [1], body),
+        ("int32", [], save({"int32": np.ones(1, np.int32)})),
+        ("bool", [], save({"bool": np.ones(1, bool)})),
+    ):
+        with pytest.raises(FormatError, match="is no float"):
+            unpack(made({**head, "arrays": [[dtype, shape]]}, other), Sampling)
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_any_damage_is_refused_or_harmless(data: st.DataObject) -> None:
@@ -359,6 +375,44 @@ def test_any_damage_is_refused_or_harmless(data: st.DataObject) -> None:
         assert isinstance(request, Request)
     except AffectlensError as error:
         assert len(str(error).splitlines()) == 1
+
+
+ODD: tuple[Any, ...] = (
+    None, True, -1, 0, 2**70, float("inf"), float("nan"), "", "x", "\ud800", 10**6, [], {}, [1], [[]], {"x": 1},
+    {"@": 0}, {"@": 1}, {"#": 0}, {"#": 1},
+)  # fmt: skip
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place in JSON data below its top."""
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from places(value[key], (*path, key))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_any_change_of_the_head_is_refused_or_harmless(data: st.DataObject) -> None:
+    """Well-formed JSON with anything in any place: an error in one line, or what was asked for."""
+    layout = Layout("ab", ("<a>", "b"), (1, 2), ((0, 1), (1, 2)), ("user", "user"), 2)
+    answer = Result(
+        "b", layout, (Reading(np.ones((1, 4), np.float32), np.ones(1, np.float32), np.arange(1)),), logprobs=(Logprob(1, 0.5),)
+    )
+    half: Any = np.float32(0.5)
+    readout = Readout((0,), onto=np.ones((1, 2, 3), np.float32))
+    asked = Request("a", readouts=(readout,), sampling=Sampling(temperature=half))
+    value, kind = data.draw(st.sampled_from([((asked,), tuple[Request, ...]), ((answer,), tuple[Result, ...])]))
+    head, body = parts_of(pack(value))
+    *above, last = data.draw(st.sampled_from(list(places(head))))
+    inside = head
+    for key in above:
+        inside = inside[key]
+    inside[last] = data.draw(st.sampled_from(ODD))
+    try:
+        (back,) = unpack(made(head, body), kind)
+        assert type(back) is type(value[0])
+    except AffectlensError as error:
+        assert len(str(error).splitlines()) <= 1
 
 
 def test_replaced_requests_stay_what_they_are() -> None:

@@ -456,14 +456,20 @@ def in_order(work: Callable[[Item], Done], items: Iterable[Item], *, at_once: in
         return
     threads = ThreadPoolExecutor(at_once, thread_name_prefix="affectlens")
     begun: deque[Future[Done]] = deque()
-    wait = True
+    source, more, wait = iter(items), True, True
     try:
-        for item in items:
-            begun.append(threads.submit(work, item))
-            if len(begun) == 2 * at_once:
+        while more or begun:
+            while more and len(begun) < 2 * at_once:
+                try:
+                    begun.append(threads.submit(work, next(source)))
+                except StopIteration:
+                    more = False
+                except Exception as error:  # comes out behind what was begun before it
+                    begun.append(Future())
+                    begun[-1].set_exception(error)
+                    more = False
+            if begun:
                 yield begun.popleft().result()
-        while begun:
-            yield begun.popleft().result()
     except KeyboardInterrupt:
         wait = False  # whoever interrupts does not want to wait for what is under way
         raise

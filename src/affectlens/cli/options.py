@@ -78,7 +78,8 @@ def shared(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
             help="Spread the work over so many workers, each with the model, with Ray.  [default: this process]",
         ),
         "address": click.option(
-            "--address", help="A Ray cluster for the workers: auto, HOST:PORT or ray://HOST:PORT.  [default: this machine]"
+            "--address",
+            help="A Ray cluster that this machine belongs to: auto or HOST:PORT.  [default: Ray starts here alone]",
         ),
         "other": click.option("--other", metavar="VECTORS", help="Vectors of the other speaker, to read beside the vectors."),
     }

@@ -249,9 +249,11 @@ class _Reader:
             return None
         if kind in (str, bool, int, float):
             if kind is float and isinstance(plain, dict):
-                return self._array(plain)[()]
+                number = self._array(plain)[()]  # rounded to fewer bits than Python's own
+                if isinstance(number, np.float16 | np.float32):
+                    return number
             # A whole number where a float may stand is left as it is: it was one.
-            if isinstance(plain, (int, float) if kind is float else kind) and (kind is bool) == isinstance(plain, bool):
+            elif isinstance(plain, (int, float) if kind is float else kind) and (kind is bool) == isinstance(plain, bool):
                 return plain
         elif kind is np.ndarray:
             return self._array(plain)
@@ -323,7 +325,7 @@ def _arrays(described: Any, body: bytes) -> Iterator[np.ndarray]:
         raise _Wrong(f"its arrays: {error}") from None
     at = dict.fromkeys(flat, 0)
     for each in described:
-        if not isinstance(each, list) or len(each) != 2 or each[0] not in flat or each[0] not in DTYPES:
+        if not isinstance(each, list) or len(each) != 2 or each[0] not in DTYPES or each[0] not in flat:
             raise _Wrong("an array is not described")
         dtype, shape = each
         if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
