@@ -26,7 +26,18 @@ DISTINCT, TIMES, AT_ONCE = 100, 5, 40
 # deviations, given to a thousandth: it may fall on the other side of where it is rounded, and no further.
 TOLERANCE = 0.0015
 
-SUBJECTS = ("the sea", "a locked door", "my keys", "the rain", "an old ship", "a lamp", "the wind", "two sisters", "the exam", "bread")
+SUBJECTS = (
+    "the sea",
+    "a locked door",
+    "my keys",
+    "the rain",
+    "an old ship",
+    "a lamp",
+    "the wind",
+    "two sisters",
+    "the exam",
+    "bread",
+)
 TALES = (
     "",
     "It was late, and nobody had slept. ",
