@@ -8,17 +8,16 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-pytest.importorskip("vllm")
-openai = pytest.importorskip("openai")
-
 import served_vllm
 from vllm_here import DEMO
+
+pytest.importorskip("vllm")
+openai = pytest.importorskip("openai")
 
 DISTINCT, TIMES, AT_ONCE = 100, 5, 40
 
@@ -143,7 +142,7 @@ def test_500_mixed_requests_give_what_each_gives_alone(client: Any) -> None:
         differences.append(apart(said, alone[i]))
     print(
         f"{len(order)} requests, {company.most} at once, in {seconds:.0f} s; {DISTINCT} alone in {between - begin:.0f} s; "
-        f"{sum(bool(said.tokens) for said in together)} with scores of their tokens; scores differ by {max(differences):.3f} at most"
+        f"{sum(bool(said.tokens) for said in together)} with scores of tokens; scores differ by {max(differences):.3f} at most"
     )
     assert [bool(said.tokens) for said in together] == [i % 2 == 1 and alone[i].text != "" for i in order]
     assert max(differences) <= TOLERANCE

@@ -9,7 +9,7 @@ import numpy as np
 
 from affectlens.engine import ModelInfo
 from affectlens.errors import FormatError, ModelSupportError
-from affectlens.models import ModelSource, fingerprint, locate, template_hash
+from affectlens.models import ModelSource, fingerprint, template_hash
 
 
 def text_config(source: ModelSource) -> Any:
@@ -20,6 +20,12 @@ def text_config(source: ModelSource) -> Any:
     except (OSError, ValueError, KeyError) as error:
         raise FormatError(f"{source.id} cannot be loaded ({str(error).splitlines()[0]}): check the name and the files") from error
     return config.get_text_config(decoder=True)
+
+
+def tokenizer_of(source: ModelSource) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source.location, trust_remote_code=False, **source.tokenizer_kwargs)
 
 
 def describe(vllm: Any, tokenizer: Any, source: ModelSource) -> ModelInfo:
@@ -105,8 +111,3 @@ def end_tokens(source: ModelSource, tokenizer: Any) -> frozenset[int]:
         ends = AutoConfig.from_pretrained(source.location, trust_remote_code=False, **source.tokenizer_kwargs).eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     return frozenset(end for end in [*ends, tokenizer.eos_token_id] if end is not None)
-
-
-def fingerprint_of(name: str) -> str:
-    """The fingerprint of a model by name: what vectors of it are checked against."""
-    return _weights(locate(name))[0]
