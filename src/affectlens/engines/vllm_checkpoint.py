@@ -33,8 +33,12 @@ def describe(vllm: Any, tokenizer: Any, source: ModelSource) -> ModelInfo:
         raise ModelSupportError(
             f"{source.id} has no fast tokenizer, so token positions are unknown: convert it to tokenizer.json"
         )
+    from vllm.config import set_current_vllm_config
+
     config = vllm.model_config.hf_text_config
-    print_of_weights, n_parameters = _weights(source)
+    # What vLLM runs with classes of transformers it has changed: they cannot be made without its configuration any more.
+    with set_current_vllm_config(vllm.vllm_config):
+        print_of_weights, n_parameters = _weights(source)
     return ModelInfo(
         id=source.id,
         family=config.model_type,
