@@ -358,12 +358,12 @@ def _reading(readout: Readout, seen: Sequence[Seen], n: int) -> Reading:
 
 
 async def _body(receive: Receive) -> bytes:
-    raw = b""
+    raw = bytearray()
     while True:
         message = await receive()
         raw += message.get("body", b"")
         if not message.get("more_body"):
-            return raw
+            return bytes(raw)
 
 
 def _again(raw: bytes, rest: Receive) -> Receive:

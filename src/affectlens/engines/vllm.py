@@ -27,6 +27,7 @@ from affectlens.engine import (
     Engine,
     Logprob,
     ModelInfo,
+    Reading,
     Request,
     Result,
     Session,
@@ -79,7 +80,7 @@ class VLLMEngine(Engine):
     _living: ClassVar[weakref.ref[VLLMEngine] | None] = None
 
     def __init__(self, vllm: Any, tokenizer: Any, source: ModelSource, *, info: ModelInfo | None = None) -> None:
-        self.vllm, self.tokenizer, self.source = vllm, tokenizer, source
+        self.vllm, self.tokenizer = vllm, tokenizer
         self.layouts = Layouts(tokenizer, source.id)
         self._ends = end_tokens(source, tokenizer)
         self.replays = replays(vllm.vllm_config)
@@ -353,7 +354,7 @@ class VLLMEngine(Engine):
         """A row of which nothing is generated has run."""
         job = seat.job
         if seat.row.is_request:
-            job.readings = seat.readings(self.info.width, 0, job.layout)
+            job.readings = seat.readings(self.info.width, job.layout)
         self._leave(seat)
         if not job.seats:
             job.out.append(Result("", job.layout, job.readings, tuple(job.logprobs.tolist())))
@@ -376,15 +377,17 @@ class VLLMEngine(Engine):
         """Hand out what is new, if it is to be and has been read."""
         reply = seat.reply
         if reply is not None and seat.row.request.stream and not reply.owes:
-            width = self.info.width
-            readings = lambda n, layout, first: seat.readings(width, n, layout, first)  # noqa: E731
+
+            def readings(_: int, layout: Layout, first: int) -> tuple[Reading, ...]:
+                return seat.readings(self.info.width, layout, first)
+
             seat.job.out += [result for _, result in partials({0: reply}, readings)]
 
     def _end(self, seat: Seat) -> None:
         reply, job = seat.reply, seat.job
         assert reply is not None
         layout = reply.grow()
-        readings = seat.readings(self.info.width, 0, layout)
+        readings = seat.readings(self.info.width, layout)
         job.out.append(Result(reply.text, layout, readings, (), reply.finish, logprobs=tuple(reply.logprobs)))
         job.over = True
         self._leave(seat)

@@ -173,8 +173,9 @@ class Host:
             return await _refuse(send, 429, "too many ask at once: try again in a moment")
         self._held, self._callers = self._held + size, self._callers + 1
         try:
-            question = b""
-            while more := await receive():
+            question = bytearray()
+            while True:
+                more = await receive()
                 if more["type"] != "http.request":
                     return None
                 question += more.get("body", b"")
@@ -185,7 +186,7 @@ class Host:
             except AffectlensError as error:
                 return await _refuse(send, 503, str(error))
             bridge = Bridge(client, asyncio.get_running_loop())
-            await _stream(bridge, lambda: Guest(bridge, tokenizer, source, info=info), what, question, receive, send)
+            await _stream(bridge, lambda: Guest(bridge, tokenizer, source, info=info), what, bytes(question), receive, send)
         finally:
             self._held, self._callers = self._held - size, self._callers - 1
 

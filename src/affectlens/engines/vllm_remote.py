@@ -53,7 +53,10 @@ class RemoteEngine(Engine):
         key = os.environ.get("VLLM_API_KEY") if api_key is None else api_key
         headers = {"Content-Type": "application/octet-stream", **({"Authorization": f"Bearer {key}"} if key else {})}
         try:
-            self._client = httpx.Client(base_url=self.url, headers=headers, timeout=httpx.Timeout(None, connect=30.0))
+            # A server closes what was idle for some seconds, perhaps just when it is asked again.
+            limits = httpx.Limits(max_connections=None, keepalive_expiry=1.0)
+            timeout = httpx.Timeout(None, connect=30.0)
+            self._client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, limits=limits)
             loaded = self._asked("loaded", None)
         except httpx.InvalidURL as error:
             raise EngineError(f"{url!r} is no address ({error}): write vllm/http://HOST:PORT") from None
@@ -68,7 +71,7 @@ class RemoteEngine(Engine):
         for window in batched(requests, self.window):
             for request in window:
                 check_request(request, self.info)
-            results = sum(1 for _ in window)
+            results = len(window)
             with contextlib.closing(self._answers("run", wire.pack(tuple(window)), Result)) as answers:
                 for result in answers:
                     results -= result.done

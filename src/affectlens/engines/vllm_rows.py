@@ -41,16 +41,15 @@ class Seat:
     parts: dict[int, list[Part]] = field(default_factory=dict)
     heard: int = 0
 
-    def readings(self, width: int, _: int, layout: Layout, first: int = 0) -> tuple[Reading, ...]:
+    def readings(self, width: int, layout: Layout, first: int = 0) -> tuple[Reading, ...]:
         """Readings of the row from token ``first`` on; ``width`` is that of the residual."""
         out = []
-        for r, (readout, noted) in enumerate(zip(self.row.request.readouts, self.order.noted, strict=True)):
+        for r, readout in enumerate(self.row.request.readouts):
             parts = self.parts.get(r, [])
             if _settled(readout, self.row):
                 out.append(_joined(readout, [] if first else parts, width))
             else:
                 out.append(reading_of(readout, layout, parts, first=first, width=width))
-            assert noted.grows == (not _settled(readout, self.row))
         return tuple(out)
 
 

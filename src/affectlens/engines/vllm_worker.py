@@ -78,7 +78,12 @@ def tap_blocks(model: Any, n_layers: int) -> None:
 
 
 def _tapped(inner: Callable[..., Any], number: int, *, enters: int | None, fused: bool) -> Callable[..., Any]:
-    tap, _ = operator()
+    operate, _ = operator()
+
+    def tap(stream: torch.Tensor, rest: torch.Tensor | None, layer: int) -> torch.Tensor:
+        if stream.ndim == 3:  # blocks of transformers, where vLLM has none of its own: a batch of one stands before the tokens
+            return operate(stream[0], None if rest is None else rest[0], layer)[None]
+        return operate(stream, rest, layer)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if enters is not None:
