@@ -195,7 +195,7 @@ def test_servers_that_are_not_it(url: str, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(EngineError, match="--middleware"):
         open_engine(f"vllm/{url}/elsewhere", api_key=KEY)
     with pytest.raises(EngineError, match="is no address"):
-        open_engine("vllm/http://[")
+        open_engine("vllm/http://here:port")
     with pytest.raises(MismatchError, match="has chosen dtype"):
         open_engine(f"vllm/{url}", api_key=KEY, dtype="bfloat16")
     monkeypatch.setattr(vllm_remote, "version", lambda name: "9.9")

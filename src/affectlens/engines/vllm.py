@@ -260,7 +260,7 @@ class VLLMEngine(Engine):
         for request, layout in zip(requests, self.layouts.of_all(requests), strict=True):
             longest = max((len(self.layouts.continuation(choice)) for choice in request.choices), default=0)
             refuse_too_long(len(layout) + longest, request, self.info)
-            job = Job(next(self._numbers), request, layout, np.zeros(len(request.choices)))
+            job = Job(next(self._numbers), layout, np.zeros(len(request.choices)))
             row = Row(job.number, request, layout)
             rows = [row] if request.sampling else self.layouts.with_choices(row)
             for n, each in enumerate(rows):

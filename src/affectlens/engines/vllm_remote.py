@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -102,7 +102,7 @@ class RemoteEngine(Engine):
         (answer,) = self._answers(what, wire.pack(value), CALLS[what].gives)
         return answer
 
-    def _answers(self, what: str, question: bytes, kind: Any) -> Iterator[Any]:
+    def _answers(self, what: str, question: bytes, kind: Any) -> Generator[Any, None, None]:
         """What the server answers, as it comes.
 
         Raises:

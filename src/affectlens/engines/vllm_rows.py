@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from affectlens.engine import Reading, Readout, Request, Result
+from affectlens.engine import Reading, Readout, Result
 from affectlens.engines.decode import Part, Reply, candidates, may_grow, nothing, reading_of, unpooled
 from affectlens.engines.rows import Row
 from affectlens.engines.vllm_orders import Noted, Order, selectors
@@ -59,7 +59,6 @@ class Job:
 
     Args:
         number: Its ticket.
-        request: What is asked.
         layout: Its tokens.
         logprobs: Of its choices, as far as they are known.
         seats: Rows that still run.
@@ -68,7 +67,6 @@ class Job:
     """
 
     number: int
-    request: Request
     layout: Layout
     logprobs: np.ndarray
     seats: list[Seat] = field(default_factory=list)
