@@ -37,6 +37,8 @@ class Tokenizer:
 class Workers:
     """In place of vLLM's engine client: keeps orders, and finds something at each generated token."""
 
+    vllm_config = model_config = None
+
     def __init__(self) -> None:
         self.inbox, self.orders, self.forgotten = Inbox(), list[Order](), list[str]()
 

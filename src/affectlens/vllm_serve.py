@@ -213,7 +213,8 @@ class Emotions:
         order = Order(key, -1, steering, ahead=ahead, noted=tuple(noted), sink=sink)
         self._found[key] = []
         await client.collective_rpc("affectlens_expect", args=self._mail.pack([order]))
-        body["vllm_xargs"] = {**(body.get("vllm_xargs") or {}), NAME: key}
+        xargs = {name: value for name, value in (body.get("vllm_xargs") or {}).items() if name not in OURS}
+        body["vllm_xargs"] = {**xargs, NAME: key}
         own_ids = bool(body.get("return_token_ids"))
         if readings is not None:
             body["return_token_ids"] = True
