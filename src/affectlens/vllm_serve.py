@@ -117,7 +117,8 @@ class Emotions:
             ours = [Route(ADMITTED, _Empty(), methods=["POST"]), Route(f"{PREFIX}{{what}}", self._host, methods=["POST"])]
             scope["app"].router.routes[:0] = ours
             self._routed = True
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"].rstrip("/") not in PATHS:
+        path = scope.get("path", "").removeprefix(scope.get("root_path", "")).rstrip("/")
+        if scope["type"] != "http" or scope["method"] != "POST" or path not in PATHS:
             await self.app(scope, receive, send)
         elif await self._admitted(scope, send):
             await self._reply(scope, receive, send)
