@@ -391,8 +391,8 @@ def require(runner: Any) -> None:
         missing += [] if hasattr(runner.query_start_loc, "np") else ["query_start_loc.np"]
     if missing:
         raise ModelSupportError(
-            f"vLLM's {type(runner).__name__} has no {missing[0]}: install a version that was tested ({', '.join(TESTED)}), and start "
-            "it with VLLM_USE_V2_MODEL_RUNNER=0"
+            f"vLLM's {type(runner).__name__} has no {missing[0]}: install a version that was tested ({', '.join(TESTED)}), "
+            "and start it with VLLM_USE_V2_MODEL_RUNNER=0"
         )
     config = runner.vllm_config
     if config.speculative_config is not None:
