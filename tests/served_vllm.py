@@ -102,7 +102,7 @@ def running(command: Sequence[str], log: Path, *, url: str = "", seconds: float 
         environment: Variables of its own.
     """
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment_of(environment), start_new_session=True)
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment_of(environment), process_group=0)
     try:
         end = time.monotonic() + seconds
         while True:
