@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -214,3 +217,74 @@ def test_another_model_is_told_apart(engine: RemoteEngine, guests: Guests) -> No
     vectors.check(engine.info)
     with pytest.raises(MismatchError):
         vectors.check(replace(engine.info, fingerprint="another"))
+
+
+# ── the bridge to vLLM's asynchronous engine ──
+
+
+class Client:
+    """In place of vLLM's client: says ``n`` times something, ``forever``, or fails; and keeps whom nobody follows any more."""
+
+    vllm_config = model_config = None
+
+    def __init__(self) -> None:
+        self.ended: list[str] = []
+
+    async def generate(self, prompt: Any, params: Any, key: str) -> AsyncIterator[SimpleNamespace]:
+        try:
+            if prompt == "fails":
+                raise ValueError("too much\nand more")
+            for i in itertools.count() if prompt == "forever" else range(prompt):
+                await asyncio.sleep(0.001)
+                yield SimpleNamespace(request_id=key, finished=i + 1 == params)
+        finally:
+            self.ended.append(key)
+
+    async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (method, *args)
+
+
+@pytest.fixture
+def bridge() -> Iterator[vllm_host.Bridge]:
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield vllm_host.Bridge(Client(), loop)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(20)
+    loop.close()
+
+
+def heard(bridge: vllm_host.Bridge, key: str) -> int:
+    """How often something was said for a request until it was finished."""
+    n = 0
+    while True:
+        for output in bridge.step():
+            n += output.request_id == key
+            if output.request_id == key and output.finished:
+                return n
+
+
+def test_a_bridge_is_stepped_like_an_engine_in_process(bridge: vllm_host.Bridge) -> None:
+    bridge.add_request("a", "forever", 0)
+    bridge.add_request("b", 5, 5)
+    assert heard(bridge, "b") == 5
+    assert bridge.collective_rpc("take", ("me",)) == ["take", "me"]
+    client: Any = bridge._client
+    bridge.abort_request(["a", "b", "nobody"])
+    assert sorted(client.ended) == ["a", "b"], "when this returns vLLM knows that nobody follows"
+
+
+@pytest.mark.parametrize(("prompt", "said"), [("fails", r"\(too much\)"), (2, "was not done")])
+def test_what_goes_wrong_in_vllm_is_told(bridge: vllm_host.Bridge, prompt: Any, said: str) -> None:
+    bridge.add_request("a", prompt, 3)
+    with pytest.raises(EngineError, match=said):
+        heard(bridge, "a")
+
+
+def test_who_hangs_up_ends_the_run(bridge: vllm_host.Bridge) -> None:
+    bridge.add_request("a", "forever", 0)
+    bridge.hang_up()
+    with pytest.raises(vllm_host.Gone):
+        heard(bridge, "a")
+    bridge.abort_request(["a"])
