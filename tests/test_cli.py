@@ -729,7 +729,7 @@ def test_a_tiny_real_model_from_stories_to_steering(folder: Path, run: Run, tmp_
 def test_listing(what: str, run: Run) -> None:
     rows = json.loads(fine(run("list", what, "--json")).stdout)
     text = fine(run("list", what)).stdout
-    assert len(rows) == len(text.splitlines()) == {"engines": 4, "concepts": 171}.get(what, len(rows))
+    assert len(rows) == len(text.splitlines()) == {"engines": 5, "concepts": 171}.get(what, len(rows))
     assert all(name in text and about for name, about in rows.items())
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from affectlens.engine import Gate, Layout, Reading, Readout, Request, Sampling, Steering, Term, Where, open_engine
-from affectlens.engines import vllm_rows
+from affectlens.engines import vllm_draw, vllm_rows
 from affectlens.engines.changes import Plan, Tokens
 from affectlens.engines.decode import Part
 from affectlens.engines.rows import Row
-from affectlens.engines.vllm_orders import Findings, Inbox, Mail, Order, Seen
+from affectlens.engines.vllm_orders import Findings, Inbox, Mail, Order, Seen, owner_of
 from affectlens.engines.vllm_tables import SLOTS, Tables, additions, refuse_stale
-from affectlens.engines.vllm_worker import require
+from affectlens.engines.vllm_worker import REPLAY, replays, require
 from affectlens.errors import EngineError, MissingExtra, ModelSupportError
 
 WIDTH, LAYERS = 8, 3
@@ -55,7 +55,9 @@ def test_orders_travel() -> None:
     ]
     mail, inbox = Mail(keep=2), Inbox()
     for _ in range(3):  # what was sent once is not sent again, and what was forgotten is
-        came = inbox.unpack(*mail.pack(sent))
+        owner, *packed = mail.pack(sent)
+        assert owner == mail.owner == owner_of(mail.key("1.0"))
+        came = inbox.unpack(*packed)
         for one, other in zip(sent, came, strict=True):
             assert (one.key, one.n_prompt, one.wanted, one.ahead) == (other.key, other.n_prompt, other.wanted, other.ahead)
             assert one.steering == other.steering
@@ -79,7 +81,7 @@ def test_known_things_are_sent_once() -> None:
     big = order(push())
     mail = Mail()
     first, again = mail.pack([big]), mail.pack([replace(big, key="2.0")])
-    assert "float32" in first[0] and "float32" not in again[0]
+    assert "float32" in first[1] and "float32" not in again[1]
 
 
 def test_findings_travel() -> None:
@@ -219,6 +221,51 @@ def test_another_vllm_is_refused_and_the_tested_versions_are_named() -> None:
 
     with pytest.raises(ModelSupportError, match=r"_model_forward.*0\.32\.0"):
         require(Runner())
+
+
+class Lax:
+    """Has everything that it is asked for, and what it is told."""
+
+    def __init__(self, **given: Any) -> None:
+        self.__dict__ |= given
+
+    def __getattr__(self, name: str) -> Any:
+        return Lax()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"speculative_config": object()}, "speculative"),
+        ({"scheduler_config": Lax(async_scheduling=True)}, "--no-async-scheduling"),
+        ({"parallel_config": Lax(pipeline_parallel_size=2)}, "tensor parallelism"),
+    ],
+)
+def test_ways_of_running_that_nobody_tried_are_refused(given: dict[str, Any], said: str) -> None:
+    tried = {
+        "speculative_config": None,
+        "scheduler_config": Lax(async_scheduling=False),
+        "parallel_config": Lax(pipeline_parallel_size=1),
+    }
+    require(Lax(vllm_config=Lax(**tried)))
+    with pytest.raises(ModelSupportError, match=said):
+        require(Lax(vllm_config=Lax(**{**tried, **given})))
+
+
+def test_tables_are_used_where_steps_are_replayed() -> None:
+    for told, mode, expected in ((None, "NONE", False), (None, "FULL", True), (False, "FULL", False), (True, "NONE", True)):
+        options = None if told is None else {REPLAY: told}
+        config = Lax(additional_config=options, compilation_config=Lax(cudagraph_mode=Lax(name=mode)))
+        assert replays(config) is expected
+
+
+@pytest.mark.parametrize(
+    "how", ["1", [1.0], [0.0, 1.0, 0, 1], [1.0, 0.0, 0, 1], [float("nan"), 1.0, 0, 1], ["a", "b", "c", "d"], 3]
+)
+def test_what_could_end_vllm_is_refused_before_it_gets_there(how: Any) -> None:
+    vllm_draw.check(vllm_draw.said(Sampling(seed=2**63)))
+    with pytest.raises(ValueError, match="not for requests from outside"):
+        vllm_draw.check(how)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is here")

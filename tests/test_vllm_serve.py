@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
 
 from affectlens.engine import Steering
-from affectlens.engines.vllm_orders import NAME, Findings, Inbox, Order, Seen
-from affectlens.errors import EngineError
-from affectlens.vllm_serve import VARIABLE, Emotions
+from affectlens.engines.toy import ToyEngine
+from affectlens.engines.vllm_orders import NAME, Findings, Inbox, Order, Seen, owner_of
+from affectlens.errors import EngineError, ModelSupportError
+from affectlens.vllm_serve import PATHS, VARIABLE, Emotions, Panel
 from served import toy_baseline, toy_vectors
 
 IDS = [5, 6, 7]
@@ -29,23 +37,20 @@ class Tokenizer:
 class Workers:
     """In place of vLLM's engine client: keeps orders, and finds something at each generated token."""
 
-    def __init__(self, width: int) -> None:
-        self.inbox, self.orders, self.forgotten, self.width = Inbox(), list[Order](), list[str](), width
+    vllm_config = model_config = None
 
-        class Config:
-            model = "toy"
-
-        self.model_config = Config()
-
-    def get_tokenizer(self) -> Tokenizer:
-        return Tokenizer()
+    def __init__(self) -> None:
+        self.inbox, self.orders, self.forgotten = Inbox(), list[Order](), list[str]()
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
         if method == "affectlens_expect":
-            self.orders += self.inbox.unpack(*args)
+            owner, *packed = args
+            self.orders += self.inbox.unpack(*packed)
+            assert owner_of(self.orders[-1].key) == owner
         elif method == "affectlens_forget":
             self.forgotten += args[0]
-        elif method == "affectlens_take":
+        else:
+            assert method == "affectlens_take" and {owner_of(order.key) for order in self.orders} == set(args)
             found = Findings()
             for order in self.orders:
                 for n, noted in enumerate(order.noted):
@@ -54,29 +59,45 @@ class Workers:
                     values = np.random.default_rng(0).normal(size=(1, len(IDS) - 1, onto.shape[1])).astype(np.float32)
                     found.seen.append(Seen(order.key, n, 9 + np.arange(len(IDS) - 1), values, np.ones(values.shape[:2], "f") * 9))
             return [found.pack()]
-        else:
-            raise AttributeError(method)
         return [None]
 
 
-class App:
-    """In place of vLLM's application: says the same to everybody, and remembers what it was asked."""
+class VLLM(Starlette):
+    """In place of vLLM's application: says the same to everybody who has the key, and remembers what it was asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: Workers) -> None:
         self.bodies: list[dict[str, Any]] = []
+        routes = [Route(path, self.answer, methods=["POST"]) for path in PATHS]
+        super().__init__(routes=routes, middleware=[Middleware(Emotions), Middleware(Door)])
+        self.state.engine_client = workers
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        body = json.loads((await receive())["body"])
+    async def answer(self, request: HTTPRequest) -> Response:
+        body = await request.json()
         self.bodies.append(body)
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"1")]})
         choice = {"index": 0, "token_ids": IDS} if body.get("return_token_ids") else {"index": 0}
         if not body.get("stream"):
-            await send({"type": "http.response.body", "body": json.dumps({"id": "x", "choices": [choice]}).encode()})
-            return
-        for event in (json.dumps({"id": "x", "choices": [choice]}), "[DONE]"):
-            raw = f"data: {event}\n\n".encode()
-            await send({"type": "http.response.body", "body": raw[:7], "more_body": True})  # events may come in pieces
-            await send({"type": "http.response.body", "body": raw[7:], "more_body": event != "[DONE]"})
+            return JSONResponse({"id": "x", "choices": [choice]})
+
+        async def events() -> AsyncIterator[bytes]:
+            for event in (json.dumps({"id": "x", "choices": [choice]}), "[DONE]"):
+                raw = f"data: {event}\n\n".encode()
+                yield raw[:7]  # events may come in pieces
+                yield raw[7:]
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+
+class Door:
+    """As vLLM checks keys: in a middleware that is behind ours."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and dict(scope["headers"]).get(b"authorization") == b"Bearer wrong":
+            await JSONResponse({"error": "Unauthorized"}, status_code=401)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
 
 class Served:
@@ -85,36 +106,23 @@ class Served:
         vectors.save(folder)
         toy_baseline().save(folder / f"baseline-{vectors.layer}.json")
         monkeypatch.setenv(VARIABLE, str(folder))
-        monkeypatch.setattr("affectlens.engines.vllm_checkpoint.fingerprint_of", lambda name: vectors.model["fingerprint"])
-        self.app, self.workers = App(), Workers(vectors.directions.shape[-1])
-        self.middleware = Emotions(self.app)
+        self.panel, self.workers = Panel(str(folder)), Workers()
+        self.app = VLLM(self.workers)
+        self.model: Any = ToyEngine().info
+        monkeypatch.setattr("affectlens.engines.vllm_host._try", self._tried)
 
-    def post(self, body: Any, path: str = "/v1/chat/completions") -> tuple[int, Any]:
+    def _tried(self, bridge: Any) -> Any:
+        if isinstance(self.model, Exception):
+            raise self.model
+        return None, Tokenizer(), self.model
+
+    def post(self, body: Any, path: str = "/v1/chat/completions", key: str = "right") -> tuple[int, Any]:
         """The status and what came back: JSON, or the events of a stream."""
-        sent: list[Any] = []
-        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        messages = [{"type": "http.request", "body": raw[:5], "more_body": True}, {"type": "http.request", "body": raw[5:]}]
-
-        class State:
-            engine_client = self.workers
-
-        class Application:
-            state = State()
-
-        async def receive() -> Any:
-            return messages.pop(0)
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        scope = {"type": "http", "method": "POST", "path": path, "app": Application()}
-        asyncio.run(self.middleware(scope, receive, send))
-        came = b"".join(message.get("body", b"") for message in sent)
-        length = dict(sent[0]["headers"]).get(b"content-length")
-        if came.startswith(b"data:"):
-            return sent[0]["status"], [event[6:] for event in came.decode().split("\n\n") if event]
-        assert length is None or int(length) == len(came) or not self.workers.orders
-        return sent[0]["status"], json.loads(came)
+        with TestClient(self.app) as client:
+            came = client.post(path, json=body, headers={"Authorization": f"Bearer {key}"})
+        if came.content.startswith(b"data:"):
+            return came.status_code, [event[6:] for event in came.text.split("\n\n") if event]
+        return came.status_code, came.json()
 
 
 @pytest.fixture
@@ -138,7 +146,7 @@ def test_a_dial_becomes_an_order_a_salt_and_a_name(served: Served, form: str) ->
     }  # fmt: skip
     status, answer = served.post({**ASKED, **given})
     (order,), (body,) = served.workers.orders, served.app.bodies
-    dials = served.middleware.dials
+    dials = served.panel.dials
     assert status == 200 and order.steering == dials.steering(dials.bias(bias)) and order.n_prompt == -1 and order.sink == 1
     assert body["vllm_xargs"][NAME] == order.key and "emotion_bias" not in json.dumps(body) and body["cache_salt"].strip()
     assert form == "beside" or body["vllm_xargs"]["own"] == 3
@@ -181,26 +189,35 @@ def test_what_is_wrong_is_said_as_our_own_server_says_it(served: Served, body: d
     assert answer["error"]["type"] == "invalid_request_error" and not served.app.bodies and not served.workers.orders
 
 
-def test_another_model_is_refused(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("affectlens.engines.vllm_checkpoint.fingerprint_of", lambda name: "another")
+def test_another_model_is_refused(served: Served) -> None:
+    served.model = replace(served.model, fingerprint="another")
     status, answer = served.post({**ASKED, "emotion_bias": {"calm": 0.1}})
-    assert status == 400 and "other weights" in answer["error"]["message"]
+    assert status == 400 and "fingerprint" in answer["error"]["message"] and not served.workers.orders
 
 
-def test_workers_without_taps_are_refused(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def nothing(method: str, args: tuple[Any, ...] = ()) -> list[Any]:
-        raise NotImplementedError(method)
-
-    monkeypatch.setattr(served.workers, "collective_rpc", nothing)
-    status, answer = served.post({**ASKED, "emotion_bias": {"calm": 0.1}})
-    assert status == 400 and "--worker-cls" in answer["error"]["message"]
+def test_a_model_that_failed_its_checks_is_refused(served: Served) -> None:
+    served.model = ModelSupportError("a tap does not fire: open it with hf/")
+    for _ in range(2):
+        status, answer = served.post({**ASKED, "emotion_bias": {"calm": 0.1}})
+        assert status == 400 and "does not fire" in answer["error"]["message"] and not served.app.bodies
 
 
-def test_it_starts_with_vectors_and_a_baseline_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
-    with pytest.raises(EngineError, match=VARIABLE):
-        Emotions(None)
+@pytest.mark.parametrize("given", [{}, {"emotion_bias": {"calm": 0.1}}, {"emotion_bias": {"clam": 0.1}}])
+def test_nothing_is_done_for_whom_vllm_does_not_let_in(served: Served, given: dict[str, Any]) -> None:
+    assert served.post({**ASKED, **given}, key="wrong") == (401, {"error": "Unauthorized"})
+    assert not served.workers.orders and not served.app.bodies
+
+
+def test_vectors_need_their_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy_vectors().save(tmp_path)
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     with pytest.raises(EngineError, match="affectlens baseline"):
         Emotions(None)
+
+
+def test_without_vectors_dials_are_refused_and_the_rest_is_vllm(monkeypatch: pytest.MonkeyPatch, served: Served) -> None:
+    monkeypatch.delenv(VARIABLE)
+    served.app = VLLM(served.workers)
+    status, answer = served.post({**ASKED, "readings": True})
+    assert status == 400 and VARIABLE in answer["error"]["message"]
+    assert served.post(ASKED)[0] == 200

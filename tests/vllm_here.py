@@ -11,12 +11,13 @@ from typing import Any
 DEMO = "smollm2-135m"
 STEP = 64
 
-# vLLM's attention on a processor has heads of 32 numbers at least. Blocks that return the stream in two parts, in one, and with
-# experts; and one that is compiled.
+# vLLM's attention on a processor has heads of 32 numbers at least. Blocks that return the stream in two parts, in one, with
+# experts, and those of transformers, where vLLM has none of its own; and one that is compiled.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 32},
     "gpt2": {"num_attention_heads": 1},
     "mixtral": {"head_dim": 32, "sliding_window": None},
+    "gpt_neox": {"num_attention_heads": 1},
     "compiled llama": {"head_dim": 32},
 }
 SETTINGS = {**FAMILIES, "replayed llama": {"head_dim": 32}}

@@ -489,13 +489,14 @@ def open_engine(name: Any, *, replicas: int | None = None, address: str | None =
 
     Args:
         name: ``"toy"``; ``"smollm2-135m"``; a Hub id, with or without ``hf/`` before it; a folder with safetensors; a GGUF file.
-            ``vllm/`` before a name runs it with vLLM (:class:`affectlens.engines.vllm.VLLMEngine`).
+            ``vllm/`` before a name runs it with vLLM (:class:`affectlens.engines.vllm.VLLMEngine`); before an address
+            (``vllm/http://127.0.0.1:8000``) it is the model of a ``vllm serve`` (:mod:`affectlens.engines.vllm_remote`).
             Or a ``transformers`` model that is loaded already, with its ``tokenizer=``: nothing of it is copied, and what is read
             are the weights that it has when it is read.
         replicas: How many workers run it, with Ray (:mod:`affectlens.engines.ray`); None and 1 run it in this process.
         address: Of the Ray cluster that the workers are on; None for this machine.
         options: Passed to the backend (``device``, ``dtype`` and ``token_budget`` for transformers; see
-            :meth:`affectlens.engines.vllm.VLLMEngine.load` for vLLM).
+            :meth:`affectlens.engines.vllm.VLLMEngine.load` for vLLM; ``api_key`` for a server).
 
     Raises:
         MissingExtra: Workers are asked for and Ray is not installed.
@@ -517,6 +518,10 @@ def open_engine(name: Any, *, replicas: int | None = None, address: str | None =
         from affectlens.engines.toy import ToyEngine
 
         return ToyEngine(**options)
+    if isinstance(name, str) and name.startswith(("vllm/http://", "vllm/https://")):
+        from affectlens.engines.vllm_remote import RemoteEngine
+
+        return RemoteEngine(name.removeprefix("vllm/"), **options)
     if isinstance(name, str) and name.startswith("vllm/"):
         from affectlens.engines.vllm import VLLMEngine
 

@@ -1,7 +1,11 @@
-"""Emotion dials and readings for ``vllm serve``: an ASGI middleware that vLLM loads by its name.
+"""Emotion dials, readings and whole requests for ``vllm serve``: an ASGI middleware that vLLM loads by its name.
 
-    AFFECTLENS_VECTORS=runs/first/vectors VLLM_USE_V2_MODEL_RUNNER=0 vllm serve MODEL \\
-        --worker-cls affectlens.engines.vllm_worker.Worker --middleware affectlens.vllm_serve.Emotions
+    AFFECTLENS_VECTORS=runs/first/vectors VLLM_USE_V2_MODEL_RUNNER=0 vllm serve MODEL --no-async-scheduling \\
+        --worker-cls affectlens.engines.vllm_worker.Worker --logits-processors affectlens.engines.vllm_draw:Draw \\
+        --middleware affectlens.vllm_serve.Emotions
+
+``open_engine("vllm/http://HOST:PORT")`` then is the model of this server, and needs no vectors there
+(:mod:`affectlens.engines.vllm_host`).
 
 Requests to ``/v1/chat/completions`` and ``/v1/completions`` may then carry ``emotion_bias`` and ``readings`` in ``vllm_xargs``
 (or beside the other fields), with the meaning and the errors of our own server. What was read stands under ``affectlens`` in the
@@ -9,7 +13,7 @@ answer, or in an event of its own before the end of a stream. Rules, comparison,
 ``affectlens serve --engine vllm``.
 
 The middleware packs an order for vLLM's workers, puts its name and the salt of the cache into the request, and hands it on: the
-rest is vLLM.
+rest is vLLM. Who may ask is vLLM's to say (``--api-key``): nothing of a request is read before vLLM has let it in.
 """
 
 from __future__ import annotations
@@ -18,22 +22,25 @@ import asyncio
 import json
 import os
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from starlette.routing import Route
 
-from affectlens.engine import Layout, Readout, Result, Where
+from affectlens.engine import Layout, Reading, Readout, Result, Where
+from affectlens.engines.decode import nothing
+from affectlens.engines.vllm_calls import PREFIX
+from affectlens.engines.vllm_host import Host, Message, Receive, Send
+from affectlens.engines.vllm_orders import NAME, Findings, Mail, Noted, Order, Seen, selectors
+from affectlens.engines.vllm_rows import salt
 from affectlens.errors import AffectlensError, EngineError
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 PATHS = ("/v1/chat/completions", "/v1/completions")
 OURS = ("emotion_bias", "readings")
 VARIABLE = "AFFECTLENS_VECTORS"
+ADMITTED = f"{PREFIX}admitted"
 
 
 @dataclass
@@ -42,6 +49,7 @@ class _Asked:
 
     Args:
         key: Of its order.
+        panel: What dials and readings are.
         bias: What was asked for and what is used of it, as plain data.
         names: The emotions whose scores are wanted; empty for none.
         every: How many tokens lie between two scores, plus one.
@@ -49,10 +57,38 @@ class _Asked:
     """
 
     key: str
+    panel: Panel
     bias: dict[str, dict[str, float]]
     names: tuple[str, ...]
     every: int
     own_ids: bool
+
+
+class Panel:
+    """What the dials and readings of a server are: vectors, what their scores are stated against, and how far they may steer.
+
+    Args:
+        name: Of the folder.
+
+    Raises:
+        EngineError: There is no baseline beside them.
+    """
+
+    def __init__(self, name: str) -> None:
+        from affectlens.baseline import Baseline
+        from affectlens.exchange import load_vectors
+        from affectlens.server.dials import Dials
+        from affectlens.traces import Probe
+        from affectlens.vectors import vectors_folder
+
+        self.vectors = load_vectors(name)
+        file = vectors_folder(name) / f"baseline-{self.vectors.layer}.json"
+        if not file.exists():
+            raise EngineError(f"{file} is not there, so scores have no unit: run affectlens baseline {name}")
+        self.baseline = Baseline.load(file)
+        self.probe = Probe(self.vectors)
+        self.baseline.check(self.probe)
+        self.dials = Dials(self.vectors)
 
 
 class Emotions:
@@ -62,39 +98,47 @@ class Emotions:
         app: vLLM's own application.
 
     Raises:
-        EngineError: The environment does not say which vectors.
+        AffectlensError: The vectors that the environment names cannot be used.
     """
 
     def __init__(self, app: Any) -> None:
-        from affectlens.baseline import Baseline
-        from affectlens.engines.vllm_orders import Mail
-        from affectlens.exchange import load_vectors
-        from affectlens.server.dials import Dials
-        from affectlens.traces import Probe
-        from affectlens.vectors import vectors_folder
-
-        name = os.environ.get(VARIABLE)
-        if not name:
-            raise EngineError(f"the middleware needs vectors: set {VARIABLE} to their folder")
         self.app = app
-        self.vectors = load_vectors(name)
-        file = vectors_folder(name) / f"baseline-{self.vectors.layer}.json"
-        if not file.exists():
-            raise EngineError(f"{file} is not there, so scores have no unit: run affectlens baseline {name}")
-        self.baseline = Baseline.load(file)
-        self.probe = Probe(self.vectors)
-        self.baseline.check(self.probe)
-        self.dials = Dials(self.vectors)
+        name = os.environ.get(VARIABLE)
+        self._panel = Panel(name) if name else None
+        self._host = Host()
         self._mail = Mail()
-        self._found: dict[str, list[Any]] = {}
+        self._found: dict[str, list[Seen]] = {}
         self._lock = asyncio.Lock()
-        self._tokenizer: Any = None
-        self._checked = False
+        self._routed = False
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"].rstrip("/") not in PATHS:
+        if scope["type"] == "http" and not self._routed:
+            # Among vLLM's own routes, so behind its own door.
+            ours = [Route(ADMITTED, _Empty(), methods=["POST"]), Route(f"{PREFIX}{{what}}", self._host, methods=["POST"])]
+            scope["app"].router.routes[:0] = ours
+            self._routed = True
+        path = scope.get("path", "").removeprefix(scope.get("root_path", "")).rstrip("/")
+        if scope["type"] != "http" or scope["method"] != "POST" or path not in PATHS:
             await self.app(scope, receive, send)
-            return
+        elif await self._admitted(scope, send):
+            await self._reply(scope, receive, send)
+
+    async def _admitted(self, scope: MutableMapping[str, Any], send: Send) -> bool:
+        """Whether vLLM lets this caller in; if not, its answer is sent."""
+        answer: list[Message] = []
+
+        async def keep(message: Message) -> None:
+            answer.append(message)
+
+        probe = {**scope, "path": ADMITTED, "raw_path": ADMITTED.encode()}
+        await self.app(probe, _again(b"", _hung_up), keep)
+        if answer[0]["status"] == 204:
+            return True
+        for message in answer:
+            await send(message)
+        return False
+
+    async def _reply(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         raw = await _body(receive)
         try:
             body = json.loads(raw)
@@ -123,14 +167,16 @@ class Emotions:
 
         Raises:
             WrongField: Something in it is wrong.
+            ModelSupportError: The model cannot be read or steered here.
         """
         from pydantic import ValidationError
 
-        from affectlens.engines.vllm_orders import NAME, Noted, Order, selectors
         from affectlens.server.calls import WrongField, field
         from affectlens.server.schemas import Ours, Readings, place_of
         from affectlens.server.service import Service
 
+        if (panel := self._panel) is None:
+            raise EngineError(f"this server has no vectors: set {VARIABLE} to their folder and start it again")
         try:
             given = Ours.model_validate(ours)
         except ValidationError as error:
@@ -142,10 +188,10 @@ class Emotions:
         if (body.get("n") or 1) != 1 or texts or body.get("use_beam_search"):
             problem = EngineError("dials and readings are of one reply here: ask for one, or use affectlens serve --engine vllm")
             raise WrongField(problem, "n")
-        await self._check(client)
+        panel.vectors.check(await self._host.info(client))
         with field("emotion_bias"):
-            bias = self.dials.bias(given.emotion_bias)
-            steering = self.dials.steering(bias)
+            bias = panel.dials.bias(given.emotion_bias)
+            steering = panel.dials.steering(bias)
         readings = Readings() if given.readings is True else given.readings or None
         names: tuple[str, ...] = ()
         with field("readings"):
@@ -154,17 +200,17 @@ class Emotions:
                     raise EngineError("vllm serve reads replies only: leave prompt and visible out, or use affectlens serve")
                 wanted = readings.emotions
                 names = (
-                    Service.shown(self.vectors) if wanted is None else self.vectors.names if wanted == "all" else tuple(wanted)
+                    Service.shown(panel.vectors) if wanted is None else panel.vectors.names if wanted == "all" else tuple(wanted)
                 )
                 for name in names:
-                    self.vectors.index(name)
-        key = f"serve {uuid.uuid4().hex}"
+                    panel.vectors.index(name)
+        key = self._mail.key(uuid.uuid4().hex)
         noted = []
-        for readout in self.probe.readouts if readings is not None else ():
-            unpooled = Readout(readout.layers, Where(), "none", readout.onto)
-            noted.append(Noted(unpooled, np.zeros(0, dtype=bool), grows=True))
+        for readout in panel.probe.readouts if readings is not None else ():
+            each = Readout(readout.layers, Where(), "none", readout.onto)
+            noted.append(Noted(each, np.zeros(0, dtype=bool), grows=True))
         ahead = tuple((0, 2**62) for _ in selectors(steering))
-        sink = getattr(self._tokenizer, "bos_token_id", None)
+        sink = (await self._host.tokenizer(client)).bos_token_id
         order = Order(key, -1, steering, ahead=ahead, noted=tuple(noted), sink=sink)
         self._found[key] = []
         await client.collective_rpc("affectlens_expect", args=self._mail.pack([order]))
@@ -173,51 +219,30 @@ class Emotions:
         own_ids = bool(body.get("return_token_ids"))
         if readings is not None:
             body["return_token_ids"] = True
-        if steering.layers:
-            # Who steers gets no plain keys and values, and leaves none.
-            body["cache_salt"] = f"{body.get('cache_salt') or ''} {_hash(steering)}"
-        return _Asked(key, bias.as_dict(), names, readings.every if readings else 1, own_ids)
-
-    async def _check(self, client: Any) -> None:
-        """Refuse vectors of another model before anything is done with them."""
-        if self._checked:
-            return
-        try:
-            await client.collective_rpc("affectlens_take")
-        except Exception:  # what vLLM raises for a method that its workers do not have differs
-            raise EngineError(
-                "vLLM's workers cannot steer: start it with --worker-cls affectlens.engines.vllm_worker.Worker"
-            ) from None
-        from affectlens.engines.vllm_checkpoint import fingerprint_of
-
-        name = client.model_config.model
-        found = await asyncio.get_running_loop().run_in_executor(None, fingerprint_of, name)
-        if found != self.vectors.model["fingerprint"]:
-            raise EngineError(f"these vectors are of {self.vectors.model['id']}, and {name} has other weights: serve that model")
-        tokenizer = client.get_tokenizer()
-        self._tokenizer = await tokenizer if asyncio.iscoroutine(tokenizer) else tokenizer
-        self._checked = True
+        if (salted := salt(order)) is not None:
+            body["cache_salt"] = f"{body.get('cache_salt') or ''} {salted}"
+        return _Asked(key, panel, bias.as_dict(), names, readings.every if readings else 1, own_ids)
 
     async def report(self, asked: _Asked, ids: Sequence[int], client: Any) -> dict[str, Any]:
         """What affectlens says of a reply of these tokens."""
-        from affectlens.engines.vllm_orders import Findings
         from affectlens.traces import trace_of
 
         said: dict[str, Any] = {"steering": asked.bias}
         if not asked.names:
             return said
+        panel = asked.panel
         async with self._lock:
-            answers = await client.collective_rpc("affectlens_take")
+            answers = await client.collective_rpc("affectlens_take", args=(self._mail.owner,))
             for one in Findings.unpack(*answers[0]).seen:
                 if one.key in self._found:
                     self._found[one.key].append(one)
-        layout = _layout(self._tokenizer, ids)
+        layout = _layout(await self._host.tokenizer(client), ids)
         readings = []
-        for number, readout in enumerate(self.probe.readouts):
+        for number, readout in enumerate(panel.probe.readouts):
             readings.append(_reading(readout, [one for one in self._found[asked.key] if one.number == number], len(layout)))
-        trace = trace_of(Result("", layout, tuple(readings)), self.probe, id=asked.key, format="")
-        scores = self.baseline.standardise(trace).scores
-        columns = {name: self.vectors.index(name) for name in asked.names}
+        trace = trace_of(Result("", layout, tuple(readings)), panel.probe, id=asked.key, format="")
+        scores = panel.baseline.standardise(trace).scores
+        columns = {name: panel.vectors.index(name) for name in asked.names}
         rows = [
             {
                 "token": i,
@@ -228,7 +253,7 @@ class Emotions:
             for i in range(0, len(layout), asked.every)
             if np.isfinite(scores[i]).all()
         ]
-        return {**said, "layer": self.vectors.layer, "unit": "z", "emotions": list(asked.names), "tokens": rows}
+        return {**said, "layer": panel.vectors.layer, "unit": "z", "emotions": list(asked.names), "tokens": rows}
 
 
 class _Answer:
@@ -323,11 +348,8 @@ def _layout(tokenizer: Any, ids: Sequence[int]) -> Layout:
     return Layout(text, tuple(tokens), tuple(ids), tuple(offsets), ("assistant",) * len(ids), 0)
 
 
-def _reading(readout: Readout, seen: Sequence[Any], n: int) -> Any:
+def _reading(readout: Readout, seen: Sequence[Seen], n: int) -> Reading:
     """What was seen of a reply of ``n`` tokens, counted from its first one."""
-    from affectlens.engine import Reading
-    from affectlens.engines.decode import nothing
-
     if not seen:
         return nothing(readout, 0)
     positions = np.concatenate([one.positions for one in seen])
@@ -337,19 +359,13 @@ def _reading(readout: Readout, seen: Sequence[Any], n: int) -> Any:
     return Reading(values, np.concatenate([one.norms for one in seen], axis=1)[:, keep], positions[keep])
 
 
-def _hash(steering: Any) -> str:
-    import hashlib
-
-    return hashlib.sha256(repr(steering.content()).encode()).hexdigest()
-
-
 async def _body(receive: Receive) -> bytes:
-    raw = b""
+    raw = bytearray()
     while True:
         message = await receive()
         raw += message.get("body", b"")
         if not message.get("more_body"):
-            return raw
+            return bytes(raw)
 
 
 def _again(raw: bytes, rest: Receive) -> Receive:
@@ -364,6 +380,18 @@ def _again(raw: bytes, rest: Receive) -> Receive:
         return await rest()
 
     return receive
+
+
+async def _hung_up() -> Message:
+    return {"type": "http.disconnect"}
+
+
+class _Empty:
+    """What answers that somebody may ask."""
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
 
 
 async def _refuse(send: Send, error: AffectlensError) -> None:

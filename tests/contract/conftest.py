@@ -27,7 +27,7 @@ COMPILES = pytest.mark.skipif(not families.COMPILES, reason="needs a C++ compile
 DEMO = "smollm2-135m"
 VLLM = importlib.util.find_spec("vllm") is not None
 ENGINES = (
-    tuple(f"vllm {name}" for name in vllm_here.FAMILIES)
+    (*(f"vllm {name}" for name in vllm_here.FAMILIES), "vllm serve")
     if VLLM
     else ("toy", "ray", *FAMILIES, pytest.param(COMPILED, marks=COMPILES), pytest.param(DEMO, marks=pytest.mark.real))
 )
@@ -140,6 +140,16 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             pytest.skip("Ray is not installed")
         with open_engine("toy", replicas=2) as engine:
             yield Subject(name, engine, 1e-5)
+        return
+    if name == "vllm serve":
+        import families
+        import served_vllm
+
+        folder = tmp_path_factory.mktemp("served")
+        model = families.save("llama", folder / "llama", **vllm_here.FAMILIES["llama"])
+        command, url = served_vllm.vllm_serve(str(model), "--max-num-batched-tokens", "48", "--max-num-seqs", "48")
+        with served_vllm.running(command, folder / "log", url=url), open_engine(f"vllm/{url}") as engine:
+            yield Subject(name, engine, 1e-4)
         return
     if name.startswith("vllm"):
         family = name.partition(" ")[2]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -208,47 +207,6 @@ def test_500_requests_that_come_and_go_give_what_each_gives_alone(engine: Any) -
         for a, b in zip(result.readings, expected.readings, strict=True):
             close(a.values, b.values)
     assert different == 0
-
-
-def test_our_server_in_front_answers_the_openai_client(engine: Any, tmp_path: Path) -> None:
-    """Mixed steering and readings at once, each as it is alone."""
-    openai = pytest.importorskip("openai")
-    from served_vllm import serving_demo
-
-    words = ["the sea", "a door", "my keys", "the rain"]
-    with serving_demo(tmp_path, engine) as (url, vectors):
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=300)
-
-        def ask(i: int) -> tuple[str, dict[str, Any]]:
-            extra: dict[str, Any] = {}
-            if i % 3:
-                extra["emotion_bias"] = {vectors.names[i % 2]: 0.05 * (-1) ** i}
-            if i % 2:
-                extra["readings"] = {"emotions": "all"}
-            answer = client.chat.completions.create(
-                model=DEMO,
-                messages=[{"role": "user", "content": f"Say a word about {words[i % len(words)]}, please."}],
-                max_tokens=6,
-                temperature=0,
-                extra_body=extra,
-            )
-            return answer.choices[0].message.content, answer.affectlens
-
-        alone = [ask(i) for i in range(12)]
-        assert len({text for text, _ in alone}) > 4
-        with ThreadPoolExecutor(12) as pool:
-            together = list(pool.map(ask, [i % 12 for i in range(60)]))
-        for i, (text, ours) in enumerate(together):
-            assert text == alone[i % 12][0]
-            assert ours["steering"] == alone[i % 12][1]["steering"]
-            for one, other in zip(ours.get("tokens", ()), alone[i % 12][1].get("tokens", ()), strict=True):
-                assert one["text"] == other["text"]
-                for name, value in one["scores"].items():
-                    assert value == pytest.approx(other["scores"][name], abs=0.02)
-        with pytest.raises(openai.BadRequestError, match="unknown concept"):
-            client.chat.completions.create(
-                model=DEMO, messages=[{"role": "user", "content": "Hi"}], extra_body={"emotion_bias": {"clam": 0.05}}
-            )
 
 
 # ── tables of replayed steps ──

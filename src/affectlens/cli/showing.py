@@ -230,6 +230,7 @@ def list_(what: str, as_json: bool) -> None:
             "smollm2-135m": "the demo model",
             "toy": "planted directions",
             "ray": "any of these on several workers: --replicas",
+            "vllm": "vLLM here (vllm/NAME), or a vllm serve (vllm/http://HOST:PORT)",
         }
     elif what == "concepts":
         from affectlens.concepts import ConceptSet

@@ -26,6 +26,8 @@ import numpy as np
 from affectlens.engine import (
     Engine,
     Logprob,
+    ModelInfo,
+    Reading,
     Request,
     Result,
     Session,
@@ -36,18 +38,15 @@ from affectlens.engine import (
 from affectlens.engines import vllm_draw
 from affectlens.engines.decode import Part, Reply, partials
 from affectlens.engines.rows import Layouts, Row, words_of
-from affectlens.engines.vllm_checkpoint import describe, end_tokens, text_config
+from affectlens.engines.vllm_checkpoint import describe, end_tokens, text_config, tokenizer_of
 from affectlens.engines.vllm_checks import examine
 from affectlens.engines.vllm_orders import NAME, Findings, Mail, Order
 from affectlens.engines.vllm_rows import Job, Seat, order_of, salt
 from affectlens.engines.vllm_tables import additions
-from affectlens.engines.vllm_worker import TESTED
+from affectlens.engines.vllm_worker import REPLAY, TESTED, replays
 from affectlens.errors import AffectlensError, EngineError, MissingExtra, ModelSupportError
 from affectlens.layout import Layout
 from affectlens.models import ModelSource, locate
-
-WINDOW = 1024
-"""Requests that are handed to vLLM's scheduler together: what bounds memory on an endless stream of requests."""
 
 CACHE = 2 * 2**30
 """Bytes for keys and values on a CPU, where vLLM's own default is half of the machine's memory."""
@@ -66,6 +65,7 @@ class VLLMEngine(Engine):
         vllm: Its ``LLMEngine``, with our worker.
         tokenizer: The model's fast tokenizer.
         source: Where the model comes from.
+        info: What was found when this model was tried before; None to try it.
 
     Raises:
         ModelSupportError: A self-check failed, or this vLLM lacks what is needed.
@@ -75,21 +75,23 @@ class VLLMEngine(Engine):
         >>> engine.generate(["Once upon a time"])                           # doctest: +SKIP
     """
 
+    window = 1024  # vLLM's scheduler decides what runs together; this bounds what it holds of an endless stream of requests
+
     _living: ClassVar[weakref.ref[VLLMEngine] | None] = None
 
-    def __init__(self, vllm: Any, tokenizer: Any, source: ModelSource) -> None:
+    def __init__(self, vllm: Any, tokenizer: Any, source: ModelSource, *, info: ModelInfo | None = None) -> None:
         self.vllm, self.tokenizer = vllm, tokenizer
         self.layouts = Layouts(tokenizer, source.id)
-        self.info = describe(vllm, tokenizer, source)
         self._ends = end_tokens(source, tokenizer)
-        self.replays = bool(vllm.vllm_config.additional_config["affectlens_replay"])
+        self.replays = replays(vllm.vllm_config)
         self._mail = Mail()
         self._numbers = itertools.count()
         self._seats: dict[str, Seat] = {}
         self._logits: dict[str, list[np.ndarray]] = {}
-        checks, reply_token = examine(self)
-        self.info = replace(self.info, checks=tuple(checks), reply_token=reply_token)
-        VLLMEngine._living = weakref.ref(self)
+        self.info = info or describe(vllm, tokenizer, source)
+        if info is None:
+            checks, reply_token = examine(self)
+            self.info = replace(self.info, checks=tuple(checks), reply_token=reply_token)
 
     @classmethod
     def load(
@@ -139,7 +141,6 @@ class VLLMEngine(Engine):
             import vllm
         except ModuleNotFoundError as error:
             raise MissingExtra(error.name or "vllm", "vllm") from None
-        from transformers import AutoTokenizer
         from vllm import EngineArgs, LLMEngine
         from vllm.platforms import current_platform
 
@@ -177,12 +178,10 @@ class VLLMEngine(Engine):
                 generation_config="vllm",
                 async_scheduling=False,
                 disable_log_stats=True,
-                # A graph that was compiled without our taps must not be taken from vLLM's cache.
-                additional_config={"affectlens": "taps 1", "affectlens_replay": replay},
+                additional_config={REPLAY: replay},
                 **options,
             )
-            tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False, **source.tokenizer_kwargs)
-            return cls(LLMEngine.from_engine_args(arguments), tokenizer, source)
+            engine = cls(LLMEngine.from_engine_args(arguments), tokenizer_of(source), source)
         except AffectlensError:
             raise
         except (AttributeError, TypeError) as error:
@@ -193,6 +192,8 @@ class VLLMEngine(Engine):
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelSupportError(f"vLLM cannot run {source.id} ({reason}): open it with hf/, or change the options") from error
+        cls._living = weakref.ref(engine)
+        return engine
 
     def close(self) -> None:
         """End vLLM; the engine is of no use afterwards."""
@@ -205,7 +206,7 @@ class VLLMEngine(Engine):
     # ── the seam ──
 
     def run(self, requests: Iterable[Request]) -> Iterator[Result]:
-        for window in batched(requests, WINDOW):
+        for window in batched(requests, self.window):
             jobs = self._begin(window)
             try:
                 for job in jobs:
@@ -232,7 +233,7 @@ class VLLMEngine(Engine):
         parts = []
         for begin in range(0, len(residuals), TOGETHER):
             part = np.ascontiguousarray(residuals[begin : begin + TOGETHER], dtype=np.float32)
-            key = f"unembed {next(self._numbers)}"
+            key = self._mail.key(f"unembed {next(self._numbers)}")
             order = Order(key, len(part), residuals=part)
             self._logits[key] = []
             self._rpc("affectlens_expect", *self._mail.pack([order]))
@@ -259,11 +260,11 @@ class VLLMEngine(Engine):
         for request, layout in zip(requests, self.layouts.of_all(requests), strict=True):
             longest = max((len(self.layouts.continuation(choice)) for choice in request.choices), default=0)
             refuse_too_long(len(layout) + longest, request, self.info)
-            job = Job(next(self._numbers), request, layout, np.zeros(len(request.choices)))
+            job = Job(next(self._numbers), layout, np.zeros(len(request.choices)))
             row = Row(job.number, request, layout)
             rows = [row] if request.sampling else self.layouts.with_choices(row)
             for n, each in enumerate(rows):
-                key = f"{job.number}.{n}"
+                key = self._mail.key(f"{job.number}.{n}")
                 reply = Reply(each, request.sampling) if request.sampling else None
                 job.seats.append(Seat(key, job, each, order_of(key, each), reply))
             jobs.append(job)
@@ -335,7 +336,7 @@ class VLLMEngine(Engine):
                 self._end(seat)
 
     def _collect(self) -> None:
-        findings = Findings.unpack(*self._rpc("affectlens_take"))
+        findings = Findings.unpack(*self._rpc("affectlens_take", self._mail.owner))
         if lost := [key for key in findings.lost if key in self._seats]:
             raise EngineError(f"vLLM ran request {lost[0]} without its order: report this, with the version of vLLM")
         for one in findings.seen:
@@ -353,7 +354,7 @@ class VLLMEngine(Engine):
         """A row of which nothing is generated has run."""
         job = seat.job
         if seat.row.is_request:
-            job.readings = seat.readings(self.info.width, 0, job.layout)
+            job.readings = seat.readings(self.info.width, job.layout)
         self._leave(seat)
         if not job.seats:
             job.out.append(Result("", job.layout, job.readings, tuple(job.logprobs.tolist())))
@@ -376,15 +377,17 @@ class VLLMEngine(Engine):
         """Hand out what is new, if it is to be and has been read."""
         reply = seat.reply
         if reply is not None and seat.row.request.stream and not reply.owes:
-            width = self.info.width
-            readings = lambda n, layout, first: seat.readings(width, n, layout, first)  # noqa: E731
+
+            def readings(_: int, layout: Layout, first: int) -> tuple[Reading, ...]:
+                return seat.readings(self.info.width, layout, first)
+
             seat.job.out += [result for _, result in partials({0: reply}, readings)]
 
     def _end(self, seat: Seat) -> None:
         reply, job = seat.reply, seat.job
         assert reply is not None
         layout = reply.grow()
-        readings = seat.readings(self.info.width, 0, layout)
+        readings = seat.readings(self.info.width, layout)
         job.out.append(Result(reply.text, layout, readings, (), reply.finish, logprobs=tuple(reply.logprobs)))
         job.over = True
         self._leave(seat)

@@ -9,7 +9,7 @@ import numpy as np
 
 from affectlens.engine import ModelInfo
 from affectlens.errors import FormatError, ModelSupportError
-from affectlens.models import ModelSource, fingerprint, locate, template_hash
+from affectlens.models import ModelSource, fingerprint, template_hash
 
 
 def text_config(source: ModelSource) -> Any:
@@ -22,13 +22,23 @@ def text_config(source: ModelSource) -> Any:
     return config.get_text_config(decoder=True)
 
 
+def tokenizer_of(source: ModelSource) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source.location, trust_remote_code=False, **source.tokenizer_kwargs)
+
+
 def describe(vllm: Any, tokenizer: Any, source: ModelSource) -> ModelInfo:
     if not getattr(tokenizer, "is_fast", False):
         raise ModelSupportError(
             f"{source.id} has no fast tokenizer, so token positions are unknown: convert it to tokenizer.json"
         )
+    from vllm.config import set_current_vllm_config
+
     config = vllm.model_config.hf_text_config
-    print_of_weights, n_parameters = _weights(source)
+    # What vLLM runs with classes of transformers it has changed: they cannot be made without its configuration any more.
+    with set_current_vllm_config(vllm.vllm_config):
+        print_of_weights, n_parameters = _weights(source)
     return ModelInfo(
         id=source.id,
         family=config.model_type,
@@ -105,8 +115,3 @@ def end_tokens(source: ModelSource, tokenizer: Any) -> frozenset[int]:
         ends = AutoConfig.from_pretrained(source.location, trust_remote_code=False, **source.tokenizer_kwargs).eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     return frozenset(end for end in [*ends, tokenizer.eos_token_id] if end is not None)
-
-
-def fingerprint_of(name: str) -> str:
-    """The fingerprint of a model by name: what vectors of it are checked against."""
-    return _weights(locate(name))[0]

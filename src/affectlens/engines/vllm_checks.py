@@ -69,12 +69,12 @@ def _unembedded(engine: VLLMEngine, limit: float) -> str:
     info = engine.info
     last = Readout((info.n_layers - 1,), Where(last=1), "last")
     word = " the"
+    token, *more = engine.layouts.continuation(word)
+    if more:
+        return f"not tried: {word!r} is several tokens"
     (result,) = engine.run([Request(TEXTS[1], readouts=(last,), choices=(word,))])
     logits = engine.unembed(result.readings[0].values)[0].astype(np.float64)
-    token = engine.layouts.continuation(word)[0]
     got = logits[token] - logits.max() - np.log(np.exp(logits - logits.max()).sum())
-    if len(engine.layouts.continuation(word)) > 1:
-        return f"not tried: {word!r} is several tokens"
     if not abs(got - result.choice_logprobs[0]) <= 20 * limit:
         raise ModelSupportError(
             f"what is read in {info.id} under vLLM is not what it unembeds (log-probability {got:.3f} against "

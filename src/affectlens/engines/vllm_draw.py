@@ -10,6 +10,7 @@ vLLM finds the processor by its name, ``affectlens.engines.vllm_draw:Draw``, whi
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 
 from affectlens.engine import Sampling
 from affectlens.engines.decode import sample
+from affectlens.errors import AffectlensError
 
 NAME = "affectlens_draw"
 """Of the entry in a request's ``extra_args`` that says how its tokens are drawn."""
@@ -29,6 +31,22 @@ def said(sampling: Sampling | None) -> list[float] | None:
     if sampling is None or sampling.temperature == 0 or sampling.top_k == 1:
         return None
     return [sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed]
+
+
+def check(how: Any) -> None:
+    """Refuse what :func:`said` never says: in a server anybody may write this field, and what fails later ends vLLM.
+
+    Raises:
+        ValueError: As vLLM wants it.
+    """
+    try:
+        temperature, top_p, top_k, seed = how
+        Sampling(temperature=float(temperature), top_p=float(top_p), top_k=int(top_k), seed=int(seed))
+        if isinstance(how, list) and math.isfinite(temperature) and temperature > 0 and seed < 2**128:
+            return
+    except (AffectlensError, TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"{NAME} is not for requests from outside: leave it out")
 
 
 @dataclass
@@ -100,6 +118,11 @@ def processor_class() -> type:
     class Draw(LogitsProcessor):
         def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
             self._rows = Rows()
+
+        @classmethod
+        def validate_params(cls, sampling_params: Any) -> None:
+            if (how := (sampling_params.extra_args or {}).get(NAME)) is not None:
+                check(how)
 
         def is_argmax_invariant(self) -> bool:
             return False

@@ -1,7 +1,8 @@
 """What vLLM's workers are told and what they answer, as plain data: JSON, and arrays as safetensors.
 
 An :class:`Order` says what is to be done for one row of vLLM's batch. It goes to every worker before the row does, and the row
-names it. :class:`Findings` come back after each step.
+names it. :class:`Findings` come back after each step. A server has several who give orders (each has a :class:`Mail`), and nobody
+sees the findings of another.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,7 +45,7 @@ class Order:
     """What is to be done for one row of vLLM's batch, from its first token to its last.
 
     Args:
-        key: What the request calls it.
+        key: What the request calls it: see :meth:`Mail.key`.
         n_prompt: Tokens before the reply; -1 for all those that vLLM makes of the prompt: then all are steered and none is read.
         sink: With -1 the id of a beginning-of-sequence token, which is left alone.
         steering: What is done to the stream.
@@ -70,6 +72,11 @@ class Order:
         return selectors(self.steering)
 
 
+def owner_of(key: str) -> str:
+    """Whose order a key names."""
+    return key.partition(" ")[0]
+
+
 def selectors(steering: Steering) -> tuple[Where, ...]:
     """The distinct selectors of a steering, in the order of its terms."""
     return tuple(dict.fromkeys(term.where for term in steering.terms))
@@ -83,12 +90,18 @@ class Mail:
     """
 
     def __init__(self, keep: int = 256) -> None:
+        self.owner = uuid.uuid4().hex
+        """Who gives these orders, and gets what was found for them."""
         self._keep = keep
         self._sent: dict[str, None] = {}
         self._hashes: dict[int, tuple[Any, str]] = {}
 
-    def pack(self, orders: Sequence[Order]) -> tuple[str, bytes]:
-        """JSON, and arrays as safetensors."""
+    def key(self, name: str) -> str:
+        """The key of an order, which nobody else can guess."""
+        return f"{self.owner} {name}"
+
+    def pack(self, orders: Sequence[Order]) -> tuple[str, str, bytes]:
+        """The owner; JSON, and arrays as safetensors."""
         from safetensors.numpy import save
 
         arrays: dict[str, np.ndarray] = {}
@@ -135,11 +148,11 @@ class Mail:
         for key in forget:
             del self._sent[key]
         head = json.dumps({"rows": rows, "steerings": steerings, "onto": onto, "forget": forget})
-        return head, save(arrays)
+        return self.owner, head, save(arrays)
 
 
 class Inbox:
-    """Unpacks what :class:`Mail` packed."""
+    """Unpacks what one :class:`Mail` packed."""
 
     def __init__(self) -> None:
         self._things: dict[str, Any] = {}
@@ -196,7 +209,7 @@ class Seen:
 
 @dataclass
 class Findings:
-    """What was found since it was last asked for.
+    """What was found for one owner since it was last asked for.
 
     Args:
         seen: By readouts.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from affectlens.engine import Reading, Readout, Request, Result
+from affectlens.engine import Reading, Readout, Result
 from affectlens.engines.decode import Part, Reply, candidates, may_grow, nothing, reading_of, unpooled
 from affectlens.engines.rows import Row
 from affectlens.engines.vllm_orders import Noted, Order, selectors
@@ -41,16 +41,15 @@ class Seat:
     parts: dict[int, list[Part]] = field(default_factory=dict)
     heard: int = 0
 
-    def readings(self, width: int, _: int, layout: Layout, first: int = 0) -> tuple[Reading, ...]:
+    def readings(self, width: int, layout: Layout, first: int = 0) -> tuple[Reading, ...]:
         """Readings of the row from token ``first`` on; ``width`` is that of the residual."""
         out = []
-        for r, (readout, noted) in enumerate(zip(self.row.request.readouts, self.order.noted, strict=True)):
+        for r, readout in enumerate(self.row.request.readouts):
             parts = self.parts.get(r, [])
             if _settled(readout, self.row):
                 out.append(_joined(readout, [] if first else parts, width))
             else:
                 out.append(reading_of(readout, layout, parts, first=first, width=width))
-            assert noted.grows == (not _settled(readout, self.row))
         return tuple(out)
 
 
@@ -60,7 +59,6 @@ class Job:
 
     Args:
         number: Its ticket.
-        request: What is asked.
         layout: Its tokens.
         logprobs: Of its choices, as far as they are known.
         seats: Rows that still run.
@@ -69,7 +67,6 @@ class Job:
     """
 
     number: int
-    request: Request
     layout: Layout
     logprobs: np.ndarray
     seats: list[Seat] = field(default_factory=list)

@@ -25,12 +25,15 @@ import torch
 from affectlens.engine import Readout
 from affectlens.engines.changes import Plan, Tokens
 from affectlens.engines.residual import Pass, Recorder
-from affectlens.engines.vllm_orders import NAME, Findings, Inbox, Order, Seen
+from affectlens.engines.vllm_orders import NAME, Findings, Inbox, Order, Seen, owner_of
 from affectlens.engines.vllm_tables import Tables, refuse_stale
 from affectlens.errors import ModelSupportError
 
 TESTED = ("0.32.0",)
 """Versions of vLLM that the contract suite has run on."""
+
+REPLAY = "affectlens_replay"
+"""In ``additional_config``: whether taps work over the tables of replayed steps, whether or not any are replayed."""
 
 # ── the tap ──
 
@@ -75,7 +78,12 @@ def tap_blocks(model: Any, n_layers: int) -> None:
 
 
 def _tapped(inner: Callable[..., Any], number: int, *, enters: int | None, fused: bool) -> Callable[..., Any]:
-    tap, _ = operator()
+    operate, _ = operator()
+
+    def tap(stream: torch.Tensor, rest: torch.Tensor | None, layer: int) -> torch.Tensor:
+        if stream.ndim == 3:  # blocks of transformers, where vLLM has none of its own: a batch of one stands before the tokens
+            return operate(stream[0], None if rest is None else rest[0], layer)[None]
+        return operate(stream, rest, layer)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if enters is not None:
@@ -101,11 +109,14 @@ class _Live:
 
     Args:
         order: What is to be done.
+        owner: Who gave it.
         request: vLLM's own id of it.
         seen: How many of its tokens have been recorded: those that run again after a preemption are not recorded again.
+        leaving: Whether its owner is done with it.
     """
 
     order: Order
+    owner: str
     request: str = ""
     seen: int = 0
     leaving: bool = False
@@ -155,9 +166,8 @@ class Roster:
         self.runner = runner
         self.n_layers = int(runner.model_config.hf_text_config.num_hidden_layers)
         tap_blocks(runner.model, self.n_layers)
-        self.inbox = Inbox()
         self.orders: dict[str, _Live] = {}
-        self.findings = Findings()
+        self._mail: dict[str, tuple[Inbox, Findings]] = {}
         self._pass: Pass | None = None
         self._layers: set[int] = set()
         self._replaced: dict[int, torch.Tensor] = {}
@@ -168,7 +178,7 @@ class Roster:
         self._plan: tuple[tuple[str, ...], Plan] = ((), Plan([], lambda layer: runner.device))
         self._key: tuple[Any, ...] | None = None
         self._work: Any = ({}, {})
-        self.tables = self._tables() if (runner.vllm_config.additional_config or {}).get("affectlens_replay") else None
+        self.tables = self._tables() if replays(runner.vllm_config) else None
         inner = runner._model_forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -198,13 +208,17 @@ class Roster:
 
     # ── by name, from outside ──
 
-    def expect(self, head: str, data: bytes) -> None:
+    def expect(self, owner: str, head: str, data: bytes) -> None:
         """Take orders for requests that will come."""
-        self.orders |= {order.key: _Live(order) for order in self.inbox.unpack(head, data)}
+        inbox, _ = self._mail.setdefault(owner, (Inbox(), Findings()))
+        self.orders |= {order.key: _Live(order, owner) for order in inbox.unpack(head, data)}
 
-    def take(self) -> tuple[str, bytes]:
-        """What was found since this was last called."""
-        findings, self.findings = self.findings, Findings()
+    def take(self, owner: str) -> tuple[str, bytes]:
+        """What was found for somebody since this was last called."""
+        if owner not in self._mail:
+            return Findings().pack()
+        inbox, findings = self._mail[owner]
+        self._mail[owner] = inbox, Findings()
         return findings.pack()
 
     def forget(self, keys: Iterable[str]) -> None:
@@ -212,6 +226,15 @@ class Roster:
         for key in keys:
             if key in self.orders:
                 self.orders[key].leaving = True
+
+    def leave(self, owner: str) -> None:
+        """Somebody gives no orders any more, and takes nothing."""
+        self._mail.pop(owner, None)
+        self.forget([key for key, live in self.orders.items() if live.owner == owner])
+
+    def _found(self, owner: str) -> Findings:
+        """Where to put what is found for somebody; what nobody will take is not kept."""
+        return self._mail[owner][1] if owner in self._mail else Findings()
 
     # ── one step ──
 
@@ -225,12 +248,12 @@ class Roster:
         starts = runner.query_start_loc.np
         for n, request in enumerate(batch.req_ids):
             extra = runner.requests[request].sampling_params.extra_args
-            key: str | None = extra.get(NAME) if extra else None
-            if key is None:
+            key = extra.get(NAME) if extra else None
+            if not isinstance(key, str):
                 continue
             live = self.orders.get(key)
             if live is None:
-                self.findings.lost.append(key)
+                self._found(owner_of(key)).lost.append(key)
                 continue
             live.request = request
             live.settle(runner.requests[request].prompt_token_ids)
@@ -322,7 +345,7 @@ class Roster:
                 for (live, n, positions), (values, norms) in zip(members, recorder.results(), strict=True):
                     if self._fixed:
                         refuse_stale(norms, recorder.readout.layers[0])
-                    self.findings.seen.append(Seen(live.order.key, n, positions, values, norms))
+                    self._found(live.owner).seen.append(Seen(live.order.key, n, positions, values, norms))
         for live, _, positions in self._here:
             live.seen = max(live.seen, int(positions[-1]) + 1)
         self._look_up(hidden)
@@ -330,7 +353,7 @@ class Roster:
     def _look_up(self, hidden: torch.Tensor) -> None:
         """Log-probabilities and logits that are wanted."""
         wanted = [
-            (live.order.key, n, int(rows[position - positions[0]]), token)
+            (live, n, int(rows[position - positions[0]]), token)
             for live, rows, positions in self._here
             for n, (position, token) in enumerate(live.order.wanted)
             if positions[0] <= position <= positions[-1]
@@ -340,11 +363,11 @@ class Roster:
             if logits is not None:
                 tokens = torch.tensor([token for *_, token in wanted], device=logits.device)
                 found = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-                values = found.tolist()
-                self.findings.likely += [(key, n, value) for (key, n, *_), value in zip(wanted, values, strict=True)]
+                for (live, n, *_), value in zip(wanted, found.tolist(), strict=True):
+                    self._found(live.owner).likely.append((live.order.key, n, value))
         for live, rows, _ in self._here:
             if live.order.residuals is not None and (logits := self._logits(hidden, rows.tolist())) is not None:
-                self.findings.logits.append((live.order.key, logits.cpu().numpy()))
+                self._found(live.owner).logits.append((live.order.key, logits.cpu().numpy()))
 
     def _logits(self, hidden: torch.Tensor, rows: list[int]) -> torch.Tensor | None:
         """None in the workers of a tensor-parallel model that do not gather them."""
@@ -361,17 +384,29 @@ def require(runner: Any) -> None:
     Raises:
         ModelSupportError: Names what is missing and the versions that were tested.
     """
-    needed = ("_model_forward", "input_batch", "query_start_loc", "requests", "model", "model_config", "device")
+    needed = ("_model_forward", "input_batch", "query_start_loc", "requests", "model", "model_config", "vllm_config", "device")
     missing = [name for name in needed if not hasattr(runner, name)]
     if not missing:
         missing = [name for name in ("req_ids", "num_computed_tokens_cpu") if not hasattr(runner.input_batch, name)]
         missing += [] if hasattr(runner.query_start_loc, "np") else ["query_start_loc.np"]
     if missing:
         raise ModelSupportError(
-            f"vLLM's {type(runner).__name__} has no {missing[0]}: install a version that was tested ({', '.join(TESTED)})"
+            f"vLLM's {type(runner).__name__} has no {missing[0]}: install a version that was tested ({', '.join(TESTED)}), "
+            "and start it with VLLM_USE_V2_MODEL_RUNNER=0"
         )
-    if getattr(runner, "speculative_config", None) is not None:
+    config = runner.vllm_config
+    if config.speculative_config is not None:
         raise ModelSupportError("affectlens cannot steer what is drafted: start vLLM without speculative decoding")
+    if config.scheduler_config.async_scheduling:
+        raise ModelSupportError("affectlens was not tested with asynchronous scheduling: start vLLM with --no-async-scheduling")
+    if config.parallel_config.pipeline_parallel_size > 1:
+        raise ModelSupportError("affectlens needs every layer in one worker: divide the model by tensor parallelism alone")
+
+
+def replays(config: Any) -> bool:
+    """Whether vLLM replays steps as CUDA graphs, or is told to do as if (``additional_config``), as the tests do on a CPU."""
+    told = (config.additional_config or {}).get(REPLAY)
+    return config.compilation_config.cudagraph_mode.name != "NONE" if told is None else bool(told)
 
 
 @functools.cache
@@ -386,17 +421,22 @@ def worker_class() -> type:
 
     class Worker(Own):
         def load_model(self, *args: Any, **kwargs: Any) -> None:
+            # A graph that was compiled without our taps must not be taken from vLLM's cache.
+            self.vllm_config.additional_config = {**(self.vllm_config.additional_config or {}), NAME: "taps 1"}
             super().load_model(*args, **kwargs)
             self.affectlens = Roster(self.model_runner)
 
-        def affectlens_expect(self, head: str, data: bytes) -> None:
-            self.affectlens.expect(head, data)
+        def affectlens_expect(self, owner: str, head: str, data: bytes) -> None:
+            self.affectlens.expect(owner, head, data)
 
-        def affectlens_take(self) -> tuple[str, bytes]:
-            return self.affectlens.take()
+        def affectlens_take(self, owner: str) -> tuple[str, bytes]:
+            return self.affectlens.take(owner)
 
         def affectlens_forget(self, keys: list[str]) -> None:
             self.affectlens.forget(keys)
+
+        def affectlens_leave(self, owner: str) -> None:
+            self.affectlens.leave(owner)
 
     return Worker
 
