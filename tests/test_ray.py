@@ -33,6 +33,7 @@ from affectlens.discovery import Recipe, discover
 from affectlens.engine import Engine, Gate, Readout, Request, Result, Sampling, Steering, Term, Where, in_order, open_engine
 from affectlens.engines import ray as module
 from affectlens.engines import ray_pool, ray_worker
+from affectlens.engines.asking import Loaded
 from affectlens.engines.ray import AHEAD, LOSSES, RayEngine
 from affectlens.engines.toy import TOPICS, ToyEngine
 from affectlens.errors import AffectlensError, EngineError, MissingExtra
@@ -475,7 +476,7 @@ class Fake:
     def get(self, ref: int) -> bytes:
         if ref <= self.dead:
             raise ray.exceptions.ActorDiedError
-        return module.wire.pack((ray_worker.Loaded(TOY.info, 4, ray_pool.version("affectlens")), None))
+        return module.wire.pack((Loaded(TOY.info, 4, ray_pool.version("affectlens")), None))
 
     def kill(self, actor: int, *, no_restart: bool) -> None:
         self.killed.append(actor)
@@ -520,8 +521,8 @@ def test_workers_with_different_models_are_refused(toys: RayEngine) -> None:
     """A machine of the cluster may have other files, or another processor, for which another dtype is best."""
     own = ray_pool.version("affectlens")
     answers = {
-        "their dtype is float32 and bfloat16": ray_worker.Loaded(replace(TOY.info, dtype="bfloat16"), 256, own),
-        "affectlens 0.0.1": ray_worker.Loaded(TOY.info, 256, "0.0.1"),
+        "their dtype is float32 and bfloat16": Loaded(replace(TOY.info, dtype="bfloat16"), 256, own),
+        "affectlens 0.0.1": Loaded(TOY.info, 256, "0.0.1"),
     }
     member = toys._pool.up()[0]
     for message, loaded in answers.items():

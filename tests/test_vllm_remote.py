@@ -21,8 +21,7 @@ from starlette.middleware import Middleware
 from affectlens.engine import Readout, Request, Result, Sampling, Where, open_engine
 from affectlens.engines import vllm_host, vllm_remote
 from affectlens.engines.toy import ToyEngine
-from affectlens.engines.vllm_calls import PREFIX
-from affectlens.engines.vllm_remote import RemoteEngine
+from affectlens.engines.vllm_remote import PREFIX, RemoteEngine
 from affectlens.errors import AffectlensError, Busy, EngineError, MismatchError, ModelSupportError
 from affectlens.vllm_serve import VARIABLE, Emotions
 from served import toy_vectors

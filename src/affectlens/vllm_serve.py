@@ -31,9 +31,9 @@ from starlette.routing import Route
 
 from affectlens.engine import Layout, Reading, Readout, Result, Where
 from affectlens.engines.decode import nothing
-from affectlens.engines.vllm_calls import PREFIX
 from affectlens.engines.vllm_host import Host, Message, Receive, Send
 from affectlens.engines.vllm_orders import NAME, Findings, Mail, Noted, Order, Seen, selectors
+from affectlens.engines.vllm_remote import PREFIX
 from affectlens.engines.vllm_rows import salt
 from affectlens.errors import AffectlensError, EngineError
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from affectlens.engines import wire
-from affectlens.engines.ray_worker import Loaded
+from affectlens.engines.asking import Loaded
 from affectlens.engines.wire import Failure
 from affectlens.errors import EngineError, MismatchError, MissingExtra
 

@@ -6,36 +6,17 @@ import contextlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from importlib.metadata import version
-from types import GenericAlias, NoneType
+from types import NoneType
 from typing import Any
 
-import numpy as np
-
-from affectlens.engine import Engine, ModelInfo, Request, Result, Session, open_engine
-from affectlens.engines import wire
+from affectlens.engine import Request, Result, Session, open_engine
+from affectlens.engines import asking, wire
+from affectlens.engines.asking import Call, Loaded
 from affectlens.engines.wire import Failure
 from affectlens.errors import AffectlensError
-from affectlens.layout import Layout
 
 CHUNK = 2**24
 """Bytes of results that come back at a time."""
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What there is to know about the engine of a worker.
-
-    Args:
-        info: Of its model.
-        window: Requests that it looks at together.
-        version: Of affectlens there.
-    """
-
-    info: ModelInfo
-    window: int
-    version: str
 
 
 class Worker:
@@ -55,7 +36,7 @@ class Worker:
         def load() -> Loaded:
             name, options = wire.unpack(spec, tuple[str, Any])
             self._engine = open_engine(name, **options)
-            return Loaded(self._engine.info, self._engine.window, version("affectlens"))
+            return Loaded.of(self._engine)
 
         return _answer(load)
 
@@ -133,27 +114,7 @@ class Worker:
             del self._tickets[session], self._refused[session]
 
 
-@dataclass(frozen=True)
-class Call:
-    """A question to the engine of a worker: how it is asked, and the types of what it takes and gives."""
-
-    ask: Callable[[Engine, Any], Any]
-    takes: Any
-    gives: Any
-
-    @property
-    def answer(self) -> Any:
-        """The type of an answer: what it gives, or a failure."""
-        return GenericAlias(tuple, (self.gives | None, Failure | None))
-
-
-CALLS = {
-    "layout": Call(lambda engine, request: engine.layout(request), Request, Layout),
-    "unembed": Call(lambda engine, residuals: engine.unembed(residuals), np.ndarray, np.ndarray),
-    "vocabulary": Call(lambda engine, _: tuple(engine.vocabulary), NoneType, tuple[str, ...]),
-    "texts": Call(lambda engine, name: engine.texts(name), str, Any),
-    "session": Call(lambda engine, _: _kind_of(engine.session()), NoneType, tuple[bool, bool]),
-}
+CALLS = {**asking.CALLS, "session": Call(lambda engine, _: _kind_of(engine.session()), NoneType, tuple[bool, bool])}
 
 
 def _kind_of(session: Session) -> tuple[bool, bool]:

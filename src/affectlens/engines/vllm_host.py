@@ -1,4 +1,4 @@
-"""The model of a ``vllm serve`` for callers elsewhere: :class:`Host` answers what :mod:`affectlens.engines.vllm_calls` lists.
+"""The model of a ``vllm serve`` for callers elsewhere: :class:`Host` answers :mod:`affectlens.engines.vllm_remote`.
 
 What is sent is data, read by the types of what is asked for and checked by the engine before any of it reaches a worker.
 Directions to steer along and to read are such data, too; nothing that is sent can run anything.
@@ -20,8 +20,8 @@ from typing import Any
 
 from affectlens.engine import Engine, ModelInfo, Request
 from affectlens.engines import wire
+from affectlens.engines.asking import CALLS
 from affectlens.engines.vllm import VLLMEngine
-from affectlens.engines.vllm_calls import CALLS
 from affectlens.engines.vllm_checkpoint import tokenizer_of
 from affectlens.engines.wire import Failure
 from affectlens.errors import AffectlensError, EngineError, ModelSupportError

@@ -2,6 +2,12 @@
 
 The server runs our worker and our middleware (``docs/scale.md``); requests go there as data, windows of them at a time, and
 results come back as they are made. What a request does there is what it does with vLLM in process.
+
+    POST /v1/affectlens/run         takes requests; gives each result as soon as it is there
+    POST /v1/affectlens/WHAT        one of :data:`affectlens.engines.asking.CALLS`; gives one answer
+
+Answers come in a row, each with its length before it in 8 bytes, little-endian. A length of 0 is the end; without it something is
+missing.
 """
 
 from __future__ import annotations
@@ -18,12 +24,15 @@ import numpy as np
 
 from affectlens.engine import Engine, Request, Result, batched, check_request
 from affectlens.engines import wire
-from affectlens.engines.vllm_calls import CALLS, PREFIX, pair
+from affectlens.engines.asking import CALLS, answer
 from affectlens.errors import Busy, EngineError, MismatchError
 from affectlens.layout import Layout
 
 if TYPE_CHECKING:
     import httpx
+
+PREFIX = "/v1/affectlens/"
+"""Of the paths that :mod:`affectlens.vllm_serve` answers for this engine."""
 
 TOGETHER = 256
 """Residuals that are sent to be unembedded at a time."""
@@ -99,8 +108,8 @@ class RemoteEngine(Engine):
     # ── over HTTP ──
 
     def _asked(self, what: str, value: Any) -> Any:
-        (answer,) = self._answers(what, wire.pack(value), CALLS[what].gives)
-        return answer
+        (found,) = self._answers(what, wire.pack(value), CALLS[what].gives)
+        return found
 
     def _answers(self, what: str, question: bytes, kind: Any) -> Generator[Any, None, None]:
         """What the server answers, as it comes.
@@ -119,7 +128,7 @@ class RemoteEngine(Engine):
                 for part in _parts(response.iter_bytes()):
                     if not part:
                         return
-                    value, failure = wire.unpack(part, pair(kind))
+                    value, failure = wire.unpack(part, answer(kind))
                     if failure is not None:
                         raise failure.error
                     yield value

@@ -1,10 +1,7 @@
-"""What a ``vllm serve`` is asked by :mod:`affectlens.engines.vllm_remote`, and answers by :mod:`affectlens.engines.vllm_host`.
+"""What an engine in another process is asked, beside running requests: by :mod:`affectlens.engines.ray` of its workers, and by
+:mod:`affectlens.engines.vllm_remote` of a ``vllm serve``.
 
-    POST /v1/affectlens/run         takes requests; gives each result as soon as it is there
-    POST /v1/affectlens/WHAT        one of :data:`CALLS`; gives one value
-
-What goes there and back is data of :mod:`affectlens.engines.wire`. An answer is a row of parts, each with its length before it in
-8 bytes, little-endian: pairs of a value and a failure. A part of length 0 is the end; without it something is missing.
+Questions and answers are data of :mod:`affectlens.engines.wire`; an answer is a value and a failure, one of which is None.
 """
 
 from __future__ import annotations
@@ -21,20 +18,24 @@ from affectlens.engine import Engine, ModelInfo, Request
 from affectlens.engines.wire import Failure
 from affectlens.layout import Layout
 
-PREFIX = "/v1/affectlens/"
-
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a server has.
+    """What there is to know about an engine in another process.
 
     Args:
         info: Of its model.
+        window: Requests that it looks at together.
         version: Of affectlens there.
     """
 
     info: ModelInfo
+    window: int
     version: str
+
+    @classmethod
+    def of(cls, engine: Engine) -> Loaded:
+        return cls(engine.info, engine.window, version("affectlens"))
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,21 @@ class Call:
     takes: Any
     gives: Any
 
+    @property
+    def answer(self) -> Any:
+        """The type of an answer."""
+        return answer(self.gives)
+
+
+def answer(kind: Any) -> Any:
+    """The type of an answer that is of a kind, or a failure."""
+    return GenericAlias(tuple, (kind | None, Failure | None))
+
 
 CALLS = {
-    "loaded": Call(lambda engine, _: Loaded(engine.info, version("affectlens")), NoneType, Loaded),
+    "loaded": Call(lambda engine, _: Loaded.of(engine), NoneType, Loaded),
     "layout": Call(lambda engine, request: engine.layout(request), Request, Layout),
     "unembed": Call(lambda engine, residuals: engine.unembed(residuals), np.ndarray, np.ndarray),
     "vocabulary": Call(lambda engine, _: tuple(engine.vocabulary), NoneType, tuple[str, ...]),
+    "texts": Call(lambda engine, name: engine.texts(name), str, Any),
 }
-
-
-def pair(kind: Any) -> Any:
-    """The type of a part of an answer."""
-    return GenericAlias(tuple, (kind | None, Failure | None))
