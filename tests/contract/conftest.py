@@ -142,7 +142,6 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             yield Subject(name, engine, 1e-5)
         return
     if name == "vllm serve":
-        import families
         import served_vllm
 
         folder = tmp_path_factory.mktemp("served")
