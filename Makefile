@@ -17,7 +17,7 @@ check: $(VENV)/.ready
 	$(BIN)/ruff check src tests bench docs corpus
 	$(BIN)/mypy
 
-# Speed beside the peers, which get environments of their own on first use; writes docs/benchmarks.md. Within an hour, on a machine that does
+# Speed beside the peers, which get environments of their own on first use; writes docs/benchmarks.md. Planned for an hour, on a machine that does
 # nothing else. Without vLLM the others are measured all the same.
 bench: $(VENV)/.ready $(VENV)/.peers
 	-$(MAKE) $(VENV)-vllm/.ready

@@ -1,6 +1,6 @@
 """Every benchmark of speed, one after the other, beside its peers: ``make bench``, or ``python bench``.
 
-    python bench                        within an hour on a machine of two cores that does nothing else
+    python bench                        planned for an hour on a machine of two cores that does nothing else
     python bench --prepare              fetches the model and makes the peers' environments: then the hour begins
     python bench --only serving store   some of them; the results of the others stay
     python bench --short                tiny models, a few minutes: does everything still work? (``make bench-short``)

@@ -121,8 +121,8 @@ class HFEngine(Engine):
             dtype: ``auto`` takes the checkpoint's own on an accelerator; on CPU bfloat16 where the processor multiplies it
                 natively (AMX, AVX512-BF16), else float32.
             token_budget: Tokens in one forward pass when reading.
-            compile: Run blocks through ``torch.compile`` when reading: a third faster on a CPU, after some ten seconds at the
-                start. It needs a C++ compiler there, and rounds otherwise than without.
+            compile: Run blocks through ``torch.compile`` when reading: faster, after some seconds at the start
+                (``docs/benchmarks.md``). It needs a C++ compiler there, and rounds otherwise than without.
 
         Raises:
             ModelSupportError: Not a decoder-only model, a self-check failed, or the blocks cannot be compiled.
