@@ -87,6 +87,7 @@ def test_what_was_measured_is_right(made: tuple[Path, str]) -> None:
     out, _ = made
     read = {name: json.loads((out / f"{name}.json").read_text()) for name in ("extraction", "generation", "monitoring", "gpu")}
     reading = read["extraction"]
+    assert not [verdict["error"] for verdict in reading["exact"].values() if "error" in verdict]
     assert all(verdict["right"] and verdict["error_float32"] < 1e-4 for verdict in reading["exact"].values())
     assert all(run["right"] for entry in reading["rounds"] for run in entry["runs"])
     ways = read["generation"]["ways"]

@@ -30,7 +30,7 @@ PICTURES = PAGE.parent / "images" / "dashboard"
 try:
     from fastapi import FastAPI
     from fastapi.testclient import TestClient
-    from playwright.sync_api import Browser, Locator, Page, Response, expect, sync_playwright
+    from playwright.sync_api import Browser, Locator, Page, Response, Route, expect, sync_playwright
 
     from affectlens.server import dashboard
     from dashboard_fake import HOSTILE, Fake, Running
@@ -868,6 +868,40 @@ def test_inbox(window: Open, size: tuple[int, int]) -> None:
     assert fake.rules[0]["muted_until"]
     cards.first.get_by_role("link", name="Open at the token").click()
     expect(page.locator(".opened .words .at")).to_be_visible()
+
+
+@pytest.mark.parametrize(
+    ("at", "asked", "filters", "shown"),
+    [
+        ("alerts", "**/v1/alerts?*", (("State", ""), ("Rule of the alerts", "cornered")), ".card"),
+        ("history", "**/v1/traces?*", (("Emotion", "afraid"), ("Alert", "cornered")), ".results li"),
+    ],
+)
+def test_only_the_last_question_is_answered(
+    window: Open, at: str, asked: str, filters: tuple[tuple[str, str], ...], shown: str
+) -> None:
+    """Two filters are set one after the other, and the first answer comes last."""
+    page = window().go(f"#/{at}")
+    rows = page.locator(shown)
+    expect(rows.first).to_be_visible()
+    held: list[Route] = []
+    page.route(asked, lambda route: held.append(route))
+    for n, (label, value) in enumerate(filters):
+        page.get_by_label(label, exact=True).select_option(value)
+        for _ in range(500):
+            if len(held) > n:
+                break
+            page.wait_for_timeout(10)
+    first, last = held
+    with page.expect_response(last.request.url) as answer:
+        last.continue_()
+    wanted = len(answer.value.json()["data"])
+    expect(rows).to_have_count(wanted)
+    with page.expect_response(first.request.url) as answer:
+        first.continue_()
+    assert len(answer.value.json()["data"]) != wanted
+    page.wait_for_timeout(100)
+    expect(rows).to_have_count(wanted)
 
 
 def test_alerts_come_in_wherever_one_is(window: Open) -> None:

@@ -124,7 +124,8 @@ def _touch_weights() -> None:
     # Weights are mapped from the file and become resident when first used: without this, a subject that loads lazily
     # would be charged for its weights, and one that never reaches the last blocks would not.
     for thing in gc.get_objects():
-        if isinstance(thing, torch.nn.Parameter) and thing.device.type == "cpu":
+        # Not isinstance, which would ask what a weak reference stands for: compilers leave some behind whose objects are gone.
+        if issubclass(type(thing), torch.nn.Parameter) and thing.device.type == "cpu":
             thing.detach().sum()
 
 

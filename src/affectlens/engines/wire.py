@@ -185,9 +185,12 @@ def array_key(array: np.ndarray) -> str:
 
 
 def _same(value: Any, default: Any) -> bool:
-    """Whether a field need not be written: 1 and 1.0 and True are not the same."""
+    """Whether a field need not be written: 1, 1.0 and True are not the same, nor are 0.0 and -0.0."""
     return value is default or (
-        isinstance(value, str | int | float | tuple) and type(value) is type(default) and value == default
+        isinstance(value, str | int | float | tuple)
+        and type(value) is type(default)
+        and value == default
+        and repr(value) == repr(default)
     )
 
 

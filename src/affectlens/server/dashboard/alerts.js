@@ -77,12 +77,14 @@ function inboxIn(host) {
     make("div", { class: "centre" }, more),
   );
 
-  let next = null;
+  let next = null,
+    wanted = 0;
   async function load(anew = true) {
+    const turn = ++wanted; // answers may come in another order than they were asked for: only the last one counts
     const ask = () => get(query("/v1/alerts", { state: state.value, rule: rule.value, limit: PAGE, after: anew ? null : next }));
     if (!anew) {
       const page = await ask().catch((error) => toast(error.message, { kind: "bad" }));
-      if (page) {
+      if (page && turn === wanted) {
         list.append(...page.data.map(card));
         next = page.next;
         more.hidden = !next;
@@ -92,6 +94,7 @@ function inboxIn(host) {
     fresh.replaceChildren();
     await filled(place, async () => {
       const page = await ask();
+      if (turn !== wanted) throw Object.assign(new Error(), { name: "AbortError" });
       next = page.next;
       more.hidden = !next;
       if (!page.data.length) return nothing();

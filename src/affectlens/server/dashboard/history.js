@@ -179,11 +179,13 @@ function searching(host) {
     more.disabled = true;
     try {
       const page = await get(query("/v1/traces", { ...values(), limit: PAGE, after: next }));
-      const rows = page.data.map(row);
-      results.append(...rows);
-      rows[0]?.querySelector("a").focus();
-      next = page.next;
-      more.hidden = !next;
+      if (turn === wanted) {
+        const rows = page.data.map(row);
+        results.append(...rows);
+        rows[0]?.querySelector("a").focus();
+        next = page.next;
+        more.hidden = !next;
+      }
     } catch (error) {
       toast(error.message, { kind: "bad" });
     }
