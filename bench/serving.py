@@ -6,7 +6,8 @@
 Callers ask over HTTP, each for one reply after the other, streaming; all ways get the same prompts, seeds and lengths. Measured
 are generated tokens per second over all callers, from the first request to the last token, and the time to the first token.
 
-* **a loop**: one request at a time through ``Engine.stream`` in this process, without HTTP: what somebody writes first.
+* **a loop**: one request at a time through ``Engine.stream`` in this process, without HTTP: what somebody writes first. It has a
+  thread of its own, the only one here that computes, since that is how it is fastest.
 * **transformers serve**, where it runs, in its default settings and with continuous batching, in a process of its own.
 * **affectlens serve** in a process of its own. It always reads 171 emotions of every token, watches rules, and keeps every
   reply; the rows differ in what callers ask for besides: nothing, readings of all emotions with every token, their own steering.
@@ -32,6 +33,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,6 +49,7 @@ from affectlens.discovery import Recipe, discover
 from affectlens.engine import Request, Result, Sampling, Where
 from affectlens.engines.hf import HFEngine
 from affectlens.server.service import model_name
+from affectlens.sharing import in_a_thread
 from affectlens.traces import Probe
 from affectlens.vectors import ConceptVectors
 from host import MODEL, RESULTS, begun, keep, peak, say, threads, tiny_model
@@ -158,20 +161,19 @@ def over_http(url: str, model: str, tokens: int, extra: Callable[[Asked], dict[s
 
 
 def in_a_loop(engine: HFEngine, tokens: int) -> Callable[[Asked], Reply]:
-    """Answer one request after the other in this process."""
-    lock = threading.Lock()
+    """Answer one request after the other in this process, in one thread: more of them that compute would be slower."""
+    thread = ThreadPoolExecutor(1)
 
-    def ask(each: Asked) -> Reply:
-        start, first, pieces = time.perf_counter(), None, 0
-        with lock:
-            sampling = Sampling(max_tokens=tokens, temperature=0.0, seed=each.seed)
-            for result in engine.stream(Request((("user", each.prompt),), sampling=sampling)):
-                if not result.done and result.text:
-                    first = time.perf_counter() - start if first is None else first
-                    pieces += 1
+    def answered(each: Asked, start: float) -> Reply:
+        first, pieces = None, 0
+        sampling = Sampling(max_tokens=tokens, temperature=0.0, seed=each.seed)
+        for result in engine.stream(Request((("user", each.prompt),), sampling=sampling)):
+            if not result.done and result.text:
+                first = time.perf_counter() - start if first is None else first
+                pieces += 1
         return Reply(first or 0.0, pieces)
 
-    return ask
+    return lambda each: thread.submit(answered, each, time.perf_counter()).result()
 
 
 # ── servers ──
@@ -270,8 +272,12 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
 def _measured(args: argparse.Namespace) -> dict[str, Any]:
     model = str(tiny_model()) if args.short else MODEL
     dtype = "float32" if args.short else "auto"
-    engine = HFEngine.load(model, dtype=dtype)
-    vectors, baseline = made_up(engine) if args.short else fitted(engine)
+
+    def opened() -> tuple[HFEngine, ConceptVectors, Baseline]:
+        engine = HFEngine.load(model, dtype=dtype)
+        return (engine, *(made_up(engine) if args.short else fitted(engine)))
+
+    engine, vectors, baseline = in_a_thread(opened)  # since the loop runs in another one
     tokens, config = args.tokens, engine.model.config
     result: dict[str, Any] = {
         **begun("serving"),

@@ -21,7 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, InvalidStateError
+from concurrent.futures import CancelledError, Future, InvalidStateError, ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -36,6 +36,22 @@ AHEAD = 4
 """Requests of one call that are with the model at a time: a long list must not crowd out the replies of others."""
 
 Answer = TypeVar("Answer")
+
+
+def in_a_thread(work: Callable[[], Answer]) -> Answer:
+    """Do something in a thread that ends with it: load the model of a :class:`SharedEngine`, say, whose worker will run it.
+
+    torch multiplies with OpenMP, which gives each thread that computes helpers of its own for as long as that thread lives. Once
+    there are more of them than cores they sleep between two operations, and waking them takes longer than a small model does: a
+    server whose main thread had loaded the model gave tokens a third more slowly.
+
+    Example:
+        >>> from affectlens import open_engine
+        >>> shared = SharedEngine(in_a_thread(lambda: open_engine("toy")), live=2, queue=2, deadline=60)
+        >>> shared.close()
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="affectlens loading") as thread:
+        return thread.submit(work).result()
 
 
 class Cancelled(Exception):

@@ -12,6 +12,8 @@ import click
 from affectlens.cli.options import FILE, find_baseline, open_model, shared, vectors_and_engine
 
 if TYPE_CHECKING:
+    from affectlens.baseline import Baseline
+    from affectlens.engine import Engine
     from affectlens.vectors import ConceptVectors
 
 
@@ -69,7 +71,7 @@ def serve(vectors: str, rules: str | None, api_keys: Path | None, backend: str, 
         from affectlens.server.settings import Settings
         from affectlens.server.store import Store
         from affectlens.server.telemetry import Telemetry
-        from affectlens.sharing import SharedEngine
+        from affectlens.sharing import SharedEngine, in_a_thread
     except ModuleNotFoundError as error:
         raise MissingExtra(error.name or "fastapi", "serve") from None
     _log_to_stderr()
@@ -89,10 +91,18 @@ def serve(vectors: str, rules: str | None, api_keys: Path | None, backend: str, 
         max_age=timedelta(days=days) if days else None,
         max_bytes=round(gigabytes * 1e9) if gigabytes else None,
     )
-    loaded, engine = vectors_and_engine(vectors, backend=backend, **options)
-    if options["calibration"]:
-        loaded = _calibrated(loaded, vectors, options["calibration"])
-    monitor = Monitor(loaded, find_baseline(vectors, loaded, engine, options["baseline"]), rules=policies)
+    context = click.get_current_context()
+
+    def opened() -> tuple[ConceptVectors, Engine, Baseline]:
+        with context.scope(cleanup=False):  # which a thread has to be told
+            loaded, engine = vectors_and_engine(vectors, backend=backend, **options)
+            if options["calibration"]:
+                loaded = _calibrated(loaded, vectors, options["calibration"])
+            return loaded, engine, find_baseline(vectors, loaded, engine, options["baseline"])
+
+    # vLLM computes in processes of its own.
+    loaded, engine, baseline = opened() if backend == "vllm" else in_a_thread(opened)
+    monitor = Monitor(loaded, baseline, rules=policies)
     shared_engine = SharedEngine(engine, live=settings.concurrency, queue=settings.queue, deadline=settings.time_limit)
     names = [each.rule.name for each in policies] + [each.name for each in store.rules()]
     watched = settings.watched or Service.shown(loaded)

@@ -36,7 +36,7 @@ from affectlens.inspecting.arguments import Arguments
 from affectlens.inspecting.asking import DEFAULT_TOKENS, Asked, asked
 from affectlens.inspecting.instrument import Instrument
 from affectlens.runs import content_id
-from affectlens.sharing import Place, SharedEngine
+from affectlens.sharing import Place, SharedEngine, in_a_thread
 
 LIVE = 32
 """Replies that are generated at once; more wait for their turn."""
@@ -54,7 +54,8 @@ class Shared:
         if name == "toy" and loading:
             raise EngineError(f"the toy has no {loading[0][0]}: leave it out")
         # Inspect limits how much is asked for at once, and how long a sample may take: nobody is sent away here.
-        self.engine = SharedEngine(open_engine(name, **dict(loading)), live=LIVE, queue=1_000_000, deadline=7 * _DAY)
+        engine = in_a_thread(lambda: open_engine(name, **dict(loading)))
+        self.engine = SharedEngine(engine, live=LIVE, queue=1_000_000, deadline=7 * _DAY)
         weakref.finalize(self, self.engine.close)
 
 
