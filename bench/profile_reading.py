@@ -6,12 +6,14 @@
 The operators are timed by torch's profiler, which also counts what matrix products compute; a product is told by the shape of its
 weights. What Python does besides is timed apart: making tokens and layouts of the texts, and what the hook at the layer does.
 Shares are of the time of the profiled run, so that they add up to one; how fast the same run is without the profiler stands
-beside. Both ways of reading are profiled, with and without compiled blocks. Writes ``bench/results/profile_reading.json``.
+beside. What all tensors take at once is measured in a run of its own: memory beyond it is the allocator's and Python's. Both ways of
+reading are profiled, with and without compiled blocks. Writes ``bench/results/profile_reading.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -100,6 +102,8 @@ def _profiled(engine: HFEngine, texts: Sequence[str], shapes: Shapes, *, times: 
     plain = [_seconds(read) for _ in range(times)]
     with _timed_hooks() as hooks, profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True) as profiled:
         total = _seconds(read)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as remembered:
+        read()
     layouts = min(_seconds(lambda: engine.layouts.of_all([Request(text) for text in texts])) for _ in range(3))
     parts, flops = _parts(profiled.key_averages(group_by_input_shape=True), shapes)
     # The recording that the hook does is made of operators, too: they are its own, not the model's.
@@ -111,6 +115,7 @@ def _profiled(engine: HFEngine, texts: Sequence[str], shapes: Shapes, *, times: 
     spent = sum(event.self_cpu_time_total for event in events)
     return {
         "seconds": total,
+        "tensors_mb": _most_at_once(remembered) / 1e6,
         "without the profiler": plain,
         "multiplying_tflops": flops / multiplied / 1e12 if multiplied else 0.0,
         "parts": {key: [PARTS[key], parts[key] / total] for key in PARTS},
@@ -134,6 +139,12 @@ def _parts(events: Any, shapes: Shapes) -> tuple[dict[str, float], float]:
             part = "elementwise"
         parts[part] += event.self_cpu_time_total / 1e6
     return parts, flops
+
+
+def _most_at_once(profiled: profile) -> int:
+    """Bytes that tensors made in this run had at most at the same time."""
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 def _named(key: str) -> str:

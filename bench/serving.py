@@ -273,11 +273,11 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
     model = str(tiny_model()) if args.short else MODEL
     dtype = "float32" if args.short else "auto"
 
-    def opened() -> tuple[HFEngine, ConceptVectors, Baseline]:
+    def opened() -> tuple[HFEngine, ConceptVectors, Baseline, bool]:
         engine = HFEngine.load(model, dtype=dtype)
-        return (engine, *(made_up(engine) if args.short else fitted(engine)))
+        return engine, *(made_up(engine) if args.short else fitted(engine)), engine.session().exact
 
-    engine, vectors, baseline = in_a_thread(opened)  # since the loop runs in another one
+    engine, vectors, baseline, exact = in_a_thread(opened)  # the loop, too, has a thread of its own
     tokens, config = args.tokens, engine.model.config
     result: dict[str, Any] = {
         **begun("serving"),
@@ -288,7 +288,7 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
         "tokens": tokens,
         "emotions": len(vectors),
         "peak_tflops": peak(args.threads, width=config.hidden_size, hidden=config.intermediate_size, short=args.short),
-        "exact": engine.session().exact,
+        "exact": exact,
         "ways": {},
         "passes": {},
     }

@@ -251,7 +251,8 @@ def profile_reading(result: Result) -> str:
         fast, share = found["tokens a second"], found["multiplying_tflops"] / result["peak_tflops"]
         lines.append(
             f"{PROFILED[way].capitalize()}: under the profiler {found['seconds']:.2f} s, without it {fast:,.0f} tokens/s, "
-            f"{fast / result['bound']:.0%} of the bound; matrix products run at {share:.0%} of the peak."
+            f"{fast / result['bound']:.0%} of the bound; matrix products run at {share:.0%} of the peak; "
+            f"tensors take {found['tensors_mb']:,.0f} MB at most."
         )
     lines += ["", *table(heads, parts)]
     for way, found in ways.items():

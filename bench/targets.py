@@ -70,7 +70,10 @@ class Target:
         return {"≥": found.value >= self.limit, "≤": found.value <= self.limit, "<": found.value < self.limit}[self.sign]
 
     def said(self, value: float) -> str:
-        return f"{100 * value:.3g} %" if self.unit == "%" else f"{value:.3g} ×"
+        factor, unit = (100, "%") if self.unit == "%" else (1, "×")
+        # As many digits as tell it from the limit: 59.96 is not 60.
+        digits = next((n for n in range(3, 9) if f"{factor * value:.{n}g}" != f"{factor * self.limit:.{n}g}"), 3)
+        return f"{factor * value:.{digits}g} {unit}"
 
 
 # ── what was measured ──
@@ -163,7 +166,11 @@ def _why_reading(results: Results, _: Found) -> str:
 def _why_memory(results: Results, _: Found) -> str:
     reading = Reading.of(results["extraction"])
     ours, loop = (reading.memory[str(key), "one"] for key in (reading.ours, reading.loop))
-    return f"{ours:,.0f} MB against {loop:,.0f} MB above the model"
+    said = f"{ours:,.0f} MB against {loop:,.0f} MB above the model"
+    if (profile := results.get("profile_reading")) is None:
+        return said
+    tensors = max(profile["ways"].values(), key=lambda way: way["tokens a second"])["tensors_mb"]
+    return f"{said}; tensors take {tensors:,.0f} MB of it at most, the rest is the allocator's and Python's"
 
 
 def _why_generation(results: Results, _: Found) -> str:
@@ -189,7 +196,8 @@ def _why_serving(results: Results, _: Found) -> str:
     rates = {
         way: serving_rate(results["serving"], way, SERVING_CALLERS) or 0.0 for way in ("affectlens", "steered", "everything")
     }
-    return ", ".join(f"{way} {rate:.0f} tokens/s" for way, rate in rates.items())
+    said = ", ".join(f"{way} {rate:.0f} tokens/s" for way, rate in rates.items())
+    return f"{said}: the words of a steered reply are read once more by the untouched model, each reply alone"
 
 
 def _why_gpu(why: Callable[[Any], str]) -> Callable[[Results, Found], str]:
