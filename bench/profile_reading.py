@@ -6,8 +6,8 @@
 The operators are timed by torch's profiler, which also counts what matrix products compute; a product is told by the shape of its
 weights. What Python does besides is timed apart: making tokens and layouts of the texts, and what the hook at the layer does.
 Shares are of the time of the profiled run, so that they add up to one; how fast the same run is without the profiler stands
-beside. What all tensors take at once is measured in a run of its own: memory beyond it is the allocator's and Python's. Both ways of
-reading are profiled, with and without compiled blocks. Writes ``bench/results/profile_reading.json``.
+beside. What all tensors take at once is measured in a run of its own: memory beyond it is the allocator's and Python's. Both ways
+of reading are profiled, with and without compiled blocks. Writes ``bench/results/profile_reading.json``.
 """
 
 from __future__ import annotations
