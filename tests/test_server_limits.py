@@ -32,7 +32,7 @@ from affectlens.server.keys import Key, Keyring, digest, new_key, read_keys
 from affectlens.server.outlet import listen
 from affectlens.server.settings import Settings
 from affectlens.server.store import Status
-from affectlens.sharing import Cancelled, ModelFailed, SharedEngine, TimedOut
+from affectlens.sharing import Cancelled, ModelFailed, SharedEngine, TimedOut, in_a_thread
 from served import HI, Running, Slow, serving, toy_vectors
 
 LONG = {"model": "toy", "messages": HI, "max_tokens": 400, "seed": 3}
@@ -681,6 +681,38 @@ def test_a_shared_engine_is_an_engine() -> None:
     assert shared.depth == (0, 0)
     shared.close()
     assert not shared.alive
+
+
+COUNT_THREADS = """
+import os, threading, time, torch
+from affectlens.sharing import in_a_thread
+
+def compute():
+    torch.ones(512, 512) @ torch.ones(512, 512)
+    torch.ones(2**20).exp_()
+    return threading.current_thread()
+
+count = lambda: len(os.listdir("/proc/self/task"))
+before = count()
+there = in_a_thread(compute)
+end = time.monotonic() + 30
+while (between := count()) > before and time.monotonic() < end:
+    time.sleep(0.01)
+compute()
+print(before, between, count(), there.is_alive())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts the threads of Linux")
+def test_what_loads_a_model_leaves_no_helpers_behind() -> None:
+    """Threads of OpenMP that stay would slow the one that generates."""
+    pytest.importorskip("torch")
+    environ = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", COUNT_THREADS], capture_output=True, text=True, env=environ, check=True)
+    before, between, after, alive = done.stdout.split()
+    assert before == between and int(after) > int(before) and alive == "False"
+    with pytest.raises(EngineError, match="no such model"):
+        in_a_thread(lambda: (_ for _ in ()).throw(EngineError("no such model")))
 
 
 def test_places_are_taken_in_order() -> None:
