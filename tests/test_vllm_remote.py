@@ -123,7 +123,8 @@ def test_it_is_the_engine_of_the_server(engine: RemoteEngine, guests: Guests) ->
                 np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
     assert engine.layout(mixed()[1]) == toy.layout(mixed()[1])
     x = np.random.default_rng(0).normal(size=(300, toy.info.width)).astype(np.float32)
-    np.testing.assert_array_equal(engine.unembed(x), toy.unembed(x))
+    # Asked in parts, whose sizes decide how a product is rounded.
+    np.testing.assert_allclose(engine.unembed(x), toy.unembed(x), rtol=1e-5, atol=1e-4)
     assert engine.unembed(x[:0]).shape == (0, len(toy.vocabulary))
     assert guests.came == guests.left, "nothing of a caller stays"
 

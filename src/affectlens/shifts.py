@@ -128,8 +128,8 @@ class Start:
 
     def __post_init__(self) -> None:
         check_prompts(len(self.residuals))
-        if (self._spread <= 1e-9).any():
-            name = self.vectors.names[int(self._spread.argmin())]
+        if len(same := np.flatnonzero(self._spread <= 1e-9)):
+            name = self.vectors.names[int(same[0])]
             raise FormatError(f"the prompts all read the same for {name!r}: give prompts that differ")
 
     def shift(self, residuals: np.ndarray, *, since: np.ndarray | None = None) -> Shift:

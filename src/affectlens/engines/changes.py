@@ -39,9 +39,15 @@ def by_rows(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """``x @ matrix``, where each row of ``x`` gets the same bits whatever other rows there are.
 
     A product of two matrices is divided according to their sizes, and its sums are rounded accordingly. What is done to a token
-    and read of it should not depend on who else is served.
+    and read of it should not depend on who else is served. On a CPU it may also depend on where in memory a row and its result
+    begin (with torch's MKL on AMD's), so each row is copied and multiplied alone.
     """
-    return torch.bmm(x[:, None], matrix.expand(len(x), *matrix.shape))[:, 0]
+    if x.device.type != "cpu":
+        return torch.bmm(x[:, None], matrix.expand(len(x), *matrix.shape))[:, 0]
+    product = x.new_empty(len(x), matrix.shape[1])
+    for i, row in enumerate(x):
+        product[i] = row.clone() @ matrix
+    return product
 
 
 class Sensor:

@@ -267,6 +267,13 @@ class HFEngine(Engine):
             handle.remove()
 
     @cached_property
+    def indifferent(self) -> bool:
+        """Whether a row's matrix products have the same bits whatever rows it is run with."""
+        from affectlens.engines.batching import indifferent
+
+        return indifferent(self)
+
+    @cached_property
     def vocabulary(self) -> Sequence[str]:
         size = self.model.get_output_embeddings().weight.shape[0]
         return words_of(self.tokenizer, size)
