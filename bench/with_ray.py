@@ -9,7 +9,8 @@
 * **Memory.** Peaks of the head and of two workers while they read corpora of three sizes, each four times the one before, from a
   parquet file: every token's residual at every layer of the toy, which is far more than anyone asks for. Then growth for each
   further thousand texts. Of the head also the memory of its own, without the pages of Ray's object store that it has seen (Ray
-  maps the whole store into each process, and each page that was ever touched counts). Peaks of score-corpus beside it.
+  maps the whole store into each process, and each page that was ever touched counts). Peaks of score-corpus beside it. What is
+  under way fills memory first, so growth falls from one size to the next; where it does not, something is kept of each text.
 * **A hundred workers.** Bytes of each item on the wire are counted, its seconds in the head and in a worker measured, and a
   program multiplies them. For a larger model the bytes are counted on results of its shape and a worker's seconds computed from
   its operations; the card's peak and the share of it that is reached are named.
@@ -268,11 +269,11 @@ def corpus(folder: Path, n: int, *, short: bool) -> str:
     return str(file)
 
 
-def growth(rows: list[dict[str, Any]], key: str) -> tuple[float, ...]:
-    """MB for each further thousand texts: least and most of what each larger corpus shows beside the next smaller one."""
+def growth(rows: list[dict[str, Any]], key: str) -> str:
+    """MB for each further thousand texts: what each larger corpus shows beside the next smaller one."""
     pairs = itertools.pairwise(rows)
     found = [1000 * (more[key] - less[key]) / (more["texts"] - less["texts"]) for less, more in pairs]
-    return (min(found), max(found)) if len(found) > 1 else tuple(found)
+    return ", then ".join(f"{each:+.2f}" for each in found)
 
 
 def cluster(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -332,9 +333,9 @@ def measure(short: bool = False) -> dict[str, Any]:
             say(f"round {number + 1}, {key}: {result['speed'][key][-1]}")
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        for name, job, many in (("memory", {}, counts), ("scored", {"model": "toy", "rows": 200}, counts[:2])):
-            files = [corpus(place, count, short=True) for count in many]
-            found = [{"texts": count, **part(name, 2, file=file, **job)} for count, file in zip(many, files, strict=True)]
+        for name, job in (("memory", {}), ("scored", {"model": "toy", "rows": 200})):
+            files = [corpus(place, count, short=True) for count in counts]
+            found = [{"texts": count, **part(name, 2, file=file, **job)} for count, file in zip(counts, files, strict=True)]
             result["memory" if name == "memory" else "scoring"] = found
             say(f"{name}: {found}")
         result["scored"] = []
@@ -364,14 +365,13 @@ def tables(result: dict[str, Any]) -> str:
         "score-corpus. The head's own is without the pages of Ray's object store.",
         "",
     ]
-    scored = {row["texts"]: f"{row['peak_mb']:,.0f}" for row in result["scoring"]}
     peaks = ("own_mb", "peak_mb", "worker_mb")
     rows = [
-        [f"{row['texts']:,}", f"{row['came'] / 1e9:.2f}", *(f"{row[key]:,.0f}" for key in peaks), scored.get(row["texts"], "–")]
-        for row in result["memory"]
+        [f"{row['texts']:,}", f"{row['came'] / 1e9:.2f}", *(f"{row[key]:,.0f}" for key in peaks), f"{scored['peak_mb']:,.0f}"]
+        for row, scored in zip(result["memory"], result["scoring"], strict=True)
     ]
-    grown = [" to ".join(f"{each:+.2f}" for each in growth(result["memory"], key)) for key in peaks]
-    rows.append(["MB for each further 1,000", "", *grown, f"{growth(result['scoring'], 'peak_mb')[0]:+.2f}"])
+    grown = [growth(result["memory"], key) for key in peaks]
+    rows.append(["MB for each further 1,000", "", *grown, growth(result["scoring"], "peak_mb")])
     lines += table(["texts", "GB that came", "head's own, MB", "head, MB", "a worker, MB", "head at score-corpus, MB"], rows)
     card = result["card"]
     lines += [
