@@ -198,7 +198,7 @@ def _why_serving(results: Results, _: Found) -> str:
         way: serving_rate(results["serving"], way, SERVING_CALLERS) or 0.0 for way in ("affectlens", "steered", "everything")
     }
     said = ", ".join(f"{way} {rate:.0f} tokens/s" for way, rate in rates.items())
-    return f"{said}: the words of a steered reply are read once more by the untouched model, each reply alone"
+    return f"{said}: the words of a steered reply are read once more by the untouched model"
 
 
 def _why_gpu(why: Callable[[Any], str]) -> Callable[[Results, Found], str]:

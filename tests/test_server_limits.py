@@ -712,8 +712,27 @@ def test_what_loads_a_model_leaves_no_helpers_behind() -> None:
     done = subprocess.run([sys.executable, "-c", COUNT_THREADS], capture_output=True, text=True, env=environ, check=True)
     before, between, after, alive = done.stdout.split()
     assert before == between and int(after) > int(before) and alive == "False"
+
+
+def test_errors_and_ctrl_c_while_a_model_is_loaded() -> None:
+    def broken() -> None:
+        raise EngineError("no such model")
+
     with pytest.raises(EngineError, match="no such model"):
-        in_a_thread(lambda: (_ for _ in ()).throw(EngineError("no such model")))
+        in_a_thread(broken)
+    ended = threading.Event()
+
+    def long() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)  # the main thread has it
+            while True:
+                time.sleep(0.01)
+        finally:
+            ended.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        in_a_thread(long)
+    assert ended.is_set()
 
 
 def test_places_are_taken_in_order() -> None:

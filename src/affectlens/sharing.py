@@ -14,6 +14,7 @@ model before its next step.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import math
 import queue
@@ -21,7 +22,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, InvalidStateError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, InvalidStateError
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -50,8 +51,24 @@ def in_a_thread(work: Callable[[], Answer]) -> Answer:
         >>> shared = SharedEngine(in_a_thread(lambda: open_engine("toy")), live=2, queue=2, deadline=60)
         >>> shared.close()
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="affectlens loading") as thread:
-        return thread.submit(work).result()
+    answer: Future[Answer] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(work())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    thread = threading.Thread(target=run, name="affectlens loading", daemon=True)
+    thread.start()
+    try:
+        return answer.result()
+    except KeyboardInterrupt as pressed:
+        # Ctrl-C reaches the main thread alone, and must not wait for a model to be read.
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(type(pressed)))
+        raise
+    finally:
+        thread.join()
 
 
 class Cancelled(Exception):

@@ -91,6 +91,7 @@ function inboxIn(host) {
       }
       return;
     }
+    more.hidden = true; // it would ask for more of the list that goes
     fresh.replaceChildren();
     await filled(place, async () => {
       const page = await ask();
