@@ -658,7 +658,8 @@ def test_a_parquet_dataset_is_scored_as_by_one_process_and_goes_on(toys: RayEngi
 # ── beginning and end ──
 
 SCRIPT = """
-import os, signal, affectlens as al
+import faulthandler, os, signal, affectlens as al
+faulthandler.register(signal.SIGUSR1)  # tells where each thread is
 engine = al.open_engine("toy", replicas=2)  # left open: it ends with the process
 import ray
 asked = [al.Request(f"sea {i}", readouts=(al.Readout((4,)),)) for i in range(600)]
@@ -708,7 +709,11 @@ def interrupted(process: subprocess.Popen[str]) -> str:
         os.killpg(process.pid, signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.communicate(timeout=40)[1]
-    raise AssertionError("it does not end")
+    process.send_signal(signal.SIGUSR1)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.communicate(timeout=5)
+    os.killpg(process.pid, signal.SIGKILL)
+    raise AssertionError(f"it does not end: {process.communicate()[1]}")
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])

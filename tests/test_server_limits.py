@@ -724,7 +724,7 @@ def test_errors_and_ctrl_c_while_a_model_is_loaded() -> None:
 
     def long() -> None:
         try:
-            signal.raise_signal(signal.SIGINT)  # the main thread has it
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # as a terminal does
             while True:
                 time.sleep(0.01)
         finally:

@@ -60,8 +60,8 @@ def in_a_thread(work: Callable[[], Answer]) -> Answer:
             answer.set_exception(error)
 
     thread = threading.Thread(target=run, name="affectlens loading", daemon=True)
-    thread.start()
     try:
+        thread.start()
         return answer.result()
     except KeyboardInterrupt as pressed:
         # Ctrl-C reaches the main thread alone, and must not wait for a model to be read.
