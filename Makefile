@@ -10,7 +10,7 @@ demo: $(VENV)/.ready
 	$(BIN)/affectlens study smollm2-135m --quick
 
 test: $(VENV)/.ready $(VENV)/.peers $(VENV)-vllm/.ready check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0
 	$(VENV)-vllm/bin/python -m pytest tests/contract tests/with_vllm
 
 check: $(VENV)/.ready
