@@ -880,10 +880,19 @@ def test_inbox(window: Open, size: tuple[int, int]) -> None:
 def test_only_the_last_question_is_answered(
     window: Open, at: str, asked: str, filters: tuple[tuple[str, str], ...], shown: str
 ) -> None:
-    """Two filters are set one after the other, and the first answer comes last."""
+    """Two filters are set one after the other, and the first answer comes last; of the list that goes, no more can be asked."""
     page = window().go(f"#/{at}")
-    rows = page.locator(shown)
+    rows, more = page.locator(shown), page.get_by_role("button", name="Show more")
+
+    def longer(route: Route) -> None:
+        answer = route.fetch()
+        route.fulfill(response=answer, json=answer.json() | {"next": "more"})
+
+    page.route(asked, longer)
+    page.reload()
     expect(rows.first).to_be_visible()
+    expect(more).to_be_visible()
+    page.unroute(asked)
     held: list[Route] = []
     page.route(asked, lambda route: held.append(route))
     for n, (label, value) in enumerate(filters):
@@ -892,6 +901,7 @@ def test_only_the_last_question_is_answered(
             if len(held) > n:
                 break
             page.wait_for_timeout(10)
+    expect(more).to_be_hidden()
     first, last = held
     with page.expect_response(last.request.url) as answer:
         last.continue_()

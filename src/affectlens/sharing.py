@@ -68,7 +68,8 @@ def in_a_thread(work: Callable[[], Answer]) -> Answer:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(type(pressed)))
         raise
     finally:
-        thread.join()
+        if thread.is_alive():  # it may never have begun
+            thread.join()
 
 
 class Cancelled(Exception):
